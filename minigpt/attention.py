@@ -1,0 +1,145 @@
+"""Attention over packed sentences and over slots: the one entry, and the two ways to compute it.
+
+A batch is one long row of N tokens, one sentence after another, with no padding between them. Two numbers
+say what a token may look at: where its sentence starts, and a bit mask of the banks that are open at it.
+
+    row       t0 t1 t2 t3 | t4 t5 | t6 t7 t8        three sentences, N = 9
+    start      0  0  0  0 |  4  4 |  6  6  6
+    open       1  1  3  3 |  2  2 |  1  3  3        bit 0: bank 0 is open here; bit 1: bank 1
+
+Token i attends to the tokens start[i] .. i, and beside them to every slot whose bank's bit is set in open[i]:
+
+    scores = [q . slot keys , q . text keys] / sqrt(head_dim)       one softmax over both
+    output = softmax(scores) @ [slot values , text values]
+
+A slot has a key and a value and nothing else, so it needs no query, no token and no position.
+`plain` writes exactly this down; `fused` computes the same through torch's fused attention.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+
+class Layout:
+    """How N packed tokens fall into B sentences, and which banks are open at each.
+
+    lengths: tokens of each sentence, in order, as a list of ints >= 1.
+    opened: (N,) int64 bit masks, or None where no bank is open anywhere.
+    """
+
+    def __init__(self, lengths, opened=None, device="cpu"):
+        self.lengths, self.device = list(lengths), torch.device(device)
+        self.opened = None if opened is None else opened.to(self.device)
+        self.n_tokens, self.longest = sum(self.lengths), max(self.lengths)
+        self.ragged = min(self.lengths) != self.longest
+
+    @cached_property
+    def start(self):
+        lengths = torch.tensor(self.lengths)
+        return (lengths.cumsum(0) - lengths).repeat_interleave(lengths).to(self.device)  # (N,)
+
+    @cached_property
+    def position(self):
+        return torch.arange(self.n_tokens, device=self.device) - self.start  # (N,)
+
+    @cached_property
+    def cell(self):
+        """Where each token stands when sentences are laid out as rows of a (B, T) grid: (N,) flat indices."""
+        sentence = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        return sentence.to(self.device) * self.longest + self.position
+
+    @cached_property
+    def grid(self):
+        """The inverse of `cell`: (B*T,) the token in each cell; token 0 in the empty cells at the ends of rows."""
+        grid = torch.zeros(len(self.lengths) * self.longest, dtype=torch.int64, device=self.device)
+        grid[self.cell] = torch.arange(self.n_tokens, device=self.device)
+        return grid
+
+    def to_grid(self, x):
+        """(N, ...) -> (B, T, ...). Empty cells repeat token 0: they stand after the text, where nothing looks."""
+        x = x.index_select(0, self.grid) if self.ragged else x
+        return x.view(len(self.lengths), self.longest, *x.shape[1:])
+
+    def to_row(self, x):
+        """(B, T, ...) -> (N, ...), dropping the empty cells."""
+        x = x.reshape(-1, *x.shape[2:])
+        return x.index_select(0, self.cell) if self.ragged else x
+
+
+@dataclass
+class Slots:
+    """The slots of all banks, one after another. key, value: (n_layer, n_head, S, head_dim); bank: (S,) int64,
+    the number of the bank that each slot belongs to (the bit that opens it)."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    bank: torch.Tensor
+
+    def layer(self, i):
+        return LayerSlots(self.key[i], self.value[i], self.bank)
+
+
+@dataclass
+class LayerSlots:
+    """One layer's part of Slots. key, value: (n_head, S, head_dim); bank: (S,)."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    bank: torch.Tensor
+
+
+def attend(qkv, n_head, layout, slots=None, how="auto"):
+    """qkv (N, 3 * n_embd), the projection's output -> (N, n_embd). slots: LayerSlots or None.
+
+    how: "plain" (the formula, the reference), "fused", or "auto" (the faster one here)."""
+    if slots is not None and (slots.bank.numel() == 0 or layout.opened is None):
+        slots = None
+    return (plain if how == "plain" else fused)(qkv, n_head, layout, slots)
+
+
+def plain(qkv, n_head, layout, slots):
+    """The formula above, step by step; the softmax in float32 or better."""
+    q, k, v = _heads(qkv, n_head, layout)  # each (B, n_head, T, head_dim)
+    n_slots = 0 if slots is None else slots.bank.numel()
+    scores = q @ k.transpose(-2, -1)  # (B, n_head, T, T)
+    if n_slots:
+        scores = torch.cat([q @ slots.key.transpose(-2, -1), scores], dim=-1)  # (B, n_head, T, S + T)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(q.size(-1))
+    scores = scores.masked_fill(~_visible(layout, slots), -torch.inf)
+    weights = scores.softmax(dim=-1).to(v.dtype)
+    out = weights[..., n_slots:] @ v  # (B, n_head, T, head_dim)
+    if n_slots:
+        out = out + weights[..., :n_slots] @ slots.value
+    return layout.to_row(out.transpose(1, 2)).flatten(1)  # (N, n_embd)
+
+
+def fused(qkv, n_head, layout, slots):
+    """The same by torch's scaled_dot_product_attention, slots in front of each sentence's keys."""
+    q, k, v = _heads(qkv, n_head, layout)
+    if slots is None:  # with as many keys as queries, is_causal means what it says
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        k = torch.cat([slots.key.expand(len(k), -1, -1, -1), k], dim=2)  # (B, n_head, S + T, head_dim)
+        v = torch.cat([slots.value.expand(len(v), -1, -1, -1), v], dim=2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(layout, slots))
+    return layout.to_row(out.transpose(1, 2)).flatten(1)  # (N, n_embd)
+
+
+def _heads(qkv, n_head, layout):
+    """(N, 3 * n_embd) -> q, k, v, each (B, n_head, T, head_dim)."""
+    grid = layout.to_grid(qkv).unflatten(-1, (3, n_head, -1))  # (B, T, 3, n_head, head_dim)
+    return grid.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _visible(layout, slots):
+    """True where a query may look: (B, 1, T, S + T) with slots, (T, T) without."""
+    causal = torch.ones(layout.longest, layout.longest, dtype=torch.bool, device=layout.device).tril()
+    if slots is None:
+        return causal
+    opened = layout.to_grid(layout.opened)[:, None, :, None]  # (B, 1, T, 1)
+    slot = (opened >> slots.bank) & 1 == 1  # (B, 1, T, S)
+    return torch.cat([slot, causal.expand(len(slot), 1, -1, -1)], dim=-1)

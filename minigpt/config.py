@@ -1,0 +1,105 @@
+"""The shape of a GPT-2: read from a checkpoint's config.json, or one of the published ones.
+
+Only what changes the mathematics is kept. Settings that this model does not implement are refused, so
+that a checkpoint either gives the logits it was trained to give or does not load at all.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from minigpt.errors import UserError
+
+# Every name that transformers writes for the tanh approximation, the exact form, and the rest we have.
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+# Settings of transformers' GPT2Config that would change the function, with the one value we implement.
+ONLY = {
+    "model_type": "gpt2",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a GPT-2 (Radford et al. 2019, section 2.3). The defaults are those of `gpt2`, 124 M parameters."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            _check_positive(name, getattr(self, name))
+        if self.n_inner is not None:
+            _check_positive("n_inner", self.n_inner)
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.activation_function not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise UserError(f"activation_function {self.activation_function!r} is not implemented (known: {known})")
+        if not isinstance(self.layer_norm_epsilon, (int, float)) or not 0 < self.layer_norm_epsilon < 1:
+            raise UserError(f"layer_norm_epsilon must be a number between 0 and 1, not {self.layer_norm_epsilon!r}")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def mlp_dim(self):
+        return self.n_inner or 4 * self.n_embd
+
+    @classmethod
+    def from_dict(cls, settings):
+        """The config in a checkpoint's config.json, given as a dict. Raises UserError on what we do not implement."""
+        for name, value in ONLY.items():
+            if settings.get(name, value) != value:
+                raise UserError(f"{name} = {settings[name]!r} is not implemented: only {value!r} is")
+        return cls(**{name: settings[name] for name in cls.__dataclass_fields__ if name in settings})
+
+    @classmethod
+    def from_file(cls, path):
+        """Read config.json. Raises UserError naming the file when it is not a GPT-2's."""
+        path = Path(path)
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise UserError("expected a JSON object")
+            return cls.from_dict(settings)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:  # json's errors and UserError are both ValueErrors
+            raise UserError(f"{path}: {error}") from error
+
+    def to_dict(self):
+        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **asdict(self)}
+
+
+def _check_positive(name, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} must be a positive whole number, not {value!r}")
+
+
+PUBLISHED = {
+    "distilgpt2": GPTConfig(n_layer=6),
+    "gpt2": GPTConfig(),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}

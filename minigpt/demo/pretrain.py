@@ -1,0 +1,214 @@
+"""How the demo checkpoint was made: a small bilingual GPT-2, pretrained from nothing on sentence pairs as text.
+
+    python -m minigpt.demo.pretrain --data tatoeba.en-fr.tsv --minutes 80
+
+The text is ordinary: runs of sentences in one language, and sentences followed by their translations in many
+layouts, in both directions, with no word that says which language comes next. The result is a language model that
+has seen translations but is not a translator: after a sentence it may as well go on in the same language. Steering
+it is the prefix's work.
+
+The learning rate follows the clock, not a step count, so that a slower machine makes a weaker model on time.
+Needs the `tokenizers` package (it comes with transformers) to build the vocabulary.
+"""
+
+import argparse
+import csv
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minigpt import checkpoint
+from minigpt.config import GPTConfig
+from minigpt.errors import UserError
+from minigpt.files import replacing
+from minigpt.model import GPT
+from minigpt.splits import split_of
+from minigpt.tokenizer import END_OF_TEXT, Tokenizer
+
+CONFIG = GPTConfig(vocab_size=4096, n_positions=256, n_embd=256, n_layer=6, n_head=4)
+PEAK_LR, FLOOR, WARMUP, BATCH_TOKENS, SEED = 1.5e-3, 0.03, 0.02, 2048, 1
+
+# How two translations may stand together: what is before, between and after them.
+LAYOUTS = [
+    ("", "\n", "\n"), ("", "\n", "\n\n"), ("", "\n", ""), ("", " = ", "\n"), ("", " - ", "\n"), ("", " / ", "\n"),
+    ("", "\t", "\n"), ("", " (", ")\n"), ('"', '" "', '"\n'), ("« ", " » « ", " »\n"), ("- ", "\n- ", "\n\n"),
+    ("", " -> ", "\n"), ("", " | ", "\n"), ("", " : ", "\n"), ("* ", "\n  ", "\n"), ("", "\n\n", "\n\n"),
+    ("> ", "\n", "\n"), ("", " ", "\n"), ("(", ") ", "\n"), ("", " ... ", "\n"),
+]
+LABELS = "A B C D X Y Z a b x y 1 2 3 i ii P Q R K L M N T".split()  # arbitrary, and never the same language twice
+
+
+def main():
+    args = parse_arguments()
+    torch.manual_seed(SEED)
+    rng = random.Random(SEED)
+    pairs = read_pairs(args.data)
+    tokenizer = build_vocabulary(pairs["train"], args.out)
+    model = GPT(CONFIG)
+    model.attention = "plain"  # the faster one for short rows in bfloat16 on a CPU
+    initialise(model)
+    optimizer = make_optimizer(model)
+    validation = [batch for batch in batches(direct_documents(pairs["validation"]), tokenizer)]
+    start, step, tokens, losses = time.monotonic(), 0, 0, []
+    next_save = args.save_every
+    while (minutes := (time.monotonic() - start) / 60) < args.minutes:
+        for ids, targets in batches(documents(pairs["train"], rng, 6000), tokenizer, rng):
+            progress = (time.monotonic() - start) / 60 / args.minutes
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK_LR * schedule(progress)
+            loss = lm_loss(model, ids, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step, tokens = step + 1, tokens + int((targets >= 0).sum())
+            losses.append(loss.item())
+            if progress >= 1:
+                break
+        minutes = (time.monotonic() - start) / 60
+        log = {"minutes": round(minutes, 1), "step": step, "tokens": tokens, "loss": round(np.mean(losses[-200:]), 4)}
+        if minutes >= next_save or minutes >= args.minutes:
+            next_save += args.save_every
+            log["val_loss"] = round(validation_loss(model, validation), 4)
+            checkpoint.save(model, args.out, torch.float16)
+        print(json.dumps(log), flush=True)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Pretrain the demo checkpoint.")
+    parser.add_argument("--data", required=True, help="a TSV file with a header and two columns of translations")
+    parser.add_argument("--minutes", type=float, default=80)
+    parser.add_argument("--save-every", type=float, default=10, metavar="MINUTES")
+    parser.add_argument("--out", type=Path, default=checkpoint.DEMO)
+    return parser.parse_args()
+
+
+def read_pairs(path):
+    """{split: [(sentence, translation)]}, split by the first column; every 8th validation pair is enough to watch."""
+    pairs = {"train": [], "validation": [], "test": []}
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        next(rows)
+        for row in rows:
+            pairs[split_of(row[0])].append(tuple(row))
+    pairs["validation"] = pairs["validation"][::8]
+    return pairs
+
+
+def build_vocabulary(pairs, directory):
+    """Learn the byte-level BPE merges and write vocab.json and merges.txt, <|endoftext|> last as in GPT-2."""
+    try:
+        from tokenizers import Tokenizer as Trainable
+        from tokenizers import models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise UserError("building a vocabulary needs: pip install tokenizers") from error
+    bpe = Trainable(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=CONFIG.vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator((" " * (i % 2) + text for i, pair in enumerate(pairs) for text in pair), trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    vocab = {**trained["vocab"], END_OF_TEXT: len(trained["vocab"])}
+    merges = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in trained["merges"])
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name, text in (("vocab.json", json.dumps(vocab, ensure_ascii=False)), ("merges.txt", merges)):
+        with replacing(Path(directory) / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return Tokenizer.from_files(Path(directory) / "vocab.json", Path(directory) / "merges.txt")
+
+
+def documents(pairs, rng, n):
+    """n documents: a run of one language, one pair, or several pairs in one layout."""
+    for _ in range(n):
+        kind = rng.random()
+        if kind < 0.15:
+            side, joint = rng.randrange(2), rng.choice([" ", " ", "\n"])
+            yield joint.join(pair[side] for pair in rng.choices(pairs, k=rng.randint(1, 8)))
+        else:
+            yield pairs_as_text(rng.choices(pairs, k=1 if kind < 0.72 else rng.randint(2, 6)), rng)
+
+
+def pairs_as_text(pairs, rng):
+    """Pairs in one layout and one direction."""
+    before, between, after = rng.choice(LAYOUTS)
+    if rng.random() < 0.15:
+        first, second = rng.sample(LABELS, 2)
+        before, between, after = f"{first}: ", f"\n{second}: ", rng.choice(["\n", "\n\n"])
+    swap = rng.random() < 0.5
+    text = "".join(before + (b if swap else a) + between + (a if swap else b) + after for a, b in pairs)
+    return text.strip() if rng.random() < 0.8 else text
+
+
+def direct_documents(pairs):
+    """Each pair on two lines, in both directions: what a prefix will ask for."""
+    return [text for a, b in pairs for text in (f"{a}\n{b}", f"{b}\n{a}")]
+
+
+def batches(texts, tokenizer, rng=None):
+    """Yield ids and targets (B, T): documents of like length side by side, about BATCH_TOKENS in all."""
+    rows = [ids[: CONFIG.n_positions - 1] + [tokenizer.eot] for ids in tokenizer.encode_batch(list(texts))]
+    rows.sort(key=len)
+    cut, batch = [], []
+    for row in rows:
+        if batch and len(row) * (len(batch) + 1) > BATCH_TOKENS:
+            cut.append(batch)
+            batch = []
+        batch.append(row)
+    cut.append(batch)
+    if rng:
+        rng.shuffle(cut)
+    for batch in cut:
+        ids = torch.zeros(len(batch), len(batch[-1]), dtype=torch.int64)
+        targets = torch.full_like(ids, -100)
+        for i, row in enumerate(batch):
+            ids[i, : len(row)] = torch.tensor(row)
+            targets[i, : len(row) - 1] = ids[i, 1 : len(row)]
+        yield ids, targets
+
+
+def lm_loss(model, ids, targets):
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def validation_loss(model, validation):
+    counts = [int((targets >= 0).sum()) for _, targets in validation]
+    sums = [lm_loss(model, ids, targets).item() * n for (ids, targets), n in zip(validation, counts)]
+    return sum(sums) / sum(counts)
+
+
+def initialise(model):
+    """As GPT-2 was: normal(0, 0.02), and smaller where a projection adds to the residual stream (section 2.3)."""
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(p)
+        elif p.dim() == 2:
+            residual = name.endswith("c_proj.weight")
+            torch.nn.init.normal_(p, std=0.02 / math.sqrt(2 * CONFIG.n_layer) if residual else 0.02)
+
+
+def make_optimizer(model):
+    decay = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
+
+
+def schedule(progress):
+    """Linear warm-up, then a cosine down to FLOOR; progress is the share of the time that is spent."""
+    if progress < WARMUP:
+        return progress / WARMUP
+    cosine = 0.5 * (1 + math.cos(math.pi * (min(progress, 1) - WARMUP) / (1 - WARMUP)))
+    return FLOOR + (1 - FLOOR) * cosine
+
+
+if __name__ == "__main__":
+    main()

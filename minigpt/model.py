@@ -1,0 +1,128 @@
+"""GPT-2 (Radford et al. 2019), written out, with a place in every attention block for learned slots.
+
+    ids -> wte + wpe -> [ h.0 ... h.n ] -> ln_f -> @ wte.T -> logits
+
+    one block:   x = x + attn(ln_1(x))            attn: c_attn -> attend to text and slots -> c_proj
+                 x = x + mlp(ln_2(x))             mlp:  c_fc -> GELU -> c_proj
+
+Inside, a batch is a row of N tokens (see attention.py), so a tensor of activations is (N, n_embd).
+Modules and parameters have the names of the published checkpoints: h.0.attn.c_attn.weight and so on.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minigpt import checkpoint
+from minigpt.attention import Layout, attend
+from minigpt.config import ACTIVATIONS, GPTConfig
+
+ACTIVATE = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class Projection(nn.Module):
+    """x @ weight + bias. GPT-2 stores its weights (in, out), the other way round from nn.Linear."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(n_out))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Projection(config.n_embd, config.n_embd)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Projection(config.n_embd, config.mlp_dim)
+        self.c_proj = Projection(config.mlp_dim, config.n_embd)
+        self.activate = ACTIVATE[ACTIVATIONS[config.activation_function]]
+
+    def forward(self, x):
+        return self.c_proj(self.activate(self.c_fc(x)))  # (N, C) -> (N, 4C) -> (N, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x, look):
+        """x (N, C) -> (N, C). look: the attention of this layer, qkv (N, 3C) -> (N, C)."""
+        x = x + self.attn.c_proj(look(self.attn.c_attn(self.ln_1(x))))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.attention = "auto"  # or "fused", "plain": see attention.attend
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    @classmethod
+    def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
+        """The checkpoint called `name` (a directory, "demo" or a published name), frozen, on `device` in `dtype`."""
+        directory = checkpoint.find(name)
+        config = GPTConfig.from_file(directory / "config.json")
+        with torch.device("meta"):  # shapes only: memory is taken once, in the dtype that is asked for
+            model = cls(config)
+        checkpoint.load_weights(model, directory, device, dtype)
+        return model.requires_grad_(False).eval()
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    @property
+    def dtype(self):
+        return self.wte.weight.dtype
+
+    def forward(self, ids):
+        """Plain GPT-2: ids (B, T) int64 -> logits (B, T, vocab_size)."""
+        B, T = ids.shape
+        layout = Layout([T] * B, device=ids.device)
+        return self.logits(self.hidden(ids.flatten(), layout)).view(B, T, -1)
+
+    def hidden(self, ids, layout, slots=None, position_offset=0):
+        """ids (N,), packed as `layout` says -> the last layer's normed activations (N, n_embd).
+
+        slots: the banks that layout.opened speaks of, in the model's dtype. position_offset: the position of each
+        sentence's first token."""
+
+        def look(i):
+            layer_slots = slots.layer(i) if slots is not None else None
+            return lambda qkv: attend(qkv, self.config.n_head, layout, layer_slots, self.attention)
+
+        x = self.embed(ids, layout.position + position_offset)
+        for i, block in enumerate(self.h):
+            x = block(x, look(i))
+        return self.ln_f(x)
+
+    def embed(self, ids, position):
+        """ids (N,), position (N,) -> (N, n_embd)."""
+        return self.wte(ids) + self.wpe(position)
+
+    def logits(self, hidden):
+        """hidden (..., n_embd) -> (..., vocab_size). The head is the token embedding itself, used backwards."""
+        return hidden @ self.wte.weight.T

@@ -1,0 +1,20 @@
+"""Which split a sentence belongs to: a pure function of its text.
+
+The demo's pretraining and every later training or evaluation ask this same function, so a sentence that one of
+them holds out is held out by all, whatever file, order or limit it is met in.
+"""
+
+import hashlib
+
+SPLITS = ("train", "validation", "test")
+VALIDATION, TEST = 0.02, 0.04  # the share of all sentences
+
+
+def split_of(text):
+    """"train", "validation" or "test". Case, spacing and punctuation do not count: "Go." and "go!" go together."""
+    key = "".join(c for c in text.casefold() if c.isalnum()) or text
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    share = int.from_bytes(digest, "big") / 2**64
+    if share < VALIDATION:
+        return "validation"
+    return "test" if share < VALIDATION + TEST else "train"
