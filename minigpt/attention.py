@@ -143,3 +143,25 @@ def _visible(layout, slots):
     opened = layout.to_grid(layout.opened)[:, None, :, None]  # (B, 1, T, 1)
     slot = (opened >> slots.bank) & 1 == 1  # (B, 1, T, S)
     return torch.cat([slot, causal.expand(len(slot), 1, -1, -1)], dim=-1)
+
+
+def attend_cached(q, key, value, length, opened=None, slots=None):
+    """One query for each of B sentences, over its cached keys and over slots that all of them share.
+
+    q (B, n_head, head_dim); key, value (B, n_head, T, head_dim), of which the first length[b] count;
+    opened (B,) bank masks; slots: LayerSlots or None -> (B, n_head * head_dim). The slots are read once for the
+    whole batch, not copied into each sentence: only the scores are put side by side."""
+    B, T = len(q), key.size(2)
+    scores = (q[:, :, None] @ key.transpose(-2, -1))[:, :, 0]  # (B, n_head, T)
+    past = torch.arange(T, device=q.device) >= length[:, None]  # (B, T)
+    n_slots = 0 if slots is None or opened is None else slots.bank.numel()
+    if n_slots:
+        slot_scores = (q.transpose(0, 1) @ slots.key.transpose(-2, -1)).transpose(0, 1)  # (B, n_head, S)
+        closed = (opened[:, None] >> slots.bank) & 1 == 0  # (B, S)
+        scores, past = torch.cat([slot_scores, scores], dim=-1), torch.cat([closed, past], dim=-1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(q.size(-1))
+    weights = scores.masked_fill(past[:, None], -torch.inf).softmax(dim=-1).to(q.dtype)
+    out = (weights[:, :, None, n_slots:] @ value)[:, :, 0]  # (B, n_head, head_dim)
+    if n_slots:
+        out = out + (weights[:, :, :n_slots].transpose(0, 1) @ slots.value).transpose(0, 1)
+    return out.flatten(1)

@@ -9,6 +9,8 @@ Inside, a batch is a row of N tokens (see attention.py), so a tensor of activati
 Modules and parameters have the names of the published checkpoints: h.0.attn.c_attn.weight and so on.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,6 +18,7 @@ from torch import nn
 from minigpt import checkpoint
 from minigpt.attention import Layout, attend
 from minigpt.config import ACTIVATIONS, GPTConfig
+from minigpt.errors import UserError
 
 ACTIVATE = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -108,20 +111,26 @@ class GPT(nn.Module):
         """ids (N,), packed as `layout` says -> the last layer's normed activations (N, n_embd).
 
         slots: the banks that layout.opened speaks of, in the model's dtype. position_offset: the position of each
-        sentence's first token."""
+        sentence's first token. Raises UserError for a sentence that is longer than the context."""
 
-        def look(i):
-            layer_slots = slots.layer(i) if slots is not None else None
-            return lambda qkv: attend(qkv, self.config.n_head, layout, layer_slots, self.attention)
+        def look(i, qkv):
+            return attend(qkv, self.config.n_head, layout, slots and slots.layer(i), self.attention)
 
-        x = self.embed(ids, layout.position + position_offset)
-        for i, block in enumerate(self.h):
-            x = block(x, look(i))
-        return self.ln_f(x)
+        if layout.longest + position_offset > self.config.n_positions:
+            limit = self.config.n_positions
+            raise UserError(f"{layout.longest + position_offset} positions are more than this model's context of {limit}")
+        return self.run(self.embed(ids, layout.position + position_offset), look)
 
     def embed(self, ids, position):
         """ids (N,), position (N,) -> (N, n_embd)."""
         return self.wte(ids) + self.wpe(position)
+
+    def run(self, x, look):
+        """x (N, n_embd) through all blocks and the last norm. look(i, qkv) is the attention of layer i:
+        qkv (N, 3 * n_embd) -> (N, n_embd); decoding with a cache brings its own."""
+        for i, block in enumerate(self.h):
+            x = block(x, partial(look, i))
+        return self.ln_f(x)
 
     def logits(self, hidden):
         """hidden (..., n_embd) -> (..., vocab_size). The head is the token embedding itself, used backwards."""

@@ -1,0 +1,200 @@
+"""Decoding with a key/value cache: greedy, sampling; batched, ragged, with slots or without.
+
+    prompts waiting:  p7 p8 p9 ...                  seats = rows of the cache
+    seat 0  [ p3 ######## + ]                       #  keys and values that are there
+    seat 1  [ p5 ### +      ]   prefill: many tokens of a new prompt at once
+    seat 2  [ p6 ##### +    ]   decode:  one token (+) for every seat at once
+
+A sentence takes positions 0, 1, 2 ... of its own whatever its neighbours' lengths, so it gets the tokens that it
+gets alone. When one ends, the last seat's sentence moves into its seat, so the seats in use stay the first ones and
+a step reads no others; waiting prompts then take the free seats.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from minigpt.attention import Layout, attend, attend_cached
+from minigpt.errors import UserError
+
+
+@dataclass
+class Prompt:
+    """ids: token ids, at least one. opened: a bank mask for each (new tokens keep the last); None: no banks.
+    max_new: tokens to generate at most."""
+
+    ids: list
+    max_new: int
+    opened: list | None = None
+
+
+@dataclass
+class Generated:
+    """ids: the new tokens, without the one that stopped it. finished: False if it was cut at max_new."""
+
+    ids: list = field(default_factory=list)
+    finished: bool = False
+
+
+class Cache:
+    """Keys and values of every token so far. key, value: (n_layer, seats, n_head, capacity, head_dim), allocated
+    once; length: a list, how many of each seat's positions are filled."""
+
+    def __init__(self, model, seats, capacity):
+        c = model.config
+        shape = (c.n_layer, seats, c.n_head, capacity, c.head_dim)
+        self.key = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        self.value = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        self.length = [0] * seats  # kept on the host: nothing waits for the device to know it
+
+    def put(self, layer, seat, position, k, v):
+        """k, v (N, n_head, head_dim) of N tokens -> where seat (N,) and position (N,) say."""
+        self.key[layer][seat, :, position] = k
+        self.value[layer][seat, :, position] = v
+
+    def move(self, source, target):
+        """The sentence in seat `source` goes to seat `target`."""
+        n = self.length[source]
+        self.key[:, target, :, :n] = self.key[:, source, :, :n]
+        self.value[:, target, :, :n] = self.value[:, source, :, :n]
+        self.length[target] = n
+
+
+def prefill(model, cache, seats, prompts, opened=None, slots=None, position_offset=0):
+    """Run whole prompts (lists of ids) into fresh seats; opened: a list of masks for each -> the logits after the
+    last token of each (B, vocab_size)."""
+    lengths = [len(ids) for ids in prompts]
+    masks = None if opened is None else torch.tensor([bit for masks in opened for bit in masks])
+    layout = Layout(lengths, masks, model.device)
+    ids = torch.tensor([i for ids in prompts for i in ids], device=model.device)  # (N,)
+    seat = torch.tensor(seats).repeat_interleave(torch.tensor(lengths)).to(model.device)  # (N,)
+
+    def look(i, qkv):
+        _, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (N, n_head, head_dim)
+        cache.put(i, seat, layout.position, k, v)
+        return attend(qkv, model.config.n_head, layout, slots and slots.layer(i), model.attention)
+
+    hidden = model.run(model.embed(ids, layout.position + position_offset), look)  # (N, n_embd)
+    for seat, n in zip(seats, lengths):
+        cache.length[seat] = n
+    last = torch.tensor(lengths).cumsum(0) - 1
+    return model.logits(hidden[last.to(model.device)])
+
+
+def decode(model, cache, ids, opened=None, slots=None, position_offset=0):
+    """One more token, ids (B,), for each of the first B seats; opened (B,) masks -> logits (B, vocab_size)."""
+    B = len(ids)
+    position = torch.tensor(cache.length[:B], device=model.device)  # (B,)
+    longest = max(cache.length[:B]) + 1
+    seat = torch.arange(B, device=ids.device)
+
+    def look(i, qkv):
+        q, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (B, n_head, head_dim)
+        cache.put(i, seat, position, k, v)
+        key, value = cache.key[i, :B, :, :longest], cache.value[i, :B, :, :longest]
+        return attend_cached(q, key, value, position + 1, opened, slots and slots.layer(i))
+
+    hidden = model.run(model.embed(ids, position + position_offset), look)
+    cache.length[:B] = [n + 1 for n in cache.length[:B]]
+    return model.logits(hidden)
+
+
+class Sampler:
+    """Chooses next tokens: the likeliest (temperature 0), or one drawn from softmax(logits / temperature) cut to the
+    top_k likeliest and to the smallest set that holds a share top_p. Each sentence draws from a stream of its own,
+    seeded by `seed` and its number, so that its neighbours do not change it."""
+
+    def __init__(self, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+        self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
+        self.streams = {}
+
+    def __call__(self, logits, sentences):
+        """logits (B, vocab_size), the numbers of the B sentences -> token ids (B,)."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        p, order = (logits.float() / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        if self.top_k:
+            p[:, self.top_k :] = 0
+        p[p.cumsum(dim=-1) - p >= self.top_p] = 0  # a token stays while those before it hold less than top_p
+        mass = p.cumsum(dim=-1)
+        draw = torch.stack([self._uniform(sentence) for sentence in sentences]).to(mass.device)[:, None]
+        rank = torch.searchsorted(mass, draw * mass[:, -1:], right=True).clamp(max=p.size(-1) - 1)
+        return order.gather(1, rank)[:, 0]
+
+    def _uniform(self, sentence):
+        if sentence not in self.streams:
+            self.streams[sentence] = torch.Generator().manual_seed((self.seed << 32) + sentence)
+        return torch.rand((), generator=self.streams[sentence])
+
+
+@torch.no_grad()
+def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32, sampler=None, on_token=None):
+    """Prompts -> a list of Generated, in the same order.
+
+    stop: ids that end a sentence. batch_size: seats. on_token(number, id): called for each new token."""
+    sampler, stop = sampler or Sampler(), set(stop)
+    check_prompts(model, prompts, position_offset)
+    results = [Generated() for _ in prompts]
+    waiting = deque(i for i, prompt in enumerate(prompts) if prompt.max_new > 0)
+    seats = min(batch_size, len(waiting))
+    capacity = max((len(p.ids) + p.max_new for p in prompts), default=0)
+    cache = Cache(model, seats, capacity)
+    seated, last = [], []  # the number of each seat's sentence, and its newest token
+
+    def take(logits, numbers):
+        """Choose the next token of these sentences; return those that go on, as (number, token) or None."""
+        tokens = sampler(logits, numbers).tolist()
+        return [_accept(results[n], prompts[n], token, stop, n, on_token) for n, token in zip(numbers, tokens)]
+
+    while waiting or seated:
+        if waiting and len(seated) <= seats * 3 // 4:  # a few at a time: a prefill reads all weights, too
+            new = [waiting.popleft() for _ in range(min(len(waiting), seats - len(seated)))]
+            free = list(range(len(seated), len(seated) + len(new)))
+            ids = [prompts[n].ids for n in new]
+            opened = None if slots is None else [prompts[n].opened for n in new]
+            seated, last = seated + new, last + take(
+                prefill(model, cache, free, ids, opened, slots, position_offset), new
+            )
+            _free_seats(cache, seated, last)
+        if seated:
+            ids = torch.tensor(last, device=model.device)
+            opened = None if slots is None else torch.tensor([prompts[n].opened[-1] for n in seated], device=model.device)
+            last = take(decode(model, cache, ids, opened, slots, position_offset), seated)
+            _free_seats(cache, seated, last)
+    return results
+
+
+def check_prompts(model, prompts, position_offset):
+    """Every prompt has a token and fits, with what is to follow, into the context."""
+    limit = model.config.n_positions - position_offset
+    for number, prompt in enumerate(prompts):
+        if not prompt.ids:
+            raise UserError(f"prompt {number + 1} is empty")
+        if len(prompt.ids) + prompt.max_new > limit:
+            raise UserError(
+                f"prompt {number + 1}: {len(prompt.ids)} tokens and {prompt.max_new} new ones "
+                f"are more than the {limit} that this model's context has room for"
+            )
+
+
+def _accept(result, prompt, token, stop, number, on_token):
+    """Add a token to a sentence; return it, or None if the sentence ends here."""
+    if token in stop:
+        result.finished = True
+        return None
+    result.ids.append(token)
+    if on_token:
+        on_token(number, token)
+    return token if len(result.ids) < prompt.max_new else None
+
+
+def _free_seats(cache, seated, last):
+    """Seats whose newest token is None are done: fill each with the last seat's sentence, in place."""
+    for seat in reversed(range(len(seated))):
+        if last[seat] is None:
+            end = len(seated) - 1
+            if seat != end:
+                cache.move(end, seat)
+            seated[seat], last[seat] = seated[end], last[end]
+            seated.pop(), last.pop()

@@ -1,0 +1,91 @@
+"""How a pair of sentences becomes one sequence, for training and for decoding.
+
+    open source                 open target
+      |                           |
+      v                           v
+      source tokens               <sep>    target tokens   <|endoftext|>
+
+      sees source bank            sees both banks
+      no loss                     the token after each of these counts
+
+<sep> is the token of "\\n". Nothing here knows which languages there are: a direction is a pair of bank numbers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from minigpt.attention import Layout
+from minigpt.errors import UserError
+from minigpt.generate import Prompt, Sampler, generate
+
+
+def separator(tokenizer):
+    """The id of <sep>. Raises UserError where a vocabulary has no single token for a newline."""
+    ids = tokenizer.encode("\n")
+    if len(ids) != 1:
+        raise UserError(f"this vocabulary spells a newline with {len(ids)} tokens; one is needed as the separator")
+    return ids[0]
+
+
+@dataclass
+class Batch:
+    """Packed sequences. ids: (N,); layout: their sentences and open banks; at: (M,) the tokens whose successor
+    counts; targets: (M,) those successors."""
+
+    ids: torch.Tensor
+    layout: Layout
+    at: torch.Tensor
+    targets: torch.Tensor
+
+
+def pack(examples, sep, eot, device="cpu"):
+    """examples: (source ids, target ids, source bank, target bank) each -> Batch on `device`."""
+    ids, opened, at, targets, lengths = [], [], [], [], []
+    for source, target, source_bank, target_bank in examples:
+        at.append(torch.arange(len(target) + 1) + (len(ids) and sum(lengths)) + len(source))
+        row = torch.cat([torch.as_tensor(source), torch.tensor([sep]), torch.as_tensor(target)])
+        ids.append(row)
+        opened += [1 << source_bank] * len(source) + [1 << source_bank | 1 << target_bank] * (len(target) + 1)
+        targets.append(torch.cat([row[len(source) + 1 :], torch.tensor([eot])]))
+        lengths.append(len(row))
+    layout = Layout(lengths, torch.tensor(opened), device)
+    return Batch(*(torch.cat(x).to(device) if isinstance(x, list) else x for x in (ids, layout, at, targets)))
+
+
+def prompt(tokenizer, banks, text, source, target, max_new=None, limit=None):
+    """The Prompt that asks for the translation of `text`. max_new: by default twice the source plus 16, cut to what
+    the context (`limit` positions) has room for."""
+    sees_source, sees_both = banks.mask([source]), banks.mask([source, target])
+    ids = tokenizer.encode(one_line(text))
+    opened = [sees_source] * len(ids) + [sees_both]
+    ids = ids + [separator(tokenizer)]
+    room = limit - banks.position_offset - len(ids)
+    if room < 1:
+        raise UserError(f"{len(ids)} tokens leave no room to answer in this model's context of {limit}")
+    return Prompt(ids, min(max_new or 2 * len(ids) + 16, room), opened)
+
+
+def one_line(text):
+    """A newline inside a sentence is a space: on its own line it would be the separator."""
+    return " ".join(text.split("\n")).replace("\r", " ").strip()
+
+
+def translate(model, tokenizer, banks, texts, source, target, max_new=None, batch_size=32, sampler=None, beams=1, on_token=None):
+    """List of texts -> list of (translation, finished), in the same order; an empty text gives an empty one.
+
+    source, target: bank names. finished is False where a translation was cut at its limit."""
+    wanted = [i for i, text in enumerate(texts) if one_line(text)]
+    limit = model.config.n_positions
+    prompts = [prompt(tokenizer, banks, texts[i], source, target, max_new, limit) for i in wanted]
+    slots, offset = banks.slots(model.dtype), banks.position_offset
+    if beams > 1:
+        from minigpt.beam import beam_search
+
+        generated = beam_search(model, prompts, tokenizer.eot, slots, offset, beams, batch_size)
+    else:
+        generated = generate(model, prompts, [tokenizer.eot], slots, offset, batch_size, sampler or Sampler(), on_token)
+    results = [("", True)] * len(texts)
+    for i, result in zip(wanted, generated):
+        results[i] = (tokenizer.decode(result.ids), result.finished)
+    return results
