@@ -76,8 +76,8 @@ def prefill(model, cache, seats, prompts, opened=None, slots=None, position_offs
         return attend(qkv, model.config.n_head, layout, slots and slots.layer(i), model.attention)
 
     hidden = model.run(model.embed(ids, layout.position + position_offset), look)  # (N, n_embd)
-    for seat, n in zip(seats, lengths):
-        cache.length[seat] = n
+    for taken, n in zip(seats, lengths):
+        cache.length[taken] = n
     last = torch.tensor(lengths).cumsum(0) - 1
     return model.logits(hidden[last.to(model.device)])
 

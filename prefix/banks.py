@@ -68,6 +68,10 @@ class Banks(nn.Module):
         """One bank that stands for `ids` exactly: text after it gives the logits that it gives after the tokens."""
         return cls({name: read_text(model, ids)}, position_offset=len(ids))
 
+    def banks(self):
+        """Itself: what training saves (a reparametrization computes its Banks here)."""
+        return self
+
     @property
     def prefix_len(self):
         """Slots of each bank, in order."""

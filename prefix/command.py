@@ -1,0 +1,137 @@
+"""What the three commands share: options, loading, and how a user's mistake is told."""
+
+import argparse
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from minigpt import GPT, Tokenizer, UserError
+from prefix.banks import Banks, read_metadata
+
+DEMO = Path(__file__).parent / "demo"
+DEMO_CORPUS, DEMO_PREFIX = DEMO / "en-fr.csv", DEMO / "prefix.safetensors"
+RUNS = Path("runs")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for a mistake instead of the usage and a line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+@contextmanager
+def telling_errors():
+    """A UserError becomes one line on standard error and exit code 2; Ctrl-C a quiet 130."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def notice(text):
+    print(text, file=sys.stderr)
+
+
+def add_machine_options(parser):
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="what the frozen model computes in")
+    parser.add_argument("--attention", choices=["auto", "fused", "plain"], default="auto")
+
+
+def whole(least):
+    """An argparse type: a whole number that is at least `least`."""
+
+    def parse(text):
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+
+    return parse
+
+
+def number(least, most, open_low=False):
+    """An argparse type: a number from `least` to `most`, the low end left out where open_low says so."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most or (open_low and value == least):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {'above' if open_low else 'from'} {least} to {most}")
+        return value
+
+    return parse
+
+
+def load_model(args, name):
+    """The frozen model and its tokenizer, where and as the machine options say."""
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    elif device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch sees no MPS device here; use --device cpu")
+    if args.dtype != "auto":
+        dtype = DTYPES[args.dtype]
+    elif device == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    else:
+        dtype = torch.float32
+    model = GPT.from_pretrained(name, device, dtype)
+    model.attention = args.attention
+    tokenizer = Tokenizer.from_pretrained(name)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(f"{name}: vocab.json has {tokenizer.n_vocab} entries, config.json says {model.config.vocab_size}")
+    return model, tokenizer
+
+
+def find_prefix(path):
+    """The prefix file that `path` means: a file, a run directory, or by default the newest run, else the demo's."""
+    if path is None:
+        runs = [p for p in RUNS.glob("*/prefix.safetensors") if p.is_file()]
+        found = max(runs, key=lambda p: p.stat().st_mtime, default=DEMO_PREFIX)
+        notice(f"Using the prefix {found}")
+        return found
+    path = Path(path)
+    found = path / "prefix.safetensors" if path.is_dir() else path
+    if not found.is_file():
+        raise UserError(f"--prefix {path}: no prefix file there (train.py writes runs/<name>/prefix.safetensors)")
+    return found
+
+
+def load_with_base(args):
+    """(model, tokenizer, banks, path of the prefix) for translate.py and evaluate.py."""
+    path = find_prefix(args.prefix)
+    name = args.model or read_metadata(path)["training"].get("model")
+    if name is None:
+        raise UserError(f"{path} does not say which model it was trained on: name it with --model")
+    model, tokenizer = load_model(args, name)
+    return model, tokenizer, Banks.load(path, model), path
+
+
+def direction(args, banks):
+    """(source, target) bank names: --from and --to, by default the second bank to the first."""
+    names = banks.names
+    if len(names) < 2:
+        raise UserError(f"this prefix has the one bank {names[0]}; translating takes two")
+    target = args.target or next(name for name in names if name != args.source)
+    source = args.source or next(name for name in [*names[1:], names[0]] if name != target)
+    banks.mask([source, target])
+    if source == target:
+        raise UserError(f"--from {source} --to {target}: the same bank twice")
+    return source, target
+
+

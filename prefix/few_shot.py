@@ -1,0 +1,50 @@
+"""The baseline: k-shot prompting of the same frozen model, with nothing learned (Radford et al. 2019, section 3.7).
+
+    fr: Où est la gare ?            k aligned pairs from the training split,
+    en: Where is the station?       drawn by a seed
+    fr: Il pleut.                   then the sentence to translate
+    en:                             the model goes on; its line is the translation
+
+The examples are the same for every sentence, so their keys and values are computed once, as a bank read off text,
+and shared by the whole batch; each sentence costs only its own two lines.
+"""
+
+import numpy as np
+
+from minigpt.generate import Prompt, generate
+from prefix.banks import Banks
+from prefix.translation import one_line
+
+
+def draw_examples(corpus, source, target, k, seed):
+    """k pairs (source text, target text) from the training split, drawn without replacement."""
+    examples = corpus.examples("train")
+    examples = examples[(examples[:, 1] == source) & (examples[:, 2] == target)]
+    chosen = np.random.default_rng((seed, 7)).choice(len(examples), size=min(k, len(examples)), replace=False)
+    return [(corpus.text(row, source), corpus.text(row, target)) for row, _, _ in examples[chosen]]
+
+
+def prompt_text(pairs, source_name, target_name):
+    """The examples as text; "" for none."""
+    return "".join(f"{source_name}: {one_line(s)}\n{target_name}: {one_line(t)}\n" for s, t in pairs)
+
+
+def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_size=32):
+    """Texts -> a list of (translation, finished). Raises UserError where the prompt leaves no room."""
+    shots = tokenizer.encode(prompt_text(pairs, source_name, target_name))
+    bank = Banks.reading(model, "shots", shots) if shots else None
+    offset = len(shots)
+    stop = stop_ids(tokenizer)
+    prompts = []
+    for text in texts:
+        ids = tokenizer.encode(f"{source_name}: {one_line(text)}\n{target_name}:")
+        room = max(0, model.config.n_positions - offset - len(ids))
+        prompts.append(Prompt(ids, min(room, 2 * len(ids) + 16), [1] * len(ids) if bank else None))
+    slots = bank.slots(model.dtype) if bank else None
+    generated = generate(model, prompts, stop, slots, offset, batch_size)
+    return [(tokenizer.decode(result.ids).strip(), result.finished) for result in generated]
+
+
+def stop_ids(tokenizer):
+    """<|endoftext|> and every token with a newline in it: the answer is one line."""
+    return {tokenizer.eot} | {i for i in range(tokenizer.n_vocab) if "\n" in tokenizer.decode([i])}

@@ -1,0 +1,258 @@
+"""The training loop: a frozen model, a stream of sentence pairs, and AdamW on the slots alone.
+
+    one optimizer step:  batch_size examples -> micro-batches of like length, packed -> sum of losses / all targets
+                         -> gradients of the slots -> clip -> AdamW
+
+An example is a pair in one direction; all directions are shuffled together, anew each epoch. Which examples step s
+sees follows from the seed and s alone, so a run can stop after any step and go on exactly where it was.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from minigpt.errors import UserError
+from minigpt.files import replacing
+from minigpt.loss import nll_sum
+from prefix.translation import pack, separator
+
+VALIDATION_EXAMPLES = 1000  # at most: enough to choose the best prefix by
+BAD_STEPS = 10  # in a row, and the run gives up
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # on a CPU, small enough for activations to stay in its caches
+
+
+@dataclass
+class Settings:
+    """What decides the numbers of a run, apart from the data, the model and the start."""
+
+    steps: int
+    lr: float
+    batch_size: int = 64  # examples per optimizer step
+    warmup: int = 20  # steps
+    eval_every: int = 50  # steps; 0: never
+    save_every: int = 50  # steps
+    seed: int = 0
+    clip: float = 1.0  # the largest norm of the slots' gradient
+
+
+class Trainer:
+    def __init__(self, model, tokenizer, banks, corpus, settings, out):
+        """banks: a prefix.Banks or anything with slots(dtype), parameters() and a Banks to save as `.banks()`.
+        corpus: data.Corpus whose columns are the banks, in order. out: the run directory, which exists."""
+        self.model, self.tokenizer, self.banks, self.settings, self.out = model, tokenizer, banks, settings, Path(out)
+        self.corpus, self.sep = corpus, separator(tokenizer)
+        self.train_set = corpus.examples("train")
+        self.validation_set = corpus.examples("validation")[:VALIDATION_EXAMPLES]
+        if not len(self.train_set):
+            raise UserError(f"none of the {len(corpus)} usable pairs falls into the training split: give more data")
+        frozen = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert not frozen, f"the base model must be frozen, but {frozen[0]} requires a gradient"
+        self.optimizer = torch.optim.AdamW(banks.parameters(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        self.scale = 2.0**14 if model.dtype == torch.float16 else 1.0  # of the loss, so that float16 gradients live
+        self.step = self.tokens = self.skipped = self.bad = self.good = 0
+        self.best = math.inf
+        self.seconds = 0.0
+
+    def run(self):
+        """Train to settings.steps, validating and saving on the way. Returns False if a signal ended it early."""
+        s = self.settings
+        began = time.monotonic() - self.seconds
+        bar = tqdm(total=s.steps, initial=self.step, unit="step", disable=not sys.stderr.isatty(), file=sys.stderr)
+        with stop_signals() as stopped, bar, open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log:
+            while self.step < s.steps and not stopped:
+                record = self.optimizer_step()
+                self.seconds = record["seconds"] = round(time.monotonic() - began, 3)
+                _write_line(log, record)
+                bar.set_postfix_str(f"loss {record['loss']:.3f}, {self.tokens / self.seconds:,.0f} tokens/s", refresh=False)
+                bar.update()
+                if s.eval_every and (self.step % s.eval_every == 0 or self.step == s.steps) and len(self.validation_set):
+                    self.validate(log, bar)
+                if self.step % s.save_every == 0 or self.step == s.steps or stopped:
+                    self.save()
+        if not (self.out / "prefix.safetensors").exists() or not (s.eval_every and len(self.validation_set)):
+            self.keep_prefix(None)  # nothing was validated: the newest slots are what there is
+        self.signal = stopped[0] if stopped else None
+        return self.step >= s.steps
+
+    def optimizer_step(self):
+        """One step of AdamW on the next batch; returns its line of metrics. Skips a step that is not finite."""
+        s = self.settings
+        lr = s.lr * self.schedule(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss, tokens = self.backward(self.next_examples())
+        grads = [p.grad for p in self.banks.parameters()]
+        torch._foreach_div_(grads, self.scale)
+        norm = torch.nn.utils.clip_grad_norm_(self.banks.parameters(), s.clip)
+        loss, norm = float(loss), float(norm)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            self.bad, self.good = 0, self.good + 1
+            if self.scale > 1 and self.good % 500 == 0:
+                self.scale *= 2
+        else:
+            self.skip_step(loss, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += tokens
+        return {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
+
+    def skip_step(self, loss, norm):
+        self.skipped, self.bad, self.good = self.skipped + 1, self.bad + 1, 0
+        self.scale = max(1.0, self.scale / 2)
+        if self.bad >= BAD_STEPS:
+            raise UserError(
+                f"step {self.step + 1}: {BAD_STEPS} steps in a row were not finite (loss {loss}, gradient norm {norm}): "
+                "try a lower --lr, more --warmup, or --dtype float32"
+            )
+
+    def backward(self, examples):
+        """Gradients of the mean loss over all target tokens of `examples`, however they are cut into micro-batches.
+        Returns (loss, real tokens)."""
+        n_targets = sum(len(target) + 1 for _, target, _, _ in examples)
+        total = torch.zeros((), device=self.model.device)
+        tokens = 0
+        for micro in self.micro_batches(examples):
+            loss = self.nll(pack(micro, self.sep, self.tokenizer.eot, self.model.device))
+            (loss * (self.scale / n_targets)).backward()
+            total += loss.detach()
+            tokens += sum(len(source) + 1 + len(target) for source, target, _, _ in micro)
+        return total / n_targets, tokens
+
+    def nll(self, batch):
+        """The summed negative log likelihood of a packed batch's targets."""
+        slots = self.banks.slots(self.model.dtype)
+        hidden = self.model.hidden(batch.ids, batch.layout, slots, self.banks.position_offset)  # (N, n_embd)
+        return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets)
+
+    def micro_batches(self, examples):
+        """Cut examples into groups of like length whose tokens fit MICRO_BATCH_TOKENS."""
+        room, micro = MICRO_BATCH_TOKENS.get(self.model.device.type, 2048), []
+        for example in sorted(examples, key=lambda e: len(e[0]) + len(e[1])):
+            if micro and sum(len(s) + 1 + len(t) for s, t, _, _ in [*micro, example]) > room:
+                yield micro
+                micro = []
+            micro.append(example)
+        yield micro
+
+    def next_examples(self):
+        """The examples of step self.step: the next batch_size of an endless row of shuffled epochs."""
+        n, size = len(self.train_set), self.settings.batch_size
+        chosen = []
+        for i in range(self.step * size, (self.step + 1) * size):
+            chosen.append(self.train_set[self.epoch_order(i // n)[i % n]])
+        return self.encoded(chosen)
+
+    def epoch_order(self, epoch):
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.train_set))
+        return self._order
+
+    def encoded(self, rows):
+        """(row, source column, target column) each -> (source ids, target ids, source bank, target bank)."""
+        return [(self.corpus.ids(row, s), self.corpus.ids(row, t), int(s), int(t)) for row, s, t in rows]
+
+    def schedule(self, step):
+        """Linear warm-up, then linear decay to zero at the last step."""
+        s = self.settings
+        return min((step + 1) / max(1, s.warmup), (s.steps - step) / max(1, s.steps - s.warmup))
+
+    @torch.no_grad()
+    def validation_loss(self):
+        """Mean negative log likelihood of the validation targets."""
+        examples = self.encoded(self.validation_set)
+        total = sum(
+            self.nll(pack(micro, self.sep, self.tokenizer.eot, self.model.device)) for micro in self.micro_batches(examples)
+        )
+        return float(total) / sum(len(target) + 1 for _, target, _, _ in examples)
+
+    def validate(self, log, bar):
+        loss = self.validation_loss()
+        _write_line(log, {"step": self.step, "val_loss": loss})
+        bar.write(f"step {self.step}: validation loss {loss:.4f}", file=sys.stderr)
+        if loss < self.best:
+            self.best = loss
+            self.keep_prefix(loss)
+
+    def keep_prefix(self, val_loss):
+        banks = self.banks.banks()
+        banks.training_record |= {"step": self.step, "val_loss": val_loss, "settings": asdict(self.settings)}
+        banks.save(self.out / "prefix.safetensors", self.model)
+
+    def save(self):
+        """Everything needed to go on exactly, in one file: last/state.safetensors."""
+        (self.out / "last").mkdir(exist_ok=True)
+        tensors = {f"slots.{name}": p.detach() for name, p in self.banks.named_parameters()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
+        counts = {name: getattr(self, name) for name in COUNTS}
+        with replacing(self.out / "last" / "state.safetensors") as temporary:
+            tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+            save_file(tensors, temporary, {"counts": json.dumps(counts)})
+
+    def resume(self):
+        """Take up the state that save() wrote in self.out."""
+        path = self.out / "last" / "state.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                counts = json.loads(file.metadata()["counts"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            slots = {name: tensors[f"slots.{name}"] for name, _ in self.banks.named_parameters()}
+            self.banks.load_state_dict(slots)
+            for name in COUNTS:
+                setattr(self, name, counts[name])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: cannot resume from it: {error}") from error
+        state = {}
+        for name, tensor in tensors.items():
+            if name.startswith("adam."):
+                _, i, part = name.split(".")
+                state.setdefault(int(i), {})[part] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        _keep_lines(self.out / "metrics.jsonl", self.step)
+
+
+COUNTS = ("step", "tokens", "skipped", "bad", "good", "scale", "best", "seconds")
+
+
+@contextmanager
+def stop_signals():
+    """Inside, SIGINT and SIGTERM only fill the list that this yields; a second one ends the program as usual."""
+    received, handlers = [], {}
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, handlers[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _write_line(file, record):
+    file.write(json.dumps(record) + "\n")
+    file.flush()
+
+
+def _keep_lines(path, step):
+    """Drop the metrics of steps that a killed run made after its last save."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
