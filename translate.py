@@ -48,9 +48,9 @@ def main():
     lines, cut, done = iter(args.text or stdin_lines()), 0, 0
     at_a_time = 1 if not args.text and sys.stdin.isatty() else LINES_AT_A_TIME * args.batch_size
     while chunk := list(islice(lines, at_a_time)):
-        sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed, first=done)
+        sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
         results = translate(
-            model, tokenizer, banks, chunk, source, target, args.max_new_tokens, args.batch_size, sampler, args.beam
+            model, tokenizer, banks, chunk, source, target, args.max_new_tokens, args.batch_size, sampler, args.beam, done
         )
         for text, finished in results:
             print(text.replace("\n", " "), flush=True)

@@ -21,12 +21,13 @@ from minigpt.errors import UserError
 
 @dataclass
 class Prompt:
-    """ids: token ids, at least one. opened: a bank mask for each (new tokens keep the last); None: no banks.
-    max_new: tokens to generate at most."""
+    """ids: token ids, at least one. max_new: tokens to generate at most. opened: a bank mask for each id (new tokens
+    keep the last); None: no banks. stream: the number of the random stream that sampling draws from."""
 
     ids: list
     max_new: int
     opened: list | None = None
+    stream: int = 0
 
 
 @dataclass
@@ -103,14 +104,14 @@ def decode(model, cache, ids, opened=None, slots=None, position_offset=0):
 class Sampler:
     """Chooses next tokens: the likeliest (temperature 0), or one drawn from softmax(logits / temperature) cut to the
     top_k likeliest and to the smallest set that holds a share top_p. Each sentence draws from a stream of its own,
-    seeded by `seed` and its number, so that its neighbours do not change it."""
+    so that its neighbours do not change it."""
 
     def __init__(self, temperature=0.0, top_k=0, top_p=1.0, seed=0):
         self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
         self.streams = {}
 
-    def __call__(self, logits, sentences):
-        """logits (B, vocab_size), the numbers of the B sentences -> token ids (B,)."""
+    def __call__(self, logits, streams):
+        """logits (B, vocab_size), the numbers of the B sentences' streams -> token ids (B,)."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         p, order = (logits.float() / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
@@ -118,14 +119,14 @@ class Sampler:
             p[:, self.top_k :] = 0
         p[p.cumsum(dim=-1) - p >= self.top_p] = 0  # a token stays while those before it hold less than top_p
         mass = p.cumsum(dim=-1)
-        draw = torch.stack([self._uniform(sentence) for sentence in sentences]).to(mass.device)[:, None]
+        draw = torch.stack([self._uniform(stream) for stream in streams]).to(mass.device)[:, None]
         rank = torch.searchsorted(mass, draw * mass[:, -1:], right=True).clamp(max=p.size(-1) - 1)
         return order.gather(1, rank)[:, 0]
 
-    def _uniform(self, sentence):
-        if sentence not in self.streams:
-            self.streams[sentence] = torch.Generator().manual_seed((self.seed << 32) + sentence)
-        return torch.rand((), generator=self.streams[sentence])
+    def _uniform(self, stream):
+        if stream not in self.streams:
+            self.streams[stream] = torch.Generator().manual_seed(hash((self.seed, stream)) % 2**63)
+        return torch.rand((), generator=self.streams[stream])
 
 
 @torch.no_grad()
@@ -144,7 +145,7 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
 
     def take(logits, numbers):
         """Choose the next token of these sentences; return those that go on, as (number, token) or None."""
-        tokens = sampler(logits, numbers).tolist()
+        tokens = sampler(logits, [prompts[n].stream for n in numbers]).tolist()
         return [_accept(results[n], prompts[n], token, stop, n, on_token) for n, token in zip(numbers, tokens)]
 
     while waiting or seated:

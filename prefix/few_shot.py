@@ -30,19 +30,21 @@ def prompt_text(pairs, source_name, target_name):
 
 
 def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_size=32):
-    """Texts -> a list of (translation, finished). Raises UserError where the prompt leaves no room."""
+    """Texts -> a list of (translation, finished), in the same order."""
     shots = tokenizer.encode(prompt_text(pairs, source_name, target_name))
     bank = Banks.reading(model, "shots", shots) if shots else None
     offset = len(shots)
-    stop = stop_ids(tokenizer)
-    prompts = []
-    for text in texts:
+    results, prompts = [("", False)] * len(texts), {}
+    for i, text in enumerate(texts):
         ids = tokenizer.encode(f"{source_name}: {one_line(text)}\n{target_name}:")
-        room = max(0, model.config.n_positions - offset - len(ids))
-        prompts.append(Prompt(ids, min(room, 2 * len(ids) + 16), [1] * len(ids) if bank else None))
+        room = model.config.n_positions - offset - len(ids)
+        if room > 0:  # a sentence that does not fit behind the examples stays unanswered
+            prompts[i] = Prompt(ids, min(room, 2 * len(ids) + 16), [1] * len(ids) if bank else None)
     slots = bank.slots(model.dtype) if bank else None
-    generated = generate(model, prompts, stop, slots, offset, batch_size)
-    return [(tokenizer.decode(result.ids).strip(), result.finished) for result in generated]
+    generated = generate(model, list(prompts.values()), stop_ids(tokenizer), slots, offset, batch_size)
+    for i, result in zip(prompts, generated):
+        results[i] = (tokenizer.decode(result.ids).strip(), result.finished)
+    return results
 
 
 def stop_ids(tokenizer):

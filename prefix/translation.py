@@ -17,7 +17,8 @@ import torch
 
 from minigpt.attention import Layout
 from minigpt.errors import UserError
-from minigpt.generate import Prompt, Sampler, generate
+from minigpt.beam import beam_search
+from minigpt.generate import Prompt, generate
 
 
 def separator(tokenizer):
@@ -71,20 +72,21 @@ def one_line(text):
     return " ".join(text.split("\n")).replace("\r", " ").strip()
 
 
-def translate(model, tokenizer, banks, texts, source, target, max_new=None, batch_size=32, sampler=None, beams=1, on_token=None):
+def translate(model, tokenizer, banks, texts, source, target, max_new=None, batch_size=32, sampler=None, beams=1, first=0):
     """List of texts -> list of (translation, finished), in the same order; an empty text gives an empty one.
 
-    source, target: bank names. finished is False where a translation was cut at its limit."""
+    source, target: bank names. finished is False where a translation was cut at its limit. first: the number of the
+    first text, for sampling: text i draws from stream first + i."""
     wanted = [i for i, text in enumerate(texts) if one_line(text)]
     limit = model.config.n_positions
     prompts = [prompt(tokenizer, banks, texts[i], source, target, max_new, limit) for i in wanted]
+    for i, asked in zip(wanted, prompts):
+        asked.stream = first + i
     slots, offset = banks.slots(model.dtype), banks.position_offset
     if beams > 1:
-        from minigpt.beam import beam_search
-
-        generated = beam_search(model, prompts, tokenizer.eot, slots, offset, beams, batch_size)
+        generated = beam_search(model, prompts, [tokenizer.eot], slots, offset, beams, batch_size)
     else:
-        generated = generate(model, prompts, [tokenizer.eot], slots, offset, batch_size, sampler or Sampler(), on_token)
+        generated = generate(model, prompts, [tokenizer.eot], slots, offset, batch_size, sampler)
     results = [("", True)] * len(texts)
     for i, result in zip(wanted, generated):
         results[i] = (tokenizer.decode(result.ids), result.finished)
