@@ -49,7 +49,7 @@ def main():
     config = resume_config(args) if args.resume else resolve(args)
     out = args.resume or make_run_directory(args.out)
     model, tokenizer = command.load_model(args, config["model"])
-    corpus = data.load(config["data"], config["columns"], tokenizer, config["limit"], config["max_tokens"])
+    corpus = data.load(command.data_paths(config["data"]), config["columns"], tokenizer, config["limit"], config["max_tokens"])
     for line in corpus.skipped:
         notice(line)
     settings = Settings(**config["settings"])
@@ -71,7 +71,7 @@ def resolve(args):
     """The command with its defaults filled in: what config.json keeps and --resume reads."""
     name = args.model or checkpoint.default()
     demo = checkpoint.find(name) == checkpoint.DEMO
-    paths = args.data or [str(command.DEMO_CORPUS)]
+    paths = command.data_paths(args.data)
     steps = args.steps or STEPS["demo" if demo else "published"]
     settings = Settings(
         steps=steps,
@@ -83,7 +83,7 @@ def resolve(args):
     )
     return {
         "model": name if name == "demo" or not Path(name).is_dir() else str(Path(name).resolve()),
-        "data": [str(Path(path).resolve()) for path in paths],
+        "data": command.data_names(paths),
         "columns": list(data.resolve_columns(paths, args.columns)),
         "limit": args.limit,
         "max_tokens": args.max_tokens,

@@ -73,17 +73,18 @@ def _advance(search, offers, beams, stop, length_penalty):
     """Sort one sentence's offers (score, parent beam, token), best first, into finished hypotheses and new beams."""
     old, going = search.beams, []
     length = len(old[0]) + 1  # of a hypothesis that ends now, its stop token included
+    last = length == search.prompt.max_new
     for rank, (score, parent, token) in enumerate(offers):
-        if token in stop and rank < beams:
-            search.finished.append((score / length**length_penalty, old[parent], True))
-        elif token not in stop and len(going) < beams:
+        stops = token in stop
+        if (stops or last) and rank < beams:
+            tokens = old[parent] if stops else old[parent] + [token]
+            search.finished.append((score / length**length_penalty, tokens, stops))
+        if not stops and len(going) < beams:
             going.append((score, parent, token))
     search.beams = [old[parent] + [token] for _, parent, token in going]
-    if length == search.prompt.max_new:
-        search.finished += [(s / length**length_penalty, b, False) for (s, _, _), b in zip(going, search.beams)]
     search.finished = sorted(search.finished, key=lambda hypothesis: -hypothesis[0])[:beams]
     beaten = len(search.finished) == beams and going[0][0] / length**length_penalty <= search.finished[-1][0]
-    search.done = beaten or length == search.prompt.max_new
+    search.done = beaten or last
     return going
 
 

@@ -7,7 +7,9 @@ memory, on its device and in its dtype; there is never a second copy of the mode
 import hashlib
 import json
 import os
+import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ from minigpt.files import replacing
 DEMO = Path(__file__).parent / "demo"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "vocab.json", "merges.txt"]
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = ("F32", "F16", "BF16")  # as safetensors calls them
+HEAD = "lm_head.weight"
 
 
 def find(name):
@@ -35,10 +38,7 @@ def find(name):
         raise UserError(f"--model {name}: no such directory, and not one of demo, {', '.join(PUBLISHED)}")
     directory = on_disk(name) or _from_hub(name, download=True)
     if directory is None:
-        raise UserError(
-            f"{name} is not on this machine. To fetch it: pip install huggingface_hub && "
-            f"hf download {_repository(name)} config.json {WEIGHTS} vocab.json merges.txt --local-dir {home() / name}"
-        )
+        raise UserError(f"{name} is not on this machine. To fetch it: {_command(name)}")
     return directory
 
 
@@ -46,18 +46,22 @@ def default():
     """The model to use when none is named: gpt2-xl where it already lies on disk, else the demo, saying so."""
     if on_disk("gpt2-xl"):
         return "gpt2-xl"
-    print(
-        "Using the small demo checkpoint (gpt2-xl is not on this machine; "
-        f"hf download {_repository('gpt2-xl')} --local-dir {home() / 'gpt2-xl'} gets it).",
-        file=sys.stderr,
-    )
+    fetch = f"gpt2-xl is not on this machine; to fetch it: {_command('gpt2-xl')}"
+    print(f"Using the small demo checkpoint. {fetch}", file=sys.stderr)
     return "demo"
 
 
 def on_disk(name):
     """The directory of a published checkpoint if it can be had without the network, else None."""
-    directory = home() / name
-    return directory if (directory / "config.json").exists() else _from_hub(name, download=False)
+    for directory in (home() / name, _from_hub(name, download=False)):
+        if directory and _has_weights(directory):
+            return directory
+    return None
+
+
+def _has_weights(directory):
+    """Not so where a download was cut short, or where only the tokenizer was ever asked for."""
+    return (directory / "config.json").exists() and any((directory / file).exists() for file in (WEIGHTS, INDEX))
 
 
 def home():
@@ -66,6 +70,13 @@ def home():
 
 def _repository(name):
     return f"distilbert/{name}" if name == "distilgpt2" else f"openai-community/{name}"
+
+
+def _command(name):
+    """The shell command that puts a published checkpoint where `find` looks first."""
+    files = f"config.json {WEIGHTS} vocab.json merges.txt"
+    target = shlex.quote(str(home() / name))
+    return f"pip install huggingface_hub && hf download {_repository(name)} {files} --local-dir {target}"
 
 
 def _from_hub(name, download):
@@ -77,7 +88,8 @@ def _from_hub(name, download):
         path = huggingface_hub.snapshot_download(_repository(name), allow_patterns=FILES, local_files_only=not download)
     except Exception as error:  # the library's own errors and those of the network below it are many
         if download:
-            raise UserError(f"{name}: huggingface_hub could not download it: {str(error).splitlines()[0]}") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{name}: huggingface_hub could not download it: {reason}") from error
         return None
     return Path(path)
 
@@ -85,20 +97,16 @@ def _from_hub(name, download):
 def load_weights(model, directory, device, dtype):
     """Fill `model` (its parameters may be on the meta device) from `directory`. Every tensor is checked: missing,
     unexpected, of another shape or type are UserErrors that name it. Sets model.fingerprint."""
-    wanted = dict(model.named_parameters())
-    files = {path: _check_header(path, wanted) for path in _weight_files(Path(directory))}
-    missing = set(wanted) - {name for names in files.values() for name in names.values()}
-    if missing:
-        raise UserError(f"{directory}: {len(missing)} tensors are missing from the weights, such as {min(missing)}")
-    model.to_empty(device=device).to(dtype)  # of empty tensors: the last step before memory is taken
-    wanted, samples = dict(model.named_parameters()), {}
-    for path, names in files.items():
-        with safe_open(path, framework="pt") as file:
-            for stored, name in names.items():
-                tensor = file.get_tensor(stored)
-                samples[name] = sample(tensor)
-                with torch.no_grad():
-                    wanted[name].copy_(tensor)
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(_open(path)) for path in _weight_files(Path(directory))}
+        sources = _match(files, dict(model.named_parameters()))
+        model.to(dtype).to_empty(device=device)  # in this order: what is taken on the device is of `dtype`
+        parameters, samples = dict(model.named_parameters()), {}
+        for name, (path, stored) in sources.items():
+            tensor = files[path].get_tensor(stored)
+            samples[name] = sample(tensor)
+            with torch.no_grad():
+                parameters[name].copy_(tensor)
     model.fingerprint = fingerprint(samples)
 
 
@@ -123,49 +131,65 @@ def _weight_files(directory):
     if not (directory / INDEX).exists():
         raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
     try:
-        shards = sorted(set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(map(str, weight_map.values())))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / INDEX}: expected a JSON object with a weight_map of tensor: file") from error
+    if not shards:
+        raise UserError(f"{directory / INDEX}: its weight_map names no file")
     for shard in shards:
         if Path(shard).name != shard or not (directory / shard).is_file():
             raise UserError(f"{directory / INDEX}: names the file {shard!r}, which is not beside it")
     return [directory / shard for shard in shards]
 
 
-def _check_header(path, wanted):
-    """{name in the file: name in the model} of the tensors to read. Looks at the header alone."""
-    names, head = {}, None
+def _open(path):
     try:
-        with safe_open(path, framework="pt") as file:
-            for stored in file.keys():
-                name = stored.removeprefix("transformer.")
-                if name.endswith((".attn.bias", ".attn.masked_bias")):
-                    continue  # buffers of the causal mask, which some checkpoints carry
-                info = file.get_slice(stored)
-                if name == "lm_head.weight":
-                    head, name = stored, "wte.weight"
-                else:
-                    names[stored] = name
-                if name not in wanted:
-                    raise UserError(f"{path}: unexpected tensor {stored}")
-                if info.get_dtype() not in DTYPES:
-                    raise UserError(f"{path}: tensor {stored} is {info.get_dtype()}, expected one of {', '.join(DTYPES)}")
-                if tuple(info.get_shape()) != tuple(wanted[name].shape):
-                    expected = list(wanted[name].shape)
-                    raise UserError(f"{path}: tensor {stored} has shape {info.get_shape()}, config.json says {expected}")
-            _check_tied(path, file, head, names)
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from error
-    return names
 
 
-def _check_tied(path, file, head, names):
+def _match(files, wanted):
+    """{name in the model: (path, name in that file)}, one tensor for every parameter. Reads no more than the headers
+    and, where there is one, the head."""
+    sources = {}
+    for path, file in files.items():
+        for stored in file.keys():
+            name = stored.removeprefix("transformer.")
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # buffers of the causal mask, which some checkpoints carry
+            _check_tensor(path, stored, file.get_slice(stored), wanted.get("wte.weight" if name == HEAD else name))
+            if name in sources:
+                raise UserError(f"{path}: tensor {stored} is there twice, also as {sources[name][1]}")
+            sources[name] = path, stored
+    _tie(sources, files)
+    missing = sorted(set(wanted) - set(sources))
+    if missing:
+        where = next(iter(files)) if len(files) == 1 else next(iter(files)).with_name(INDEX)
+        raise UserError(f"{where}: {len(missing)} of {len(wanted)} tensors missing, the first {missing[0]}")
+    return sources
+
+
+def _check_tensor(path, stored, info, parameter):
+    if parameter is None:
+        raise UserError(f"{path}: unexpected tensor {stored}")
+    if info.get_dtype() not in DTYPES:
+        raise UserError(f"{path}: tensor {stored} is {info.get_dtype()}, expected one of {', '.join(DTYPES)}")
+    shape, expected = list(info.get_shape()), list(parameter.shape)
+    if shape != expected:
+        raise UserError(f"{path}: tensor {stored} has shape {shape}, config.json says {expected}")
+
+
+def _tie(sources, files):
     """The head must be the token embedding: a checkpoint that trained them apart is another model."""
-    wte = next((stored for stored, name in names.items() if name == "wte.weight"), None)
-    if head and wte is None:
-        names[head] = "wte.weight"  # a file that kept only one of the two tied names
-    elif head and not torch.equal(file.get_tensor(head), file.get_tensor(wte)):
-        raise UserError(f"{path}: {head} differs from {wte}; only tied heads are implemented")
+    if HEAD not in sources:
+        return
+    path, stored = sources.pop(HEAD)
+    other_path, other = sources.setdefault("wte.weight", (path, stored))  # some keep only one of the two names
+    head, wte = files[path].get_tensor(stored), files[other_path].get_tensor(other)
+    if not torch.equal(head.float(), wte.float()):
+        raise UserError(f"{path}: {stored} differs from {other}; only tied heads are implemented")
 
 
 def save(model, directory, dtype=torch.float32):

@@ -51,7 +51,7 @@ class GPTConfig:
             _check_positive("n_inner", self.n_inner)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.activation_function not in ACTIVATIONS:
+        if str(self.activation_function) not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise UserError(f"activation_function {self.activation_function!r} is not implemented (known: {known})")
         if not isinstance(self.layer_norm_epsilon, (int, float)) or not 0 < self.layer_norm_epsilon < 1:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import tiktoken
 
+from minigpt import checkpoint
+from minigpt.config import GPTConfig
 from minigpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -34,41 +36,37 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, name):
         """The tokenizer of the checkpoint called `name` (a directory, "demo" or a published name)."""
-        from minigpt import checkpoint, config
-
         directory = checkpoint.find(name)
         if (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
             return cls.from_files(directory / "vocab.json", directory / "merges.txt")
-        vocab_size = config.GPTConfig.from_file(directory / "config.json").vocab_size
+        lacking = f"{directory}: vocab.json or merges.txt is missing"
+        vocab_size = GPTConfig.from_file(directory / "config.json").vocab_size
         if vocab_size != 50257:
-            raise UserError(f"{directory}: vocab.json and merges.txt are missing, and {vocab_size} entries is not gpt2's vocabulary")
-        return cls(tiktoken.get_encoding("gpt2"), list(range(50257)))
+            raise UserError(f"{lacking}, and a vocabulary of {vocab_size} is not gpt2's")
+        try:
+            encoding = tiktoken.get_encoding("gpt2")  # from tiktoken's cache, or downloaded into it
+        except (OSError, ValueError) as error:
+            raise UserError(f"{lacking}, and tiktoken could not fetch gpt2's") from error
+        return cls(encoding, list(range(50257)))
 
     @classmethod
     def from_files(cls, vocab_file, merges_file):
         """Read the two files of a checkpoint. Raises UserError where they do not fit each other."""
         vocab = _read_vocab(vocab_file)
-        byte_of = {char: byte for byte, char in byte_characters().items()}
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        for number, left, right in _read_merges(merges_file):
-            try:
-                token = bytes(byte_of[c] for c in left + right)
-            except KeyError as error:
-                raise UserError(f"{merges_file}: line {number}: {error} stands for no byte") from error
-            if left + right not in vocab:
-                raise UserError(f"{merges_file}: line {number}: {left + right!r} is not in {Path(vocab_file).name}")
-            ranks.setdefault(token, len(ranks))
-        char_of = byte_characters()
-        tokens = ["".join(char_of[byte] for byte in token) for token in ranks] + [END_OF_TEXT]
-        missing = [token for token in tokens if token not in vocab]
-        if missing or len(vocab) != len(tokens):
-            extra = sorted(set(vocab) - set(tokens))
+        ranks = _read_ranks(merges_file, vocab)
+        tokens = [*ranks, END_OF_TEXT]
+        missing, extra = [token for token in tokens if token not in vocab], sorted(set(vocab) - set(tokens))
+        if missing or extra:
             raise UserError(
                 f"{vocab_file}: does not agree with {Path(merges_file).name}: "
                 f"{len(missing)} entries missing {missing[:3]}, {len(extra)} that no merge makes {extra[:3]}"
             )
+        byte_of = {char: byte for byte, char in byte_characters().items()}
         encoding = tiktoken.Encoding(
-            "gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+            "gpt2",
+            pat_str=PATTERN,
+            mergeable_ranks={bytes(byte_of[char] for char in token): rank for token, rank in ranks.items()},
+            special_tokens={END_OF_TEXT: len(ranks)},
         )
         return cls(encoding, [vocab[token] for token in tokens])
 
@@ -104,6 +102,21 @@ def _read_vocab(path):
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise UserError(f"{path}: the ids are not 0 .. {len(vocab) - 1}, each once")
     return vocab
+
+
+def _read_ranks(path, vocab):
+    """{token: rank}: the 256 bytes, then what each line of merges.txt makes of two tokens that are there before it."""
+    ranks = {char: byte for byte, char in sorted(byte_characters().items())}
+    for number, left, right in _read_merges(path):
+        for token in (left, right):
+            if token not in ranks:
+                raise UserError(f"{path}: line {number}: {token!r} is neither a byte nor made by a line above")
+        if left + right in ranks:
+            raise UserError(f"{path}: line {number}: {left + right!r} is made by a line above, too")
+        if left + right not in vocab:
+            raise UserError(f"{path}: line {number}: {left + right!r} is not in the vocabulary")
+        ranks[left + right] = len(ranks)
+    return ranks
 
 
 def _read_merges(path):

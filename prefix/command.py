@@ -135,3 +135,13 @@ def direction(args, banks):
     return source, target
 
 
+
+
+def data_paths(paths):
+    """The files to read: those given, with "demo" (and None) standing for the sample corpus."""
+    return [str(DEMO_CORPUS) if path == "demo" else path for path in paths or ["demo"]]
+
+
+def data_names(paths):
+    """How a run records its files: absolute, but the sample corpus by its name, wherever the project lies."""
+    return ["demo" if Path(path).resolve() == DEMO_CORPUS.resolve() else str(Path(path).resolve()) for path in paths]

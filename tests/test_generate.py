@@ -1,0 +1,154 @@
+"""Decoding: the cache equals the full forward pass, and a sentence's neighbours do not change it."""
+
+import pytest
+import torch
+import transformers
+
+from minigpt import GPT, GPTConfig, UserError, checkpoint
+from minigpt.attention import Layout
+from minigpt.beam import beam_search
+from minigpt.generate import Cache, Prompt, Sampler, decode, generate, prefill
+from prefix.banks import Banks
+from prefix.few_shot import few_shot, prompt_text, stop_ids
+
+CONFIG = GPTConfig(vocab_size=53, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+STOP = 52
+
+
+@pytest.fixture
+def model():
+    model = GPT(CONFIG)
+    model.requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.25)
+    model.wte.weight[STOP] += 0.5 * model.ln_f.bias  # likely enough for sentences to end in time
+    return model
+
+
+def random_prompts(n, longest=20, banks=True):
+    """Ragged prompts in both directions: mask 1 then 3, or 2 then 3."""
+    prompts = []
+    for i, length in enumerate(torch.randint(1, longest + 1, (n,)).tolist()):
+        opened = [1 + i % 2] * (length - 1) + [3]
+        prompts.append(Prompt(torch.randint(CONFIG.vocab_size, (length,)).tolist(), 12, opened if banks else None))
+    return prompts
+
+
+def greedy_by_full_forward(model, prompt, banks):
+    """The same without a cache: the whole text through the model for every new token."""
+    ids, opened, new = list(prompt.ids), list(prompt.opened or [0] * len(prompt.ids)), []
+    while len(new) < prompt.max_new:
+        hidden = model.hidden(torch.tensor(ids), Layout([len(ids)], torch.tensor(opened)), banks.slots(model.dtype))
+        token = int(model.logits(hidden[-1]).argmax())
+        if token == STOP:
+            return new
+        ids, opened, new = ids + [token], opened + opened[-1:], new + [token]
+    return new
+
+
+@pytest.mark.parametrize("banks", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 2, 17])
+def test_each_sentence_gets_the_tokens_that_it_gets_alone_without_a_cache(model, batch_size, banks):
+    slots = Banks.random(CONFIG, ["en", "fr"], 5)
+    prompts = random_prompts(19, banks=banks)
+    results = generate(model, prompts, [STOP], slots.slots(model.dtype) if banks else None, batch_size=batch_size)
+    assert [r.ids for r in results] == [greedy_by_full_forward(model, p, slots) for p in prompts]
+
+
+def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(model):
+    ids = torch.randint(CONFIG.vocab_size, (3, 40))
+    cache = Cache(model, 3, 40)
+    prefill(model, cache, [0, 1, 2], [row[:n].tolist() for row, n in zip(ids, (5, 1, 30))])
+    full = model(ids)
+    for _ in range(10):
+        at = list(cache.length)
+        logits = decode(model, cache, ids[range(3), at])
+        torch.testing.assert_close(logits, full[range(3), at], rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_may_fill_the_context_to_the_last_token(model):
+    prompt = Prompt(torch.randint(CONFIG.vocab_size, (60,)).tolist(), 4)
+    assert len(generate(model, [prompt], [])[0].ids) == 4
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error_that_names_it(model):
+    with pytest.raises(UserError, match="prompt 2: 60 tokens"):
+        generate(model, [Prompt([1], 4), Prompt([1] * 60, 5)], [])
+
+
+def test_a_sentence_that_stops_is_finished_and_one_at_its_limit_is_cut(model):
+    prompt = Prompt([1, 2, 3], 6)
+    first = generate(model, [prompt], [])[0]
+    assert not first.finished and len(first.ids) == 6
+    stopped = generate(model, [prompt], [first.ids[0]])[0]
+    assert stopped.finished and stopped.ids == []
+
+
+def test_samples_are_repeatable_whatever_the_batch_size(model):
+    prompts = random_prompts(9, banks=False)
+    for i, prompt in enumerate(prompts):
+        prompt.stream = i
+    runs = [generate(model, prompts, [STOP], batch_size=b, sampler=Sampler(0.9, 20, 0.95, seed)) for b, seed in ((1, 4), (4, 4), (4, 5))]
+    assert [r.ids for r in runs[0]] == [r.ids for r in runs[1]]
+    assert [r.ids for r in runs[0]] != [r.ids for r in runs[2]]
+
+
+def test_sampling_follows_the_softmax_cut_by_top_k_and_top_p():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    draw = lambda **cut: [int(Sampler(1.0, seed=0, **cut)(logits, [i])) for i in range(2000)]
+    shares = torch.bincount(torch.tensor(draw()), minlength=4) / 2000
+    torch.testing.assert_close(shares, torch.tensor([0.1, 0.4, 0.2, 0.3]), atol=0.04, rtol=0)
+    assert set(draw(top_k=2)) == {1, 3}
+    assert set(draw(top_p=0.65)) == {1, 3}
+    assert set(draw(top_p=0.75)) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("beams, length_penalty", [(2, 1.0), (3, 0.5), (5, 1.0), (5, 2.0)])
+def test_beam_search_equals_transformers(model, tmp_path, beams, length_penalty):
+    checkpoint.save(model, tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = STOP
+    prompts = random_prompts(6, banks=False)
+    found = beam_search(model, prompts, [STOP], beams=beams, length_penalty=length_penalty, batch_size=12)
+    for prompt, ours in zip(prompts, found):
+        options = dict(num_beams=beams, max_new_tokens=prompt.max_new, do_sample=False, length_penalty=length_penalty)
+        ids = torch.tensor([prompt.ids])
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt.ids) :].tolist()
+        assert ours.ids == (expected[: expected.index(STOP)] if STOP in expected else expected)
+
+
+def test_one_beam_is_greedy(model):
+    prompts = random_prompts(4, banks=False)
+    greedy = generate(model, prompts, [STOP])
+    assert [r.ids for r in beam_search(model, prompts, [STOP], beams=1)] == [r.ids for r in greedy]
+
+
+def test_beams_see_their_own_sentences_banks(model):
+    slots = Banks.random(CONFIG, ["en", "fr"], 5).slots(model.dtype)
+    prompts = random_prompts(5)
+    together = beam_search(model, prompts, [STOP], slots, beams=3, batch_size=15)
+    alone = [beam_search(model, [p], [STOP], slots, beams=3)[0] for p in prompts]
+    assert [r.ids for r in together] == [r.ids for r in alone]
+
+
+class Letters:
+    """A tokenizer of single characters, enough to prompt with."""
+
+    characters = "\n :abcdefghijklmnopqrstuvwxyz"
+    n_vocab, eot = len(characters), STOP
+
+    def encode(self, text):
+        return [self.characters.index(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(self.characters[i] if i < len(self.characters) else "?" for i in ids)
+
+
+def test_the_shared_few_shot_prompt_gives_the_output_of_plain_prompting(model):
+    tokenizer, pairs, texts = Letters(), [("un", "one"), ("deux", "two")], ["trois", "un", "quatre"]
+    ours = few_shot(model, tokenizer, pairs, texts, "fr", "en", batch_size=2)
+    for text, (answer, _) in zip(texts, ours):
+        ids = tokenizer.encode(prompt_text(pairs, "fr", "en") + f"fr: {text}\nen:")
+        n_own = len(f"fr: {text}\nen:")
+        plain = generate(model, [Prompt(ids, min(2 * n_own + 16, 64 - len(ids)))], stop_ids(tokenizer))[0]
+        assert answer == tokenizer.decode(plain.ids).strip()

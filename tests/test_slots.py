@@ -1,0 +1,218 @@
+"""What a slot is: the facts that make prefix-tuning right, each against plain arithmetic."""
+
+import math
+
+import pytest
+import torch
+
+from minigpt import GPT, GPTConfig, UserError
+from minigpt.attention import LayerSlots, Layout, attend
+from minigpt.generate import Prompt, generate
+from minigpt.loss import nll_sum
+from prefix.banks import Banks
+from prefix.translation import pack
+
+CONFIG = GPTConfig(vocab_size=61, n_positions=48, n_embd=24, n_layer=3, n_head=3)
+
+
+def random_model(dtype=torch.float64, seed=None):
+    if seed is not None:
+        torch.manual_seed(seed)
+    model = GPT(CONFIG).to(dtype)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.requires_grad_(False)
+
+
+def random_banks(model, names=("en", "fr"), prefix_len=4):
+    banks = Banks.random(model.config, names, prefix_len, seed=int(torch.randint(1 << 30, ())))
+    return banks.to(model.dtype)
+
+
+def ids(*shape):
+    return torch.randint(CONFIG.vocab_size, shape)
+
+
+def written_out(qkv, n_head, layout, slots):
+    """Attention token by token, from the formula alone: for each the keys that it sees, then a softmax over them."""
+    rows = []
+    for i, (start, opened) in enumerate(zip(layout.start.tolist(), layout.opened.tolist())):
+        heads = []
+        for h in range(n_head):
+            q, k, v = (x[:, h] for x in qkv.unflatten(-1, (3, n_head, -1)).unbind(1))  # (N, head_dim)
+            seen = [s for s, bank in enumerate(slots.bank.tolist()) if opened >> bank & 1]
+            keys = torch.cat([slots.key[h, seen], k[start : i + 1]])
+            values = torch.cat([slots.value[h, seen], v[start : i + 1]])
+            weights = (keys @ q[i] / math.sqrt(q.size(-1))).softmax(0)
+            heads.append(weights @ values)
+        rows.append(torch.cat(heads))
+    return torch.stack(rows)
+
+
+def random_attention(n_banks=3):
+    """A random packed row: ragged sentences, each token with random open banks, and slots of several banks."""
+    lengths = torch.randint(1, 9, (4,)).tolist()
+    opened = torch.randint(1 << n_banks, (sum(lengths),))
+    bank = torch.arange(n_banks).repeat_interleave(torch.randint(0, 4, (n_banks,)))
+    shape = (3, len(bank), 8)
+    tensors = [torch.randn(sum(lengths), 72), torch.randn(shape), torch.randn(shape)]
+    return Layout(lengths, opened), bank, [t.double().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("how", ["plain", "fused"])
+@pytest.mark.parametrize("trial", range(5))
+def test_attention_and_its_gradients_equal_the_formula_written_out(how, trial):
+    layout, bank, tensors = random_attention()
+    outputs = []
+    for compute in (lambda qkv, k, v: attend(qkv, 3, layout, LayerSlots(k, v, bank), how), lambda qkv, k, v: written_out(qkv, 3, layout, LayerSlots(k, v, bank))):
+        out = compute(*tensors)
+        outputs.append((out, *torch.autograd.grad((out * out.detach().cos()).sum(), tensors, allow_unused=True)))
+    for ours, formula in zip(*outputs):
+        if formula is not None and formula.numel():
+            torch.testing.assert_close(ours, formula, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("how", ["plain", "fused"])
+def test_slot_gradients_equal_finite_differences(how):
+    layout, bank, tensors = random_attention()
+    attention = lambda qkv, k, v: attend(qkv, 3, layout, LayerSlots(k, v, bank), how)
+    assert torch.autograd.gradcheck(attention, tensors)
+
+
+@pytest.mark.parametrize("how", ["plain", "fused"])
+def test_a_bank_read_off_tokens_stands_for_these_tokens(how):
+    model = random_model()
+    model.attention = how
+    prompt, text = ids(1, 7), ids(1, 9)
+    bank = Banks.reading(model, "prompt", prompt[0].tolist()).double()
+    ours = bank.logits(model, text, open=["prompt"])
+    together = model(torch.cat([prompt, text], dim=1))[:, 7:]
+    torch.testing.assert_close(ours, together, rtol=1e-5, atol=1e-5)  # the bank's masters are float32
+
+
+def test_without_open_banks_the_model_is_plain_gpt2():
+    model, text = random_model(), ids(2, 9)
+    banks = random_banks(model)
+    torch.testing.assert_close(banks.logits(model, text, open=[]), model(text))
+
+
+def test_an_empty_bank_is_the_plain_model():
+    model, text = random_model(), ids(2, 9)
+    banks = random_banks(model, prefix_len=0)
+    torch.testing.assert_close(banks.logits(model, text, open=["en", "fr"]), model(text))
+
+
+def test_the_order_of_banks_and_slots_does_not_matter():
+    model, text = random_model(), ids(1, 9)
+    banks = random_banks(model)
+    mirrored = Banks({n: (k.flip(2), v.flip(2)) for n, k, v in reversed(list(zip(banks.names, banks.key, banks.value)))})
+    ours, theirs = (b.double().logits(model, text, open=["fr", "en"]) for b in (banks, mirrored))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bank_is_seen_from_where_it_opens_on_and_not_before():
+    model, banks = random_model(), None
+    banks = random_banks(model)
+    text, opened = ids(9), torch.tensor([1] * 4 + [3] * 5)
+    hidden = lambda b, o: model.hidden(text, Layout([9], o), b.slots(model.dtype))
+    changed = random_banks(model)
+    changed.load_state_dict({**changed.state_dict(), "key.0": banks.key[0], "value.0": banks.value[0]})
+    one, other = hidden(banks, opened), hidden(changed, opened)  # they differ in bank 1 alone
+    torch.testing.assert_close(one[:4], other[:4])
+    assert not torch.isclose(one[4:], other[4:]).all(dim=-1).any()
+
+
+@pytest.mark.parametrize("how", ["plain", "fused"])
+def test_a_ragged_batch_gives_each_sentence_what_it_gets_alone(how):
+    model = random_model()
+    model.attention = how
+    slots = random_banks(model).slots(model.dtype)
+    sentences = [(ids(n), torch.randint(4, (n,))) for n in (5, 1, 12, 3)]
+    together = model.hidden(torch.cat([t for t, _ in sentences]), Layout([5, 1, 12, 3], torch.cat([o for _, o in sentences])), slots)
+    alone = [model.hidden(text, Layout([len(text)], opened), slots) for text, opened in sentences]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_text_keeps_the_positions_it_had_in_pretraining():
+    model = random_model()
+    layout = Layout([3, 5])
+    assert layout.position.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+
+
+def test_the_loss_of_a_pair_counts_the_target_and_its_end_and_nothing_else():
+    batch = pack([([5, 6, 7], [8, 9], 1, 0), ([4], [3, 2, 1], 0, 1)], sep=10, eot=60)
+    assert batch.ids.tolist() == [5, 6, 7, 10, 8, 9, 4, 10, 3, 2, 1]
+    assert batch.layout.opened.tolist() == [2, 2, 2, 3, 3, 3, 1, 3, 3, 3, 3]
+    assert batch.at.tolist() == [3, 4, 5, 7, 8, 9, 10]
+    assert batch.targets.tolist() == [8, 9, 60, 3, 2, 1, 60]
+
+
+def test_an_empty_side_is_packed_like_any_other():
+    batch = pack([([], [8], 0, 1), ([5], [], 1, 0)], sep=10, eot=60)
+    assert batch.ids.tolist() == [10, 8, 5, 10]
+    assert batch.at.tolist() == [0, 1, 3]
+
+
+def test_the_chunked_loss_and_its_gradient_equal_cross_entropy(monkeypatch):
+    monkeypatch.setattr("minigpt.loss.CHUNK", 5)
+    hidden, wte, targets = torch.randn(13, 8).double().requires_grad_(), torch.randn(31, 8).double(), torch.randint(31, (13,))
+    ours = nll_sum(hidden, wte, targets)
+    theirs = torch.nn.functional.cross_entropy(hidden @ wte.T, targets, reduction="sum")
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(3 * loss, hidden)[0] for loss in (ours, theirs)), rtol=1e-6, atol=1e-6)
+
+
+def slot_gradients(model, banks):
+    """Gradients of a translation loss with respect to every bank's keys and values."""
+    torch.manual_seed(5)
+    batch = pack([(ids(4), ids(3), 1, 0), (ids(2), ids(6), 0, 1)], sep=10, eot=60)
+    hidden = model.hidden(batch.ids, batch.layout, banks.slots(model.dtype))
+    loss = nll_sum(hidden[batch.at], model.wte.weight, batch.targets)
+    return torch.autograd.grad(loss, list(banks.parameters()))
+
+
+def test_all_slots_of_all_layers_get_gradients_and_the_base_model_none():
+    model = random_model()
+    gradients = slot_gradients(model, random_banks(model))
+    assert all((g.abs().amax(dim=(-1, -2)) > 0).all() for g in gradients)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_slots_still_get_gradients_after_a_translation_in_between():
+    model = random_model()
+    banks = random_banks(model)
+    before = slot_gradients(model, banks)
+    with torch.no_grad():
+        generate(model, [Prompt([1, 2, 3], 5, [1, 1, 3])], [60], banks.slots(model.dtype))
+    for one, other in zip(before, slot_gradients(model, banks)):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_prefix_file_keeps_every_bit(tmp_path):
+    model = random_model(torch.float32)
+    banks = Banks.random(CONFIG, ["en", "fr", "de"], 4)
+    banks.training_record = {"steps": 3}
+    banks.save(tmp_path / "p.safetensors", model)
+    again = Banks.load(tmp_path / "p.safetensors", model)
+    assert again.names == banks.names and again.training_record == {"steps": 3} and again.position_offset == 0
+    assert all(torch.equal(a, b) for a, b in zip(banks.parameters(), again.parameters()))
+
+
+def test_a_prefix_refuses_another_base_naming_both(tmp_path):
+    model, other = random_model(seed=1), random_model(seed=2)
+    Banks.random(CONFIG, ["en", "fr"], 4).save(tmp_path / "p.safetensors", model)
+    with pytest.raises(UserError) as error:
+        Banks.load(tmp_path / "p.safetensors", other)
+    assert model.fingerprint in str(error.value) and other.fingerprint in str(error.value)
+
+
+def test_a_file_that_is_no_prefix_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(UserError, match="p.safetensors"):
+        Banks.load(path, random_model())
+
+
+def test_a_sentence_longer_than_the_context_is_an_error():
+    with pytest.raises(UserError, match="context of 48"):
+        random_model()(ids(1, 49))
