@@ -13,7 +13,8 @@ Token i attends to the tokens start[i] .. i, and beside them to every slot whose
     output = softmax(scores) @ [slot values , text values]
 
 A slot has a key and a value and nothing else, so it needs no query, no token and no position.
-`plain` writes exactly this down; `fused` computes the same through torch's fused attention.
+`plain` writes exactly this down. `fused` computes the same without keeping the scores: on a CPU through torch's own
+fused attention, on a GPU through the kernels of kernels.py.
 """
 
 import math
@@ -28,19 +29,28 @@ class Layout:
     """How N packed tokens fall into B sentences, and which banks are open at each.
 
     lengths: tokens of each sentence, in order, as a list of ints >= 1.
-    opened: (N,) int64 bit masks, or None where no bank is open anywhere.
+    opened: (N,) bit masks, or None where no bank is open anywhere.
     """
 
     def __init__(self, lengths, opened=None, device="cpu"):
         self.lengths, self.device = list(lengths), torch.device(device)
-        self.opened = None if opened is None else opened.to(self.device)
         self.n_tokens, self.longest = sum(self.lengths), max(self.lengths)
         self.ragged = min(self.lengths) != self.longest
+        self.has_open = opened is not None
+        opened = torch.zeros(self.n_tokens) if opened is None else opened
+        self.opened = opened.to(self.device, torch.int32)
 
     @cached_property
     def start(self):
-        lengths = torch.tensor(self.lengths)
-        return (lengths.cumsum(0) - lengths).repeat_interleave(lengths).to(self.device)  # (N,)
+        """(N,) int32: the first token of each token's sentence."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        return (lengths.cumsum(0, dtype=torch.int32) - lengths).repeat_interleave(lengths).to(self.device)
+
+    @cached_property
+    def end(self):
+        """(N,) int32: the token after the last one of each token's sentence."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        return lengths.cumsum(0, dtype=torch.int32).repeat_interleave(lengths).to(self.device)
 
     @cached_property
     def position(self):
@@ -72,12 +82,15 @@ class Layout:
 
 @dataclass
 class Slots:
-    """The slots of all banks, one after another. key, value: (n_layer, n_head, S, head_dim); bank: (S,) int64,
+    """The slots of all banks, one after another. key, value: (n_layer, n_head, S, head_dim); bank: (S,) int32,
     the number of the bank that each slot belongs to (the bit that opens it)."""
 
     key: torch.Tensor
     value: torch.Tensor
     bank: torch.Tensor
+
+    def to(self, dtype):
+        return Slots(self.key.to(dtype), self.value.to(dtype), self.bank)
 
     def layer(self, i):
         return LayerSlots(self.key[i], self.value[i], self.bank)
@@ -91,20 +104,31 @@ class LayerSlots:
     value: torch.Tensor
     bank: torch.Tensor
 
+    def to(self, dtype):
+        return LayerSlots(self.key.to(dtype), self.value.to(dtype), self.bank)
+
 
 def attend(qkv, n_head, layout, slots=None, how="auto"):
-    """qkv (N, 3 * n_embd), the projection's output -> (N, n_embd). slots: LayerSlots or None.
+    """qkv (N, 3 * n_embd), the projection's output -> (N, n_embd). slots: LayerSlots or None, of any dtype.
 
-    how: "plain" (the formula, the reference), "fused", or "auto" (the faster one here)."""
-    if slots is not None and (slots.bank.numel() == 0 or layout.opened is None):
+    how: "plain" (the formula, the reference), "fused" (in one pass, without scores in memory), or "auto": fused."""
+    if slots is not None and (slots.bank.numel() == 0 or not layout.has_open):
         slots = None
-    return (plain if how == "plain" else fused)(qkv, n_head, layout, slots)
+    if how == "plain":
+        return plain(qkv, n_head, layout, slots)
+    if not qkv.is_cuda:
+        return fused(qkv, n_head, layout, slots)
+    from minigpt import kernels  # here, because triton comes with CUDA builds of torch only
+
+    return kernels.fused(qkv, n_head, layout, slots)
 
 
 def plain(qkv, n_head, layout, slots):
     """The formula above, step by step; the softmax in float32 or better."""
     q, k, v = _heads(qkv, n_head, layout)  # each (B, n_head, T, head_dim)
-    n_slots = 0 if slots is None else slots.bank.numel()
+    n_slots = 0
+    if slots is not None:
+        slots, n_slots = slots.to(q.dtype), slots.bank.numel()
     scores = q @ k.transpose(-2, -1)  # (B, n_head, T, T)
     if n_slots:
         scores = torch.cat([q @ slots.key.transpose(-2, -1), scores], dim=-1)  # (B, n_head, T, S + T)
@@ -123,6 +147,7 @@ def fused(qkv, n_head, layout, slots):
     if slots is None:  # with as many keys as queries, is_causal means what it says
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
+        slots = slots.to(q.dtype)
         k = torch.cat([slots.key.expand(len(k), -1, -1, -1), k], dim=2)  # (B, n_head, S + T, head_dim)
         v = torch.cat([slots.value.expand(len(v), -1, -1, -1), v], dim=2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(layout, slots))

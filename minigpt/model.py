@@ -110,7 +110,7 @@ class GPT(nn.Module):
     def hidden(self, ids, layout, slots=None, position_offset=0):
         """ids (N,), packed as `layout` says -> the last layer's normed activations (N, n_embd).
 
-        slots: the banks that layout.opened speaks of, in the model's dtype. position_offset: the position of each
+        slots: the banks that layout.opened speaks of. position_offset: the position of each
         sentence's first token. Raises UserError for a sentence that is longer than the context."""
 
         def look(i, qkv):

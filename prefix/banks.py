@@ -5,7 +5,7 @@ A bank is one key and one value for each of its slots, in every layer and head o
     bank "fr":   key (n_layer, n_head, prefix_len, head_dim)    value (the same)
 
 Banks are numbered in order; bit b of a token's mask opens bank b to it. Their masters are float32, cast to the
-model's dtype where they are used. A bank can be drawn at random, read off a text (the keys and values that the
+model's dtype where they are used (in attention). A bank can be drawn at random, read off a text (the keys and values that the
 model itself computes for some tokens), learned, saved and loaded.
 """
 
@@ -84,11 +84,11 @@ class Banks(nn.Module):
                 raise UserError(f"no bank {name!r} in this prefix: it has {', '.join(self.names)}")
         return sum(1 << self.names.index(name) for name in set(names))
 
-    def slots(self, dtype):
-        """All banks one after another, in `dtype`, as attention takes them."""
-        key, value = torch.cat(list(self.key), dim=2).to(dtype), torch.cat(list(self.value), dim=2).to(dtype)
-        numbers = torch.arange(len(self.names), device=key.device)
-        bank = numbers.repeat_interleave(torch.tensor(self.prefix_len, device=key.device))  # (S,)
+    def slots(self):
+        """All banks one after another, as attention takes them; it casts them to the model's dtype."""
+        key, value = torch.cat(list(self.key), dim=2), torch.cat(list(self.value), dim=2)
+        numbers = torch.arange(len(self.names), dtype=torch.int32)
+        bank = numbers.repeat_interleave(torch.tensor(self.prefix_len)).to(key.device)  # (S,)
         return Slots(key, value, bank)
 
     def logits(self, model, ids, open=()):
@@ -96,7 +96,7 @@ class Banks(nn.Module):
         B, T = ids.shape
         opened = torch.full((B * T,), self.mask(open), device=ids.device)
         layout = Layout([T] * B, opened, ids.device)
-        hidden = model.hidden(ids.flatten(), layout, self.slots(model.dtype), self.position_offset)
+        hidden = model.hidden(ids.flatten(), layout, self.slots(), self.position_offset)
         return model.logits(hidden).view(B, T, -1)
 
     def save(self, path, model):

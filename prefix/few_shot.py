@@ -40,7 +40,7 @@ def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_siz
         room = model.config.n_positions - offset - len(ids)
         if room > 0:  # a sentence that does not fit behind the examples stays unanswered
             prompts[i] = Prompt(ids, min(room, 2 * len(ids) + 16), [1] * len(ids) if bank else None)
-    slots = bank.slots(model.dtype) if bank else None
+    slots = bank.slots().to(model.dtype) if bank else None
     generated = generate(model, list(prompts.values()), stop_ids(tokenizer), slots, offset, batch_size)
     for i, result in zip(prompts, generated):
         results[i] = (tokenizer.decode(result.ids).strip(), result.finished)

@@ -48,7 +48,7 @@ class Settings:
 
 class Trainer:
     def __init__(self, model, tokenizer, banks, corpus, settings, out):
-        """banks: a prefix.Banks or anything with slots(dtype), parameters() and a Banks to save as `.banks()`.
+        """banks: a prefix.Banks or anything with slots(), parameters() and a Banks to save as `.banks()`.
         corpus: data.Corpus whose columns are the banks, in order. out: the run directory, which exists."""
         self.model, self.tokenizer, self.banks, self.settings, self.out = model, tokenizer, banks, settings, Path(out)
         self.corpus, self.sep = corpus, separator(tokenizer)
@@ -132,8 +132,7 @@ class Trainer:
 
     def nll(self, batch):
         """The summed negative log likelihood of a packed batch's targets."""
-        slots = self.banks.slots(self.model.dtype)
-        hidden = self.model.hidden(batch.ids, batch.layout, slots, self.banks.position_offset)  # (N, n_embd)
+        hidden = self.model.hidden(batch.ids, batch.layout, self.banks.slots(), self.banks.position_offset)  # (N, n_embd)
         return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets)
 
     def micro_batches(self, examples):

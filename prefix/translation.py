@@ -82,7 +82,7 @@ def translate(model, tokenizer, banks, texts, source, target, max_new=None, batc
     prompts = [prompt(tokenizer, banks, texts[i], source, target, max_new, limit) for i in wanted]
     for i, asked in zip(wanted, prompts):
         asked.stream = first + i
-    slots, offset = banks.slots(model.dtype), banks.position_offset
+    slots, offset = banks.slots().to(model.dtype), banks.position_offset
     if beams > 1:
         generated = beam_search(model, prompts, [tokenizer.eot], slots, offset, beams, batch_size)
     else:

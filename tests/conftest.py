@@ -1,5 +1,6 @@
 """What several test files share: fresh random numbers, GPT-2 vocabularies, and transformers' GPT-2 as the reference."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 import torch
 
 from minigpt import checkpoint
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: they then run on the CPU
 
 REAL_VOCABULARY = Path(__file__).parents[2] / "shared/data/gpt2_tokenizer"
 

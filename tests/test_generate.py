@@ -38,7 +38,7 @@ def greedy_by_full_forward(model, prompt, banks):
     """The same without a cache: the whole text through the model for every new token."""
     ids, opened, new = list(prompt.ids), list(prompt.opened or [0] * len(prompt.ids)), []
     while len(new) < prompt.max_new:
-        hidden = model.hidden(torch.tensor(ids), Layout([len(ids)], torch.tensor(opened)), banks.slots(model.dtype))
+        hidden = model.hidden(torch.tensor(ids), Layout([len(ids)], torch.tensor(opened)), banks.slots())
         token = int(model.logits(hidden[-1]).argmax())
         if token == STOP:
             return new
@@ -51,7 +51,7 @@ def greedy_by_full_forward(model, prompt, banks):
 def test_each_sentence_gets_the_tokens_that_it_gets_alone_without_a_cache(model, batch_size, banks):
     slots = Banks.random(CONFIG, ["en", "fr"], 5)
     prompts = random_prompts(19, banks=banks)
-    results = generate(model, prompts, [STOP], slots.slots(model.dtype) if banks else None, batch_size=batch_size)
+    results = generate(model, prompts, [STOP], slots.slots() if banks else None, batch_size=batch_size)
     assert [r.ids for r in results] == [greedy_by_full_forward(model, p, slots) for p in prompts]
 
 
@@ -124,7 +124,7 @@ def test_one_beam_is_greedy(model):
 
 
 def test_beams_see_their_own_sentences_banks(model):
-    slots = Banks.random(CONFIG, ["en", "fr"], 5).slots(model.dtype)
+    slots = Banks.random(CONFIG, ["en", "fr"], 5).slots()
     prompts = random_prompts(5)
     together = beam_search(model, prompts, [STOP], slots, beams=3, batch_size=15)
     alone = [beam_search(model, [p], [STOP], slots, beams=3)[0] for p in prompts]

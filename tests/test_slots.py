@@ -114,7 +114,7 @@ def test_a_bank_is_seen_from_where_it_opens_on_and_not_before():
     model, banks = random_model(), None
     banks = random_banks(model)
     text, opened = ids(9), torch.tensor([1] * 4 + [3] * 5)
-    hidden = lambda b, o: model.hidden(text, Layout([9], o), b.slots(model.dtype))
+    hidden = lambda b, o: model.hidden(text, Layout([9], o), b.slots())
     changed = random_banks(model)
     changed.load_state_dict({**changed.state_dict(), "key.0": banks.key[0], "value.0": banks.value[0]})
     one, other = hidden(banks, opened), hidden(changed, opened)  # they differ in bank 1 alone
@@ -126,7 +126,7 @@ def test_a_bank_is_seen_from_where_it_opens_on_and_not_before():
 def test_a_ragged_batch_gives_each_sentence_what_it_gets_alone(how):
     model = random_model()
     model.attention = how
-    slots = random_banks(model).slots(model.dtype)
+    slots = random_banks(model).slots()
     sentences = [(ids(n), torch.randint(4, (n,))) for n in (5, 1, 12, 3)]
     together = model.hidden(torch.cat([t for t, _ in sentences]), Layout([5, 1, 12, 3], torch.cat([o for _, o in sentences])), slots)
     alone = [model.hidden(text, Layout([len(text)], opened), slots) for text, opened in sentences]
@@ -166,7 +166,7 @@ def slot_gradients(model, banks):
     """Gradients of a translation loss with respect to every bank's keys and values."""
     torch.manual_seed(5)
     batch = pack([(ids(4), ids(3), 1, 0), (ids(2), ids(6), 0, 1)], sep=10, eot=60)
-    hidden = model.hidden(batch.ids, batch.layout, banks.slots(model.dtype))
+    hidden = model.hidden(batch.ids, batch.layout, banks.slots())
     loss = nll_sum(hidden[batch.at], model.wte.weight, batch.targets)
     return torch.autograd.grad(loss, list(banks.parameters()))
 
@@ -183,7 +183,7 @@ def test_slots_still_get_gradients_after_a_translation_in_between():
     banks = random_banks(model)
     before = slot_gradients(model, banks)
     with torch.no_grad():
-        generate(model, [Prompt([1, 2, 3], 5, [1, 1, 3])], [60], banks.slots(model.dtype))
+        generate(model, [Prompt([1, 2, 3], 5, [1, 1, 3])], [60], banks.slots())
     for one, other in zip(before, slot_gradients(model, banks)):
         torch.testing.assert_close(one, other)
 
