@@ -5,6 +5,7 @@
 """
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from minigpt import UserError, checkpoint
 from minigpt.files import replacing
-from prefix import command, data
+from prefix import command, data, distributed
 from prefix.banks import Banks
 from prefix.command import notice, number, whole
 from prefix.trainer import Settings, Trainer
@@ -40,15 +41,20 @@ def parse_arguments():
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (runs/<time>)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR; only --steps may be new")
     parser.add_argument("--eval-every", type=whole(0), metavar="N", help="steps between validations; 0: never")
+    parser.add_argument("--save-every", type=whole(1), default=50, metavar="N", help="steps between saves of last/ (50)")
+    parser.add_argument("--micro-batch-tokens", type=whole(1), metavar="N", help="tokens in memory at a time (by device)")
+    parser.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more time")
     command.add_machine_options(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
+    distributed.start()
     config = resume_config(args) if args.resume else resolve(args)
-    out = args.resume or make_run_directory(args.out)
+    out = args.resume or distributed.from_first(make_run_directory(args.out) if distributed.rank() == 0 else None)
     model, tokenizer = command.load_model(args, config["model"])
+    model.checkpoint_activations = args.checkpoint_activations
     corpus = data.load(command.data_paths(config["data"]), config["columns"], tokenizer, config["limit"], config["max_tokens"])
     for line in corpus.skipped:
         notice(line)
@@ -56,14 +62,15 @@ def main():
     banks = start(config, model, tokenizer, corpus)
     banks.training_record = {name: config[name] for name in ("model", "data", "columns", "limit", "init")}
     banks.training_record["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    write_config(out, config)
+    if distributed.rank() == 0:
+        write_config(out, config)
     trainer = Trainer(model, tokenizer, banks, corpus, settings, out)
     if args.resume:
         trainer.resume()
     notice(f"Training {', '.join(banks.names)} on {len(trainer.train_set):,} examples, {model.device}, {model.dtype}, {out}")
     if not trainer.run():
         notice(f"stopped after step {trainer.step}; to go on: python train.py --resume {out}")
-        sys.exit(128 + trainer.signal)
+        sys.exit(128 + (trainer.stop[0] if trainer.stop else signal.SIGTERM))
     notice(closing_line(trainer, model, out))
 
 
@@ -79,7 +86,9 @@ def resolve(args):
         batch_size=args.batch_size,
         warmup=steps // 20 if args.warmup is None else args.warmup,
         eval_every=max(1, steps // 6) if args.eval_every is None else args.eval_every,
+        save_every=args.save_every,
         seed=args.seed,
+        micro_batch_tokens=args.micro_batch_tokens,
     )
     return {
         "model": name if name == "demo" or not Path(name).is_dir() else str(Path(name).resolve()),

@@ -24,6 +24,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+KERNELS_FROM = (8, 0)  # compute capability: below it, Triton 3.9 compiles matrix products without tensor cores
+
 
 class Layout:
     """How N packed tokens fall into B sentences, and which banks are open at each.
@@ -39,22 +41,11 @@ class Layout:
         self.has_open = opened is not None
         opened = torch.zeros(self.n_tokens) if opened is None else opened
         self.opened = opened.to(self.device, torch.int32)
-
-    @cached_property
-    def start(self):
-        """(N,) int32: the first token of each token's sentence."""
-        lengths = torch.tensor(self.lengths, dtype=torch.int32)
-        return (lengths.cumsum(0, dtype=torch.int32) - lengths).repeat_interleave(lengths).to(self.device)
-
-    @cached_property
-    def end(self):
-        """(N,) int32: the token after the last one of each token's sentence."""
-        lengths = torch.tensor(self.lengths, dtype=torch.int32)
-        return lengths.cumsum(0, dtype=torch.int32).repeat_interleave(lengths).to(self.device)
-
-    @cached_property
-    def position(self):
-        return torch.arange(self.n_tokens, device=self.device) - self.start  # (N,)
+        n = torch.tensor(self.lengths, dtype=torch.int32)
+        end = n.cumsum(0, dtype=torch.int32).repeat_interleave(n)  # (N,): the token after each token's sentence
+        start = end - n.repeat_interleave(n)  # (N,): the first token of each token's sentence
+        self.start, self.end = start.to(self.device), end.to(self.device)
+        self.position = (torch.arange(self.n_tokens) - start).to(self.device)  # (N,) int64
 
     @cached_property
     def cell(self):
@@ -116,11 +107,11 @@ def attend(qkv, n_head, layout, slots=None, how="auto"):
         slots = None
     if how == "plain":
         return plain(qkv, n_head, layout, slots)
-    if not qkv.is_cuda:
-        return fused(qkv, n_head, layout, slots)
-    from minigpt import kernels  # here, because triton comes with CUDA builds of torch only
+    if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= KERNELS_FROM:
+        from minigpt import kernels  # here, because triton comes with CUDA builds of torch only
 
-    return kernels.fused(qkv, n_head, layout, slots)
+        return kernels.fused(qkv, n_head, layout, slots)
+    return fused(qkv, n_head, layout, slots)
 
 
 def plain(qkv, n_head, layout, slots):

@@ -53,10 +53,11 @@ def default():
 
 def on_disk(name):
     """The directory of a published checkpoint if it can be had without the network, else None."""
-    for directory in (home() / name, _from_hub(name, download=False)):
-        if directory and _has_weights(directory):
-            return directory
-    return None
+    directory = home() / name
+    if _has_weights(directory):
+        return directory
+    directory = _from_hub(name, download=False)
+    return directory if directory and _has_weights(directory) else None
 
 
 def _has_weights(directory):

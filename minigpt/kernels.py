@@ -209,16 +209,19 @@ def slot_gradient_kernel(
     _store(grad_value + offset, slots, D, columns, S, dv, D)
 
 
-def shape_of_blocks(head_dim, dtype):
-    """(BM, BN, BD, EXACT): what a program handles at a time. float32 has no tensor cores here, and half the room."""
+KERNELS = (forward_kernel, delta_kernel, query_gradient_kernel, key_gradient_kernel, slot_gradient_kernel)
+
+
+def constants(kernel, n_head, head_dim, dtype):
+    """What a kernel is compiled for. float32 has no tensor cores here, and half the room."""
     exact = dtype == torch.float32
     block = BLOCK // 2 if exact else BLOCK
-    return block, block, max(16, triton.next_power_of_2(head_dim)), exact
-
-
-def options(head_dim, dtype):
-    """Warps of a program, and how many blocks of keys are on their way at once."""
-    return {"num_warps": 4, "num_stages": 1 if head_dim > 64 or dtype == torch.float32 else 2}
+    sizes = dict(H=n_head, D=head_dim, BD=max(16, triton.next_power_of_2(head_dim)), BM=block)
+    if kernel is delta_kernel:
+        return sizes
+    few = kernel is slot_gradient_kernel  # slots are few, and two sums of BN rows stay in registers
+    stages = 1 if head_dim > 64 or exact else 2
+    return dict(**sizes, BN=block // 2 if few else block, EXACT=exact, num_warps=4, num_stages=stages)
 
 
 def fused(qkv, n_head, layout, slots):
@@ -234,17 +237,16 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, slot_key, slot_value, bank, layout, n_head):
-        N, C = len(qkv), qkv.size(1) // 3
-        head_dim, S = C // n_head, len(bank)
-        BM, BN, BD, exact = shape_of_blocks(head_dim, qkv.dtype)
+        N, C, S = len(qkv), qkv.size(1) // 3, len(bank)
         qkv = qkv.contiguous()
         key, value = slot_key.to(qkv.dtype).contiguous(), slot_value.to(qkv.dtype).contiguous()
         out = torch.empty(N, C, device=qkv.device, dtype=qkv.dtype)
         lse = torch.empty(n_head, N, device=qkv.device, dtype=torch.float32)
-        forward_kernel[(triton.cdiv(N, BM), n_head)](
-            qkv, out, lse, key, value, layout.start, layout.opened, bank, N, S, LOG2_E / head_dim**0.5,
-            H=n_head, D=head_dim, BD=BD, BM=BM, BN=BN, EXACT=exact, **options(head_dim, qkv.dtype),
-        )  # fmt: skip
+        sizes = constants(forward_kernel, n_head, C // n_head, qkv.dtype)
+        scale = LOG2_E * (C // n_head) ** -0.5
+        forward_kernel[(triton.cdiv(N, sizes["BM"]), n_head)](
+            qkv, out, lse, key, value, layout.start, layout.opened, bank, N, S, scale, **sizes
+        )
         ctx.save_for_backward(qkv, out, lse, key, value, bank)
         ctx.layout, ctx.n_head = layout, n_head
         return out
@@ -252,35 +254,35 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         qkv, out, lse, key, value, bank = ctx.saved_tensors
-        layout, n_head = ctx.layout, ctx.n_head
-        N, C = out.shape
-        head_dim, S = C // n_head, len(bank)
-        BM, BN, BD, exact = shape_of_blocks(head_dim, qkv.dtype)
-        shape = dict(H=n_head, D=head_dim, BD=BD, BM=BM)
-        tiles = dict(**shape, BN=BN, EXACT=exact, **options(head_dim, qkv.dtype))
-        scale, factor = LOG2_E / head_dim**0.5, head_dim**-0.5
+        start, end, opened, n_head = ctx.layout.start, ctx.layout.end, ctx.layout.opened, ctx.n_head
+        (N, C), S = out.shape, len(bank)
+        sizes = {kernel: constants(kernel, n_head, C // n_head, qkv.dtype) for kernel in KERNELS}
+        factor = (C // n_head) ** -0.5
+        scale = LOG2_E * factor
         grad_out = grad_out.contiguous()
         delta = torch.empty_like(lse)
-        blocks = triton.cdiv(N, BM)
-        delta_kernel[(blocks, n_head)](out, grad_out, delta, N, **shape)
+        block = sizes[forward_kernel]["BM"]
+        blocks = triton.cdiv(N, block)
+        delta_kernel[(blocks, n_head)](out, grad_out, delta, N, **sizes[delta_kernel])
         grad_qkv = grad_key = grad_value = None
         if ctx.needs_input_grad[0]:
             grad_qkv = torch.empty_like(qkv)
             query_gradient_kernel[(blocks, n_head)](
-                qkv, grad_qkv, grad_out, lse, delta, key, value, layout.start, layout.opened, bank, N, S, scale, factor,
-                **tiles,
+                qkv, grad_qkv, grad_out, lse, delta, key, value, start, opened, bank, N, S, scale, factor,
+                **sizes[query_gradient_kernel],
             )  # fmt: skip
-            key_gradient_kernel[(triton.cdiv(N, BN), n_head)](
-                qkv, grad_qkv, grad_out, lse, delta, layout.start, layout.end, N, scale, factor, **tiles
+            key_gradient_kernel[(blocks, n_head)](
+                qkv, grad_qkv, grad_out, lse, delta, start, end, N, scale, factor, **sizes[key_gradient_kernel]
             )
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            part = triton.cdiv(blocks, SPLITS) * BM
+        if S and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            part = triton.cdiv(blocks, SPLITS) * block
             splits = triton.cdiv(N, part)
             grad_key = torch.empty(splits, *key.shape, device=qkv.device, dtype=torch.float32)
             grad_value = torch.empty_like(grad_key)
-            slot_gradient_kernel[(triton.cdiv(S, BN), n_head, splits)](
-                qkv, grad_out, lse, delta, key, value, grad_key, grad_value, layout.opened, bank, N, S, part, scale, factor,
-                **tiles,
+            slot_blocks = triton.cdiv(S, sizes[slot_gradient_kernel]["BN"])
+            slot_gradient_kernel[(slot_blocks, n_head, splits)](
+                qkv, grad_out, lse, delta, key, value, grad_key, grad_value, opened, bank, N, S, part, scale, factor,
+                **sizes[slot_gradient_kernel],
             )  # fmt: skip
             grad_key, grad_value = grad_key.sum(0), grad_value.sum(0)
         return grad_qkv, grad_key, grad_value, None, None, None

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from minigpt import checkpoint
 from minigpt.attention import Layout, attend
@@ -78,6 +79,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.attention = "auto"  # or "fused", "plain": see attention.attend
+        self.checkpoint_activations = False  # True: keep only each block's input and compute the rest again for backward
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -129,7 +131,10 @@ class GPT(nn.Module):
         """x (N, n_embd) through all blocks and the last norm. look(i, qkv) is the attention of layer i:
         qkv (N, 3 * n_embd) -> (N, n_embd); decoding with a cache brings its own."""
         for i, block in enumerate(self.h):
-            x = block(x, partial(look, i))
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint_block(block, x, partial(look, i), use_reentrant=False)
+            else:
+                x = block(x, partial(look, i))
         return self.ln_f(x)
 
     def logits(self, hidden):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from minigpt import GPT, Tokenizer, UserError
+from prefix import distributed
 from prefix.banks import Banks, read_metadata
 
 DEMO = Path(__file__).parent / "demo"
@@ -37,10 +38,13 @@ def telling_errors():
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        distributed.finish()
 
 
 def notice(text):
-    print(text, file=sys.stderr)
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr)
 
 
 def add_machine_options(parser):

@@ -3,16 +3,16 @@
     files -> read_rows -> clean texts -> tokenizer -> <home>/tokens/<key>/ -> Corpus
 
 A row has one text in each column, and a column is what one bank stands for: a language, as a rule. The files are one
-table (.csv, .tsv with a header; .jsonl or .ndjson, whose keys are the columns) or two or more aligned text files, one
-for each column. Neither reading nor encoding ever holds more than a few thousand rows, so the files may be of any
-size. A row that cannot be used is counted by reason in `Skipped`; it stops nothing.
+table (.csv or .tsv with a header; .jsonl or .ndjson, whose keys are the columns) or two or more aligned text files, one
+for each column. Rows go through one by one, so the files may be of any size. A row that cannot be used is counted by
+reason in `Skipped`; it stops nothing.
 
-The cache of C columns and R rows; the cell of a row and column is number row * C + column:
+The cache of R rows in C columns, whose cell number row * C + column is the text of that row in that column:
 
-    tokens.bin, text.bin                  the ids and the UTF-8 texts of all cells, one after another
-    tokens.offsets.bin, text.offsets.bin  (R * C + 1,) int64: where each cell begins, and where the last one ends
-    split.bin                             (R,) uint8: each row's number in minigpt.splits.SPLITS
-    meta.json                             the columns, what was skipped, and the files' sizes; written last
+    tokens.bin, text.bin   the ids and the UTF-8 bytes of all cells, one after another
+    index.bin              (R * C + 1, 2) int64: where each cell begins in tokens.bin (in ids) and text.bin (in bytes)
+    split.bin              (R,) uint8: each row's number in minigpt.splits.SPLITS
+    meta.json              the columns, what was skipped, and the files' sizes; written last
 """
 
 import atexit
@@ -25,8 +25,9 @@ import re
 import shutil
 import sys
 import tempfile
+from array import array
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +40,11 @@ from prefix.banks import MAX_BANKS
 
 TABLES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json"}
 LINE_BREAKS = re.compile("[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")  # those of str.splitlines
-
 MAX_FIELD = 100_000  # characters
 MAX_RECORD, MAX_LINES = 1 << 20, 100  # bytes and lines of one row; a quote still open after them was never closed
-TOO_LONG, UNBALANCED = "field too long", "quotes do not match"
-FIRST_OBJECTS = 1000  # of JSON lines: where a column must have turned up
-
-CHUNK_ROWS, CHUNK_CHARACTERS = 1000, 1_000_000  # encoded at a time
+FIRST_OBJECTS = 1000  # of JSON lines: among them a column must turn up
 CACHE_FORMAT = 1
-FILES = ("tokens.bin", "tokens.offsets.bin", "text.bin", "text.offsets.bin", "split.bin")
+FILES = ("tokens.bin", "text.bin", "index.bin", "split.bin")
 
 
 class Skipped:
@@ -60,18 +57,17 @@ class Skipped:
         self.counts.setdefault(reason, [0, line])[0] += 1
 
     def report(self):
-        return [
-            f"{rows:,} row{'s' * (rows != 1)} skipped: {reason} (first at line {line})"
-            for reason, (rows, line) in self.counts.items()
-        ]
+        """One line for each reason."""
+        found = self.counts.items()
+        return [f"{n:,} row{'s' * (n != 1)} skipped: {reason} (first at line {line})" for reason, (n, line) in found]
 
 
 # Columns: which there are, and which to read
 
 
 def resolve_columns(paths, columns=None):
-    """The columns to read from these files, a tuple of names: those given or, without any, the first two of a table,
-    the extensions of text files. Raises UserError where the files do not have them, or are not files to read."""
+    """The columns to read from these files, as a tuple of names: those given or, without any, the first two of a
+    table, the extensions of text files. Raises UserError where the files do not have them, or cannot be read."""
     layout, where = _layout(paths), " ".join(map(str, paths))
     if layout == "text":
         columns = columns or [Path(path).suffix[1:] for path in paths]
@@ -84,26 +80,23 @@ def resolve_columns(paths, columns=None):
     if not 2 <= len(columns) <= MAX_BANKS:
         raise UserError(f"{where}: 2 to {MAX_BANKS} columns are needed, not {len(columns)}: {_listed(columns)}")
     for name in columns:
-        if list(columns).count(name) > 1:
-            raise UserError(f"{where}: two columns have the name {name!r}: give each its own with --columns")
-        if not name or _damage(name):
-            raise UserError(f"{where}: {name!r} is no name for a column: choose others with --columns")
+        if not name or _damage(name) or list(columns).count(name) > 1:
+            raise UserError(f"{where}: columns need different names in UTF-8, not {_listed(columns)}: set --columns")
     return tuple(columns)
 
 
 def _layout(paths):
-    """ "csv", "tsv", "json" or "text", going by the extensions."""
+    """One of csv, tsv, json, text, by the extensions."""
     for path in map(Path, paths):
         if not path.is_file():
             raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     tables = [TABLES.get(Path(path).suffix.lower()) for path in paths]
     if len(paths) == 1 and tables[0]:
         return tables[0]
-    if len(paths) > 1 and not any(tables):
-        return "text"
-    raise UserError(
-        f"{' '.join(map(str, paths))}: expected one {', '.join(TABLES)} file, or two or more text files, one per column"
-    )
+    if len(paths) < 2 or any(tables):
+        where, known = " ".join(map(str, paths)), ", ".join(TABLES)
+        raise UserError(f"{where}: expected one {known} file, or two or more text files, one per column")
+    return "text"
 
 
 def _require(path, columns, there):
@@ -120,9 +113,7 @@ def _listed(names):
 def _checked_header(path):
     skipped = Skipped()
     header = _header(_records(path, skipped))
-    if not header:
-        raise UserError(f"{path}: the file is empty: expected a header that names the columns")
-    fault = next(iter(skipped.counts), None) or _damage("".join(header))
+    fault = next(iter(skipped.counts), None) or _damage("".join(header)) or (None if header else "the file is empty")
     if fault:
         raise UserError(f"{path}: line 1: expected a header that names the columns, in UTF-8: {fault}")
     return header
@@ -149,8 +140,7 @@ def read_rows(paths, columns, skipped):
     """Yield (line number, texts) for each row that can be used: one str per column, two of them or more not empty.
 
     The line is the row's first, from 1. Rows that cannot be used are added to `skipped`."""
-    columns = resolve_columns(paths, columns)
-    layout = _layout(paths)
+    columns, layout = resolve_columns(paths, columns), _layout(paths)
     if layout == "text":
         rows = _text_rows(paths, skipped)
     else:
@@ -165,14 +155,14 @@ def read_rows(paths, columns, skipped):
 
 
 def clean(text):
-    """A text on one line: runs of line breaks are a space, the ends are stripped."""
+    """A text on one line: a run of line breaks is one space, the ends are stripped."""
     return LINE_BREAKS.sub(" ", text).strip()
 
 
 def _fault(texts):
     """Why these texts are not a row to use; None if they are."""
     if max(map(len, texts)) > MAX_FIELD:
-        return TOO_LONG
+        return "field too long"
     return _damage("".join(texts)) or ("empty side" if sum(map(bool, texts)) < 2 else None)
 
 
@@ -181,7 +171,7 @@ def _damage(text):
         return "NUL byte"
     try:
         text.encode()
-    except UnicodeEncodeError:  # bytes that were not UTF-8 are lone surrogates since _lines
+    except UnicodeEncodeError:  # _lines made lone surrogates of the bytes that were not UTF-8
         return "bad encoding"
 
 
@@ -200,21 +190,16 @@ def _table_rows(path, columns, skipped):
 
 def _records(path, skipped):
     """Yield (line number, fields) of a table, its header first, without blank lines."""
-    read = _csv_records if TABLES[Path(path).suffix.lower()] == "csv" else _tsv_records
-    for line, fields in read(path, skipped):
+    if _layout([path]) == "tsv":
+        records = ((number, line.split("\t")) for number, line in _short_lines(path, skipped))
+    else:
+        records = _csv(path, skipped)
+    for line, fields in records:
         if len(fields) > 1 or "".join(fields).strip():
             yield line, fields
 
 
-def _tsv_records(path, skipped):
-    for number, line in _lines(path):
-        if line is None:
-            skipped.add(TOO_LONG, number)
-        else:
-            yield number, line.split("\t")
-
-
-def _csv_records(path, skipped):
+def _csv(path, skipped):
     """Each record is read from as many lines as its quotes ask for. Where they lead nowhere (to a quote in the midst
     of a field, to too many lines, to the end), its first line alone is given up: the next record starts below it."""
     lines, again = _lines(path), deque()
@@ -223,7 +208,10 @@ def _csv_records(path, skipped):
         try:
             fields = next(csv.reader(_take_lines(lines, again, taken), strict=True), None)
         except csv.Error:
-            skipped.add(_csv_fault(taken), taken[0][0])
+            texts = [line for _, line in taken]
+            too_long = None in texts or sum(map(len, texts)) > MAX_FIELD
+            fault = "field too long" if too_long else _damage("".join(texts)) or "quotes do not match"
+            skipped.add(fault, taken[0][0])
             again.extendleft(reversed(taken[1:]))
             continue
         if fields is None:
@@ -232,45 +220,32 @@ def _csv_records(path, skipped):
 
 
 def _take_lines(lines, again, taken):
-    """Yield the lines of one record to csv.reader, those in `again` first, keeping them in `taken`."""
+    """Yield the lines of one record to csv.reader, those in `again` first, and keep them in `taken`."""
     size = 0
-    while again or (following := next(lines, None)):
-        number, line = taken_line = again.popleft() if again else following
-        taken.append(taken_line)
+    for number, line in iter(lambda: again.popleft() if again else next(lines, None), None):
+        taken.append((number, line))
         size += MAX_RECORD if line is None else len(line)
         if size >= MAX_RECORD or len(taken) > MAX_LINES:
             raise csv.Error
         yield line.replace("\r", "\v") + "\n"  # to csv a lone \r ends a row; to `clean` the two are the same
 
 
-def _csv_fault(taken):
-    lines = [line for _, line in taken]
-    if None in lines or sum(map(len, lines)) > MAX_FIELD:
-        return TOO_LONG
-    return "NUL byte" if "\0" in "".join(lines) else UNBALANCED  # csv refuses NUL before Python 3.11
-
-
 def _json_rows(path, columns, skipped):
-    """Yield (line number, fields); a column that is missing or null is empty, a number or truth is as JSON writes it."""
+    """Yield (line number, fields). A column that is missing or null is empty; what is no string is written as JSON."""
+    write = lambda value: "" if value is None else json.dumps(value, ensure_ascii=False)
     for line, record in _objects(path, skipped):
         values = [record.get(name) for name in columns]
-        if any(isinstance(value, (list, dict)) for value in values):
-            skipped.add("not a text", line)
-        else:
-            yield line, ["" if v is None else v if isinstance(v, str) else json.dumps(v) for v in values]
+        yield line, [value if isinstance(value, str) else write(value) for value in values]
 
 
 def _objects(path, skipped):
     """Yield (line number, dict) of a JSON lines file."""
-    for number, line in _lines(path):
-        if line is None:
-            skipped.add(TOO_LONG, number)
-        elif line.strip():
+    for number, line in _short_lines(path, skipped):
+        if line.strip():
             try:
                 record = json.loads(line, strict=False)
             except (ValueError, RecursionError):
-                skipped.add("invalid JSON", number)
-                continue
+                record = None
             if isinstance(record, dict):
                 yield number, record
             else:
@@ -283,27 +258,42 @@ def _text_rows(paths, skipped):
         if None in row:
             skipped.add("line missing in another file", number)
         elif any(line is None for _, line in row):
-            skipped.add(TOO_LONG, number)
+            skipped.add("field too long", number)
         else:
             yield number, [line for _, line in row]
 
 
+def _short_lines(path, skipped):
+    """_lines without those that are None."""
+    for number, line in _lines(path):
+        if line is None:
+            skipped.add("field too long", number)
+        else:
+            yield number, line
+
+
 def _lines(path):
     """Yield (line number, line without its end). Only "\\n" ends a line, or files with other breaks inside their
-    sentences would fall out of step. Bytes that are not UTF-8 become lone surrogates. A line of more than MAX_RECORD
-    bytes is None, and never wholly in memory."""
+    sentences would fall out of step. Bytes that are not UTF-8 become lone surrogates. A line of MAX_RECORD bytes or
+    more is None, and never wholly in memory."""
+    with _opened(path) as file:
+        for number in itertools.count(1):
+            line = part = file.readline(MAX_RECORD)
+            if not line:
+                return
+            while len(part) == MAX_RECORD:
+                part, line = file.readline(MAX_RECORD) if not part.endswith(b"\n") else b"", None
+            if line is not None:
+                line = line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
+                line = line.removeprefix("\ufeff") if number == 1 else line
+            yield number, line
+
+
+@contextmanager
+def _opened(path):
     try:
         with open(path, "rb") as file:
-            for number in itertools.count(1):
-                line = part = file.readline(MAX_RECORD)
-                if not line:
-                    return
-                while len(part) == MAX_RECORD and not part.endswith(b"\n"):
-                    part, line = file.readline(MAX_RECORD), None
-                if line is not None:
-                    line = line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
-                    line = line.removeprefix("\ufeff") if number == 1 else line
-                yield number, line
+            yield file
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -338,11 +328,8 @@ def _key(paths, columns, tokenizer, limit, max_tokens):
     """A name for everything that decides what a cache holds."""
     files = []
     for path in paths:
-        try:
-            with open(path, "rb") as file:
-                stat, start = os.fstat(file.fileno()), hashlib.sha256(file.read(1 << 16)).hexdigest()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        with _opened(path) as file:
+            stat, start = os.fstat(file.fileno()), hashlib.sha256(file.read(1 << 16)).hexdigest()
         files.append([os.path.abspath(path), stat.st_size, stat.st_mtime_ns, start])
     key = hashlib.sha256(json.dumps([CACHE_FORMAT, files, columns, limit, max_tokens]).encode())
     for rank, i in enumerate(tokenizer.ids):
@@ -383,81 +370,41 @@ def _publish(built, directory):
 
 
 def _build(directory, paths, columns, tokenizer, limit, max_tokens):
-    """Write the files of a cache, chunk by chunk."""
-    skipped, n_rows = Skipped(), 0
-    rows = read_rows(paths, columns, skipped)
-    dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.int32)
+    """Write the files of a cache, row by row."""
+    skipped, n_rows, n_tokens, n_bytes = Skipped(), 0, 0, 0
+    small = tokenizer.n_vocab <= 1 << 16
     bar = tqdm(total=limit, unit=" rows", desc="encoding", disable=not sys.stderr.isatty(), file=sys.stderr)
     with ExitStack() as stack, bar:
-        tokens, texts = (_Cells(stack, directory, name) for name in ("tokens", "text"))
-        split = stack.enter_context(open(directory / "split.bin", "wb"))
-        while limit is None or n_rows < limit:
-            chunk = _take_rows(rows, CHUNK_ROWS if limit is None else min(CHUNK_ROWS, limit - n_rows))
-            if not chunk:
+        tokens, text, index, split = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
+        index.write(array("q", [0, 0]))
+        for line, texts in read_rows(paths, columns, skipped):
+            ids = [tokenizer.encode(cell) for cell in texts]  # for sentences, tiktoken's threads cost more than they gain
+            if sum(sorted(map(len, ids))[-2:]) + 1 > max_tokens:  # the row's longest pair, with its separator
+                skipped.add(f"too long (over {max_tokens} tokens)", line)
+                continue
+            for cell_ids, cell in zip(ids, map(str.encode, texts)):
+                tokens.write(array("H" if small else "i", cell_ids))
+                text.write(cell)
+                n_tokens, n_bytes = n_tokens + len(cell_ids), n_bytes + len(cell)
+                index.write(array("q", [n_tokens, n_bytes]))
+            split.write(bytes([SPLITS.index(split_of(next(filter(None, texts))))]))
+            n_rows += 1
+            bar.update()
+            if n_rows == limit:
                 break
-            kept, ids = _encode(chunk, tokenizer, max_tokens, skipped)
-            tokens.append(ids, np.array(list(itertools.chain.from_iterable(ids)), dtype).tobytes())
-            encoded = [text.encode() for row in kept for text in row]
-            texts.append(encoded, b"".join(encoded))
-            split.write(bytes(SPLITS.index(split_of(next(filter(None, row)))) for row in kept))
-            n_rows += len(kept)
-            bar.update(len(kept))
     if not n_rows:
-        faults = "; ".join(skipped.report()) or "there is none below the header"
+        faults = "; ".join(skipped.report()) or "there is none at all"
         raise UserError(f"{' '.join(map(str, paths))}: no row that can be used: {faults}")
     sizes = {name: (directory / name).stat().st_size for name in FILES}
-    meta = {"columns": columns, "skipped": skipped.report(), "dtype": dtype.name, "sizes": sizes}
+    meta = {"columns": columns, "skipped": skipped.report(), "dtype": "uint16" if small else "int32", "sizes": sizes}
     (directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-class _Cells:
-    """Writes cells of different lengths: all of them to <name>.bin, where each begins to <name>.offsets.bin."""
-
-    def __init__(self, stack, directory, name):
-        self.data = stack.enter_context(open(directory / f"{name}.bin", "wb"))
-        self.offsets = stack.enter_context(open(directory / f"{name}.offsets.bin", "wb"))
-        self.end = 0
-        self.offsets.write(np.zeros(1, np.int64).tobytes())
-
-    def append(self, cells, data):
-        """data: the bytes of all `cells`; a cell's length counts in its own items."""
-        ends = self.end + np.cumsum([len(cell) for cell in cells], dtype=np.int64)
-        self.offsets.write(ends.tobytes())
-        self.data.write(data)
-        self.end = ends[-1] if len(ends) else self.end
-
-
-def _take_rows(rows, n):
-    """The next n rows, or fewer if they are long, as a list."""
-    chunk, characters = [], 0
-    for line, texts in rows:
-        chunk.append((line, texts))
-        characters += sum(map(len, texts))
-        if len(chunk) == n or characters > CHUNK_CHARACTERS:
-            break
-    return chunk
-
-
-def _encode(chunk, tokenizer, max_tokens, skipped):
-    """Rows (line, texts) -> the texts of those that are short enough, and the ids of their cells."""
-    cells = iter(tokenizer.encode_batch([text for _, texts in chunk for text in texts]))
-    kept, kept_ids = [], []
-    for line, texts in chunk:
-        ids = list(itertools.islice(cells, len(texts)))
-        longest = sum(sorted(map(len, ids))[-2:]) + 1  # the row's longest pair, with its separator
-        if longest > max_tokens:
-            skipped.add(f"too long (over {max_tokens} tokens)", line)
-        else:
-            kept.append(texts)
-            kept_ids += ids
-    return kept, kept_ids
 
 
 class Corpus:
     """The usable rows of some files, encoded: a view of a cache on disk.
 
-    columns: their names. skipped: a line for each reason for which rows were left out. Rows have the order of the
-    files and are numbered from 0 without the skipped ones."""
+    columns: their names. skipped: a line for each reason for which rows were left out. Rows are in the order of the
+    files, numbered from 0 without the skipped ones."""
 
     def __init__(self, directory):
         """Raises OSError, ValueError, KeyError or TypeError where `directory` is not a whole cache."""
@@ -466,9 +413,10 @@ class Corpus:
             if (directory / name).stat().st_size != meta["sizes"][name]:
                 raise ValueError(f"{directory / name} is damaged")
         self.columns, self.skipped = tuple(meta["columns"]), list(meta["skipped"])
-        dtypes = (meta["dtype"], np.int64, np.uint8, np.int64, np.uint8)
-        maps = (np.memmap(directory / name, dtype, mode="r") for name, dtype in zip(FILES, dtypes))
-        self._tokens, self._token_offsets, self._text, self._text_offsets, self._split = map(np.asarray, maps)
+        dtypes = (meta["dtype"], np.uint8, np.int64, np.uint8)
+        maps = [np.memmap(directory / name, dtype, mode="r") for name, dtype in zip(FILES, dtypes)]
+        self._tokens, self._text, self._index, self._split = map(np.asarray, maps)  # plain arrays slice faster
+        self._index = self._index.reshape(-1, 2)
 
     def __len__(self):
         return len(self._split)
@@ -480,17 +428,18 @@ class Corpus:
     def ids(self, row, column):
         """The tokens of a row in the column of that number: (T,) int64, T = 0 where that side is empty."""
         cell = int(row) * len(self.columns) + int(column)
-        return self._tokens[self._token_offsets[cell] : self._token_offsets[cell + 1]].astype(np.int64)
+        return self._tokens[self._index[cell, 0] : self._index[cell + 1, 0]].astype(np.int64)
 
     def text(self, row, column):
+        """The text of a row in the column of that number, cleaned, "" where that side is empty."""
         cell = int(row) * len(self.columns) + int(column)
-        return self._text[self._text_offsets[cell] : self._text_offsets[cell + 1]].tobytes().decode()
+        return self._text[self._index[cell, 1] : self._index[cell + 1, 1]].tobytes().decode()
 
     def examples(self, split):
-        """Each pair of different sides that are not empty, both ways round: (n, 3) int32 of row, source column and
-        target column, in the order of the rows."""
-        C, rows = len(self.columns), self.rows(split)
-        filled = [self._text_offsets[rows * C + c] < self._text_offsets[rows * C + c + 1] for c in range(C)]
+        """All pairs of sides that are not empty, each both ways round: (n, 3) int32 of row, source column and target
+        column, in the order of the rows."""
+        C, rows, ends = len(self.columns), self.rows(split), self._index[:, 1]
+        filled = [ends[rows * C + c] < ends[rows * C + c + 1] for c in range(C)]
         pairs = np.array(list(itertools.permutations(range(C), 2)))  # (C * (C - 1), 2)
         at, pair = np.nonzero(np.stack([filled[s] & filled[t] for s, t in pairs], axis=1))  # row by row
         examples = np.empty((len(at), 3), np.int32)

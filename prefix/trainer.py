@@ -9,9 +9,11 @@ sees follows from the seed and s alone, so a run can stop after any step and go 
 
 import json
 import math
+import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +27,12 @@ from tqdm import tqdm
 from minigpt.errors import UserError
 from minigpt.files import replacing
 from minigpt.loss import nll_sum
+from prefix import distributed
 from prefix.translation import pack, separator
 
 VALIDATION_EXAMPLES = 1000  # at most: enough to choose the best prefix by
 BAD_STEPS = 10  # in a row, and the run gives up
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # on a CPU, small enough for activations to stay in its caches
+MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 2048, "cuda": 16384}  # on a CPU small, for the sake of its caches
 
 
 @dataclass
@@ -44,6 +47,17 @@ class Settings:
     save_every: int = 50  # steps
     seed: int = 0
     clip: float = 1.0  # the largest norm of the slots' gradient
+    micro_batch_tokens: int | None = None  # tokens in memory at a time; None: by MICRO_BATCH_TOKENS
+
+
+@dataclass
+class Prepared:
+    """A step's data in one process. targets, tokens: how many there are in all processes together."""
+
+    step: int
+    batches: list
+    targets: int
+    tokens: int
 
 
 class Trainer:
@@ -59,18 +73,21 @@ class Trainer:
         frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         assert not frozen, f"the base model must be frozen, but {frozen[0]} requires a gradient"
         self.optimizer = torch.optim.AdamW(banks.parameters(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        self.micro_batch_tokens = settings.micro_batch_tokens or MICRO_BATCH_TOKENS[model.device.type]
         self.scale = 2.0**14 if model.dtype == torch.float16 else 1.0  # of the loss, so that float16 gradients live
         self.step = self.tokens = self.skipped = self.bad = self.good = 0
         self.best = math.inf
         self.seconds = 0.0
+        self.stop, self.stopped = [], False  # the signals received; whether all processes agreed to stop
+        self.worker, self.upcoming = ThreadPoolExecutor(1), None
 
     def run(self):
         """Train to settings.steps, validating and saving on the way. Returns False if a signal ended it early."""
-        s = self.settings
+        s, first = self.settings, distributed.rank() == 0
         began = time.monotonic() - self.seconds
-        bar = tqdm(total=s.steps, initial=self.step, unit="step", disable=not sys.stderr.isatty(), file=sys.stderr)
-        with stop_signals() as stopped, bar, open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log:
-            while self.step < s.steps and not stopped:
+        bar = tqdm(total=s.steps, initial=self.step, unit="step", disable=not (first and sys.stderr.isatty()), file=sys.stderr)
+        with stop_signals() as self.stop, bar, open(self.out / "metrics.jsonl" if first else os.devnull, "a") as log:
+            while self.step < s.steps and not self.stopped:
                 record = self.optimizer_step()
                 self.seconds = record["seconds"] = round(time.monotonic() - began, 3)
                 _write_line(log, record)
@@ -78,24 +95,22 @@ class Trainer:
                 bar.update()
                 if s.eval_every and (self.step % s.eval_every == 0 or self.step == s.steps) and len(self.validation_set):
                     self.validate(log, bar)
-                if self.step % s.save_every == 0 or self.step == s.steps or stopped:
+                if self.step % s.save_every == 0 or self.step == s.steps or self.stopped:
                     self.save()
         if not (self.out / "prefix.safetensors").exists() or not (s.eval_every and len(self.validation_set)):
             self.keep_prefix(None)  # nothing was validated: the newest slots are what there is
-        self.signal = stopped[0] if stopped else None
         return self.step >= s.steps
 
     def optimizer_step(self):
         """One step of AdamW on the next batch; returns its line of metrics. Skips a step that is not finite."""
-        s = self.settings
-        lr = s.lr * self.schedule(self.step)
+        lr = self.settings.lr * self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, tokens = self.backward(self.next_examples())
-        grads = [p.grad for p in self.banks.parameters()]
-        torch._foreach_div_(grads, self.scale)
-        norm = torch.nn.utils.clip_grad_norm_(self.banks.parameters(), s.clip)
-        loss, norm = float(loss), float(norm)
+        prepared = self.take_prepared()
+        loss = self.backward(prepared)
+        torch._foreach_div_([p.grad for p in self.banks.parameters()], self.scale)
+        norm = torch.nn.utils.clip_grad_norm_(self.banks.parameters(), self.settings.clip)
+        loss, norm = float(loss), float(norm)  # the one wait for the device: metrics.jsonl shows these numbers
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             self.bad, self.good = 0, self.good + 1
@@ -105,8 +120,8 @@ class Trainer:
             self.skip_step(loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens += tokens
-        return {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
+        self.tokens += prepared.tokens
+        return {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": prepared.tokens}
 
     def skip_step(self, loss, norm):
         self.skipped, self.bad, self.good = self.skipped + 1, self.bad + 1, 0
@@ -117,18 +132,38 @@ class Trainer:
                 "try a lower --lr, more --warmup, or --dtype float32"
             )
 
-    def backward(self, examples):
-        """Gradients of the mean loss over all target tokens of `examples`, however they are cut into micro-batches.
-        Returns (loss, real tokens)."""
-        n_targets = sum(len(target) + 1 for _, target, _, _ in examples)
+    def backward(self, prepared):
+        """Gradients of the mean loss over all targets of a step, however it is cut into micro-batches or dealt out to
+        processes. Returns the loss."""
         total = torch.zeros((), device=self.model.device)
-        tokens = 0
-        for micro in self.micro_batches(examples):
-            loss = self.nll(pack(micro, self.sep, self.tokenizer.eot, self.model.device))
-            (loss * (self.scale / n_targets)).backward()
+        stop = torch.full_like(total, bool(self.stop))
+        for p in self.banks.parameters():
+            p.grad = torch.zeros_like(p)
+        for batch in prepared.batches:
+            loss = self.nll(batch)
+            (loss * (self.scale / prepared.targets)).backward()
             total += loss.detach()
-            tokens += sum(len(source) + 1 + len(target) for source, target, _, _ in micro)
-        return total / n_targets, tokens
+        distributed.add_up([total, stop, *(p.grad for p in self.banks.parameters())])
+        self.stopped = bool(self.stop if distributed.world() == 1 else stop)  # all processes stop after the same step
+        return total / prepared.targets
+
+    def prepare(self, step):
+        """This process's packed micro-batches of a step, on the device."""
+        examples = self.examples_of(step)
+        micro = self.micro_batches(distributed.share(sorted(examples, key=n_tokens)))
+        targets = sum(len(target) + 1 for _, target, _, _ in examples)
+        return Prepared(step, [self.packed(m) for m in micro], targets, sum(map(n_tokens, examples)))
+
+    def take_prepared(self):
+        """The batch of this step, and a thread set to prepare the next one while this one runs."""
+        prepared = self.upcoming.result() if self.upcoming else None
+        if prepared is None or prepared.step != self.step:
+            prepared = self.prepare(self.step)
+        self.upcoming = self.worker.submit(self.prepare, self.step + 1)
+        return prepared
+
+    def packed(self, examples):
+        return pack(examples, self.sep, self.tokenizer.eot, self.model.device)
 
     def nll(self, batch):
         """The summed negative log likelihood of a packed batch's targets."""
@@ -136,20 +171,22 @@ class Trainer:
         return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets)
 
     def micro_batches(self, examples):
-        """Cut examples into groups of like length whose tokens fit MICRO_BATCH_TOKENS."""
-        room, micro = MICRO_BATCH_TOKENS.get(self.model.device.type, 2048), []
-        for example in sorted(examples, key=lambda e: len(e[0]) + len(e[1])):
-            if micro and sum(len(s) + 1 + len(t) for s, t, _, _ in [*micro, example]) > room:
+        """Cut examples into groups of like length that fit micro_batch_tokens (an example that is longer stays alone)."""
+        micro, tokens = [], 0
+        for example in sorted(examples, key=n_tokens):
+            if micro and tokens + n_tokens(example) > self.micro_batch_tokens:
                 yield micro
-                micro = []
+                micro, tokens = [], 0
             micro.append(example)
-        yield micro
+            tokens += n_tokens(example)
+        if micro:
+            yield micro
 
-    def next_examples(self):
-        """The examples of step self.step: the next batch_size of an endless row of shuffled epochs."""
+    def examples_of(self, step):
+        """The examples of a step: the batch_size next ones of an endless row of shuffled epochs."""
         n, size = len(self.train_set), self.settings.batch_size
         chosen = []
-        for i in range(self.step * size, (self.step + 1) * size):
+        for i in range(step * size, (step + 1) * size):
             chosen.append(self.train_set[self.epoch_order(i // n)[i % n]])
         return self.encoded(chosen)
 
@@ -172,26 +209,32 @@ class Trainer:
     def validation_loss(self):
         """Mean negative log likelihood of the validation targets."""
         examples = self.encoded(self.validation_set)
-        total = sum(
-            self.nll(pack(micro, self.sep, self.tokenizer.eot, self.model.device)) for micro in self.micro_batches(examples)
-        )
+        total = torch.zeros((), device=self.model.device)
+        for micro in self.micro_batches(distributed.share(sorted(examples, key=n_tokens))):
+            total += self.nll(self.packed(micro))
+        distributed.add_up([total])
         return float(total) / sum(len(target) + 1 for _, target, _, _ in examples)
 
     def validate(self, log, bar):
         loss = self.validation_loss()
         _write_line(log, {"step": self.step, "val_loss": loss})
-        bar.write(f"step {self.step}: validation loss {loss:.4f}", file=sys.stderr)
+        if distributed.rank() == 0:
+            bar.write(f"step {self.step}: validation loss {loss:.4f}", file=sys.stderr)
         if loss < self.best:
             self.best = loss
             self.keep_prefix(loss)
 
     def keep_prefix(self, val_loss):
+        if distributed.rank() > 0:
+            return
         banks = self.banks.banks()
         banks.training_record |= {"step": self.step, "val_loss": val_loss, "settings": asdict(self.settings)}
         banks.save(self.out / "prefix.safetensors", self.model)
 
     def save(self):
         """Everything needed to go on exactly, in one file: last/state.safetensors."""
+        if distributed.rank() > 0:
+            return
         (self.out / "last").mkdir(exist_ok=True)
         tensors = {f"slots.{name}": p.detach() for name, p in self.banks.named_parameters()}
         for i, state in self.optimizer.state_dict()["state"].items():
@@ -220,7 +263,14 @@ class Trainer:
                 _, i, part = name.split(".")
                 state.setdefault(int(i), {})[part] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        _keep_lines(self.out / "metrics.jsonl", self.step)
+        if distributed.rank() == 0:
+            _keep_lines(self.out / "metrics.jsonl", self.step)
+
+
+def n_tokens(example):
+    """How many real tokens an example takes: its two sides and the separator."""
+    source, target, _, _ = example
+    return len(source) + 1 + len(target)
 
 
 COUNTS = ("step", "tokens", "skipped", "bad", "good", "scale", "best", "seconds")

@@ -44,7 +44,7 @@ def pack(examples, sep, eot, device="cpu"):
     """examples: (source ids, target ids, source bank, target bank) each -> Batch on `device`."""
     ids, opened, at, targets, lengths = [], [], [], [], []
     for source, target, source_bank, target_bank in examples:
-        at.append(torch.arange(len(target) + 1) + (len(ids) and sum(lengths)) + len(source))
+        at.append(torch.arange(len(target) + 1) + sum(lengths) + len(source))
         row = torch.cat([torch.as_tensor(source), torch.tensor([sep]), torch.as_tensor(target)])
         ids.append(row)
         opened += [1 << source_bank] * len(source) + [1 << source_bank | 1 << target_bank] * (len(target) + 1)

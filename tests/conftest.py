@@ -48,4 +48,6 @@ def reference(tmp_path):
         model.save_pretrained(tmp_path)
         return model
 
-    return build
+    yield build
+    for file in tmp_path.glob("*.safetensors"):  # pytest keeps the rest of the folder
+        file.unlink()

@@ -4,15 +4,17 @@ On a machine without a GPU the kernels run in Triton's interpreter (conftest.py 
 time for GPUs that are not there; on a machine with one they run compiled.
 """
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from minigpt import kernels  # noqa: E402
@@ -42,8 +44,10 @@ def results(attend, tensors, grad, layout, bank, n_head, dtype=None):
 
 def assert_close(ours, exact, bound):
     for name, a, b in zip(("output", "qkv", "slot keys", "slot values"), ours, exact):
-        b = torch.zeros_like(a).double() if b is None else b
-        error = (a.double() - b).norm() / b.norm().clamp(min=1e-30) if b.any() else a.double().norm()
+        if a is None or b is None:  # no slots: nothing to have a gradient
+            assert a is None or not a.any(), name
+            continue
+        error = (a.double() - b).norm() / b.norm().clamp(min=1e-30)
         assert error <= bound, f"{name}: relative error {error:.2e}"
 
 
@@ -85,7 +89,7 @@ def test_values_and_gradients_equal_float64(case, dtype):
     head_dim=st.sampled_from([16, 20, 32, 64]),
     seed=st.integers(0, 1 << 20),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, phases=[Phase.generate])  # shrinking would take minutes here
 def test_any_layout_gives_the_plain_path(lengths, slots, n_head, head_dim, seed):
     args = random_case(lengths, slots, n_head, head_dim, torch.float32, seed)
     ours = results(kernels.fused, *args, n_head)
@@ -96,3 +100,20 @@ def test_two_runs_give_the_same_bits():
     args = random_case([50, 30, 90], [10, 20], 2, 64, torch.float16, seed=1)
     for one, other in zip(results(kernels.fused, *args, 2), results(kernels.fused, *args, 2)):
         assert torch.equal(one, other)
+
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may have
+
+
+@pytest.mark.parametrize("capability, dtype, head_dim", [(80, "float16", 64), (90, "bfloat16", 64), (90, "bfloat16", 128)])
+def test_compiled_for_a_gpu_that_is_not_here_every_kernel_fits(capability, dtype, head_dim):
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, script, str(capability), dtype, str(head_dim)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(kernels.KERNELS)
+    for kernel in found:
+        assert kernel["stack"] == 0, f"registers spill: {kernel}"
+        assert kernel["shared"] <= SHARED_MEMORY[capability], kernel
+        assert kernel["matrix"] > 0 or kernel["kernel"] == "delta_kernel", f"no tensor cores: {kernel}"

@@ -1,0 +1,69 @@
+"""Several processes, one run: data parallel by torch.distributed, started by torchrun.
+
+    torchrun --nproc_per_node=8 train.py --prefix-len 10 --model gpt2-xl --data en-fr.csv
+
+Every process holds the whole frozen model and all slots, works on its share of each batch, and adds its slots'
+gradients to the others' in one all-reduce per step: a few megabytes, since nothing else is trained. Process 0 writes
+the files and speaks. In a program that torchrun did not start there is one process, and all of this does nothing.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def start():
+    """Join the other processes, if torchrun started any; each takes the GPU of its local number."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(items):
+    """This process's part of a list: every world()-th item from its own number on."""
+    return items[rank() :: world()]
+
+
+def add_up(tensors):
+    """Replace each tensor by its sum over all processes: one all-reduce for all of them, in float32."""
+    if world() == 1:
+        return
+    flat = torch.cat([t.flatten().float() for t in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def gather(parts):
+    """The results of share(items) from all processes -> those of all items, in order, in every process."""
+    if world() == 1:
+        return parts
+    everyone = [None] * world()
+    dist.all_gather_object(everyone, parts)
+    results = [None] * sum(map(len, everyone))
+    for number, part in enumerate(everyone):
+        results[number :: world()] = part
+    return results
+
+
+def from_first(value):
+    """Process 0's value, in every process."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]

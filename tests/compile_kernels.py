@@ -1,0 +1,65 @@
+"""Compile every kernel for GPUs that are not there, and print what the compiler made of it, one JSON line each.
+
+    python tests/compile_kernels.py 90 bfloat16 64        compute capability, dtype, head_dim
+
+Triton needs no GPU to compile for one; the machine code's resources are read with the cuobjdump that it brings along.
+Run as a program of its own, because kernels imported for the interpreter cannot be compiled.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from minigpt import kernels  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+POINTERS = {"fp32": ("lse", "delta", "grad_key", "grad_value"), "i32": ("start", "end", "opened", "bank")}
+SCALARS = {"fp32": ("scale", "factor"), "i32": ("N", "S", "part")}
+DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+N_HEAD = 12
+
+
+def type_of(name, dtype):
+    """The type of a kernel's argument, in Triton's words; capitals other than N and S are compile-time constants."""
+    for kinds, star in ((POINTERS, "*"), (SCALARS, "")):
+        for kind, names in kinds.items():
+            if name in names:
+                return star + kind
+    return "constexpr" if name.isupper() else f"*{DTYPES[dtype]}"
+
+
+def compile_kernel(kernel, capability, dtype, head_dim):
+    constants = kernels.constants(kernel, N_HEAD, head_dim, getattr(torch, dtype))
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    types = {name: type_of(name, dtype) for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(ASTSource(kernel, types, constexprs=values, attrs=aligned), target=target, options=options)
+
+
+def resources(compiled):
+    """Registers and stack (spills) per thread, shared memory per program, and matrix instructions in the code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    matrix = len(re.findall(r"mma\.sync|wgmma\.mma_async", compiled.asm["ptx"]))
+    return dict(registers=int(registers), stack=int(stack), shared=compiled.metadata.shared, matrix=matrix)
+
+
+if __name__ == "__main__":
+    capability, dtype, head_dim = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    for kernel in kernels.KERNELS:
+        compiled = compile_kernel(kernel, capability, dtype, head_dim)
+        print(json.dumps({"kernel": kernel.fn.__name__, **resources(compiled)}), flush=True)
