@@ -32,7 +32,12 @@ def parse_arguments():
     parser.add_argument("--show-prompt", action="store_true", help="show the first k-shot prompt of each direction")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here as well")
     command.add_machine_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        parser.error(f"--json {args.json}: not a file in a folder that is there")
+    if args.shots == 0:
+        args.draws = min(args.draws, 1)  # there is nothing to draw
+    return args
 
 
 def main():
@@ -41,7 +46,8 @@ def main():
     trained_on = read_metadata(path)["training"]
     paths = command.data_paths(args.data or trained_on.get("data"))
     rows = evaluation.rows_to_read(args.split, args.limit)
-    corpus = data.load(paths, args.columns or banks.names, tokenizer, rows, args.max_tokens)
+    longest = min(args.max_tokens, model.config.n_positions)
+    corpus = data.load(paths, args.columns or banks.names, tokenizer, rows, longest)
     for line in corpus.skipped:
         notice(line)
     reports = evaluation.compare(

@@ -5,6 +5,7 @@
 """
 
 import json
+import shlex
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from prefix.trainer import Settings, Trainer
 # What suits the base: the demo learns in two minutes on a CPU, a published model takes the notebook's 2,048 steps.
 STEPS = {"demo": 300, "published": 2048}
 LR = {"text": 0.03, "random": 0.1}
+MACHINE = ("device", "dtype", "attention", "checkpoint_activations")  # options that may be new when a run goes on
 
 
 def parse_arguments():
@@ -45,37 +47,45 @@ def parse_arguments():
     parser.add_argument("--micro-batch-tokens", type=whole(1), metavar="N", help="tokens in memory at a time (by device)")
     parser.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more time")
     command.add_machine_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.resume:
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        fixed = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", "steps", *MACHINE)]
+        if fixed:
+            parser.error(f"--resume goes on with the run's own settings: {', '.join(fixed)} cannot be new")
+    return args
 
 
 def main():
     args = parse_arguments()
     distributed.start()
     config = resume_config(args) if args.resume else resolve(args)
-    out = args.resume or distributed.from_first(make_run_directory(args.out) if distributed.rank() == 0 else None)
     model, tokenizer = command.load_model(args, config["model"])
     model.checkpoint_activations = args.checkpoint_activations
-    corpus = data.load(command.data_paths(config["data"]), config["columns"], tokenizer, config["limit"], config["max_tokens"])
+    longest = min(config["max_tokens"], model.config.n_positions)
+    corpus = data.load(command.data_paths(config["data"]), config["columns"], tokenizer, config["limit"], longest)
     for line in corpus.skipped:
         notice(line)
     settings = Settings(**config["settings"])
     banks = start(config, model, tokenizer, corpus)
     banks.training_record = {name: config[name] for name in ("model", "data", "columns", "limit", "init")}
     banks.training_record["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    if distributed.rank() == 0:
-        write_config(out, config)
+    out = args.resume or distributed.from_first(make_run_directory(args.out) if distributed.rank() == 0 else None)
     trainer = Trainer(model, tokenizer, banks, corpus, settings, out)
     if args.resume:
         trainer.resume()
+    if distributed.rank() == 0:
+        write_config(out, config)
     notice(f"Training {', '.join(banks.names)} on {len(trainer.train_set):,} examples, {model.device}, {model.dtype}, {out}")
     if not trainer.run():
-        notice(f"stopped after step {trainer.step}; to go on: python train.py --resume {out}")
+        notice(f"stopped after step {trainer.step}; to go on: python train.py --resume {shlex.quote(str(out))}")
         sys.exit(128 + (trainer.stop[0] if trainer.stop else signal.SIGTERM))
     notice(closing_line(trainer, model, out))
 
 
 def resolve(args):
     """The command with its defaults filled in: what config.json keeps and --resume reads."""
+    check_unused(args.out)
     name = args.model or checkpoint.default()
     demo = checkpoint.find(name) == checkpoint.DEMO
     paths = command.data_paths(args.data)
@@ -99,32 +109,49 @@ def resolve(args):
         "init": args.init,
         "prefix_len": args.prefix_len,
         "settings": vars(settings),
+        "machine": {name: getattr(args, name) for name in MACHINE},
     }
 
 
 def resume_config(args):
+    """The run's config. What `args` does not say of the machine is as the run began."""
     path = args.resume / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if args.steps:
-            config["settings"]["steps"] = args.steps
+        config["settings"]["steps"] = args.steps or config["settings"]["steps"]
         Settings(**config["settings"])
+        lacking = {"model", "data", "columns", "limit", "max_tokens", "init", "prefix_len"} - config.keys()
+        if lacking:
+            raise ValueError(f"{', '.join(sorted(lacking))} missing")
+        for name in MACHINE:
+            if getattr(args, name) in ("auto", False):
+                setattr(args, name, config["machine"][name])
     except OSError as error:
         raise UserError(f"--resume {args.resume}: {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--resume {args.resume}: {path} is damaged: {error}") from error
+        raise UserError(f"--resume {args.resume}: {path} is damaged: {error!r}") from error
     return config
 
 
+def check_unused(out):
+    """A run never writes over what is there."""
+    if out and out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: the directory is not empty; name another, or go on with --resume {out}")
+
+
 def make_run_directory(out):
-    out = out or command.RUNS / time.strftime("%Y%m%d-%H%M%S")
-    try:
+    """`out`, or a new directory named by the time."""
+    if out:
+        check_unused(out)
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise UserError(f"--out {out}: the directory is not empty; name another, or go on with --resume {out}")
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from error
-    return out
+        return out
+    while True:
+        try:
+            out = command.RUNS / time.strftime("%Y%m%d-%H%M%S")
+            out.mkdir(parents=True)
+            return out
+        except FileExistsError:  # by a run of this same second
+            time.sleep(0.1)
 
 
 def write_config(out, config):
@@ -134,10 +161,10 @@ def write_config(out, config):
 
 def start(config, model, tokenizer, corpus):
     """The slots before the first step: random, or read off the corpus's own sentences in each language."""
+    ids = {name: opening(corpus, column, config["prefix_len"]) for column, name in enumerate(corpus.columns)}
     if config["init"] == "random":
         seed = config["settings"]["seed"]
         return Banks.random(model.config, corpus.columns, config["prefix_len"], seed).to(model.device)
-    ids = {name: opening(corpus, column, config["prefix_len"]) for column, name in enumerate(corpus.columns)}
     return Banks.from_text(model, ids, config["prefix_len"])
 
 
@@ -148,6 +175,8 @@ def opening(corpus, column, n):
         ids += corpus.ids(row, column).tolist()
         if len(ids) >= n:
             break
+    if not ids:
+        raise UserError(f"no training pair has a text in the column {corpus.columns[column]!r}: give more data")
     return ids[:n]
 
 
@@ -158,7 +187,7 @@ def closing_line(trainer, model, out):
     return (
         f"Trained {trained:,} parameters ({share:.2%} of the model) in {trainer.seconds:.0f} s "
         f"({trainer.tokens / trainer.seconds:,.0f} tokens/s): {good}; {out}/prefix.safetensors. "
-        f'Try: python translate.py --prefix {out} "Bonjour"'
+        f'Try: python translate.py --prefix {shlex.quote(str(out))} "Bonjour"'
     )
 
 

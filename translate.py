@@ -7,6 +7,7 @@
 import sys
 from itertools import islice
 
+from minigpt import UserError
 from minigpt.generate import Sampler
 from prefix import command
 from prefix.command import notice, number, whole
@@ -45,7 +46,7 @@ def main():
     source, target = command.direction(args, banks)
     if not args.text and sys.stdin.isatty():
         notice(f"Reading {source} sentences, one per line; Ctrl-D ends.")
-    lines, cut, done = iter(args.text or stdin_lines()), 0, 0
+    lines, cut, failed, done = iter(args.text or stdin_lines()), 0, 0, 0
     at_a_time = 1 if not args.text and sys.stdin.isatty() else LINES_AT_A_TIME * args.batch_size
     while chunk := list(islice(lines, at_a_time)):
         sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
@@ -53,11 +54,17 @@ def main():
             model, tokenizer, banks, chunk, source, target, args.max_new_tokens, args.batch_size, sampler, args.beam, done
         )
         for text, finished in results:
-            print(text.replace("\n", " "), flush=True)
-            cut += not finished
-        done += len(chunk)
+            done += 1
+            print(" ".join(text.splitlines()), flush=True)
+            if not finished and not text:
+                notice(f"error: line {done} is too long for this model's context of {model.config.n_positions} tokens")
+                failed += 1
+            elif not finished:
+                cut += 1
     if cut:
         notice(f"{cut} of {done} translations were cut at their token limit (--max-new-tokens)")
+    if failed:
+        raise UserError(f"{failed} of {done} sentences were not translated")
 
 
 def stdin_lines():

@@ -1,8 +1,9 @@
 """What the three commands share: options, loading, and how a user's mistake is told."""
 
 import argparse
+import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -26,20 +27,33 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def telling_errors():
-    """A UserError becomes one line on standard error and exit code 2; Ctrl-C a quiet 130."""
+    """A UserError, a full disk or too little memory becomes one line on standard error and exit code 2; Ctrl-C a quiet
+    130. Standard output is UTF-8, as standard input is, whatever the locale says."""
+    with suppress(AttributeError):  # a notebook's standard output is no file
+        sys.stdout.reconfigure(encoding="utf-8")
     try:
         yield
-    except UserError as error:
+    except BrokenPipeError:  # the reader of our output went away, and what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of our output went away
-        sys.stderr.close()
-        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: {str(error).splitlines()[0] or 'out of memory'}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     finally:
         distributed.finish()
+
+
+def out_of_memory(error):
+    """torch has a class of its own for a full GPU, but only words for a full main memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def notice(text):
@@ -57,9 +71,15 @@ def whole(least):
     """An argparse type: a whole number that is at least `least`."""
 
     def parse(text):
-        if not text.lstrip("-").isdigit() or int(text) < least:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-        return int(text)
+        if value >= 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is too large")
+        return value
 
     return parse
 
@@ -130,15 +150,13 @@ def direction(args, banks):
     """(source, target) bank names: --from and --to, by default the second bank to the first."""
     names = banks.names
     if len(names) < 2:
-        raise UserError(f"this prefix has the one bank {names[0]}; translating takes two")
+        raise UserError(f"this prefix has the banks {names}; translating takes two")
     target = args.target or next(name for name in names if name != args.source)
-    source = args.source or next(name for name in [*names[1:], names[0]] if name != target)
+    source = args.source or next(name for name in [names[1], *names] if name != target)
     banks.mask([source, target])
     if source == target:
         raise UserError(f"--from {source} --to {target}: the same bank twice")
     return source, target
-
-
 
 
 def data_paths(paths):

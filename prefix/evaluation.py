@@ -47,14 +47,14 @@ def compare(model, tokenizer, banks, corpus, split, limit, shots, draws, seed=0,
         sources = [corpus.text(row, source) for row in rows]
         references = [corpus.text(row, target) for row in rows]
         names = corpus.columns[source], corpus.columns[target]
-        outputs, score = timed(
-            references, lambda: translate(model, tokenizer, banks, sources, *names, batch_size=batch_size, beams=beams)
-        )
         drawn = []
-        for draw in range(draws if shots is not None else 0):
+        for draw in range(draws):
             pairs = draw_examples(corpus, source, target, shots, seed + draw)
             answer = lambda: few_shot(model, tokenizer, pairs, sources, *names, batch_size=batch_size)
             drawn.append((*timed(references, answer), prompt_text(pairs, *names)))
+        outputs, score = timed(
+            references, lambda: translate(model, tokenizer, banks, sources, *names, batch_size=batch_size, beams=beams)
+        )
         reports.append(report(names, sources, references, outputs, score, drawn))
     return reports
 
@@ -87,6 +87,7 @@ def report(names, sources, references, outputs, score, drawn):
             "draws": scores,
             "prompts": [prompt for _, _, prompt in drawn],
             "outputs": [texts for texts, _, _ in drawn],
+            "difference": metrics.paired_bootstrap(outputs, drawn[0][0], references),  # to the first draw
         }
     return {
         "source": names[0],
@@ -111,7 +112,13 @@ def table(report, shots):
         lines.append(_line(f"{shots}-shot", mean, spread))
         if mean["bleu"] > 0:
             lines.append(f"  prefix over {shots}-shot: {report['prefix']['bleu'] / mean['bleu']:.1f}x BLEU")
+        lines.append(_difference(**report["few_shot"]["difference"]))
     return lines
+
+
+def _difference(delta, interval, p):
+    verdict = f"significant at p = {p:.2g}" if p < 0.05 else f"not significant (p = {p:.2g})"
+    return f"  prefix minus the first draw: {delta:+.2f} BLEU (95 %: {interval[0]:+.2f} to {interval[1]:+.2f}), {verdict}"
 
 
 def _line(name, score, spread=None):

@@ -11,33 +11,40 @@ and shared by the whole batch; each sentence costs only its own two lines.
 
 import numpy as np
 
+from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
 from prefix.banks import Banks
-from prefix.translation import one_line
+from prefix.data import clean
 
 
 def draw_examples(corpus, source, target, k, seed):
-    """k pairs (source text, target text) from the training split, drawn without replacement."""
+    """k pairs (source text, target text) from the training split, drawn without replacement. Raises UserError where
+    there are fewer."""
     examples = corpus.examples("train")
     examples = examples[(examples[:, 1] == source) & (examples[:, 2] == target)]
-    chosen = np.random.default_rng((seed, 7)).choice(len(examples), size=min(k, len(examples)), replace=False)
+    if k > len(examples):
+        raise UserError(f"{k} shots, but {len(examples)} training pairs to draw them from: fewer --shots, or --draws 0")
+    chosen = np.random.default_rng((seed, 7)).choice(len(examples), size=k, replace=False)
     return [(corpus.text(row, source), corpus.text(row, target)) for row, _, _ in examples[chosen]]
 
 
 def prompt_text(pairs, source_name, target_name):
     """The examples as text; "" for none."""
-    return "".join(f"{source_name}: {one_line(s)}\n{target_name}: {one_line(t)}\n" for s, t in pairs)
+    return "".join(f"{source_name}: {clean(s)}\n{target_name}: {clean(t)}\n" for s, t in pairs)
 
 
 def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_size=32):
-    """Texts -> a list of (translation, finished), in the same order."""
+    """Texts -> a list of (translation, finished), in the same order. Raises UserError where the pairs alone fill the
+    context."""
     shots = tokenizer.encode(prompt_text(pairs, source_name, target_name))
+    offset, limit = len(shots), model.config.n_positions
+    if offset >= limit:
+        raise UserError(f"{len(pairs)} shots of {offset} tokens fill this model's context of {limit}: fewer --shots")
     bank = Banks.reading(model, "shots", shots) if shots else None
-    offset = len(shots)
     results, prompts = [("", False)] * len(texts), {}
     for i, text in enumerate(texts):
-        ids = tokenizer.encode(f"{source_name}: {one_line(text)}\n{target_name}:")
-        room = model.config.n_positions - offset - len(ids)
+        ids = tokenizer.encode(f"{source_name}: {clean(text)}\n{target_name}:")
+        room = limit - offset - len(ids)
         if room > 0:  # a sentence that does not fit behind the examples stays unanswered
             prompts[i] = Prompt(ids, min(room, 2 * len(ids) + 16), [1] * len(ids) if bank else None)
     slots = bank.slots().to(model.dtype) if bank else None

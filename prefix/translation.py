@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from minigpt.attention import Layout
-from minigpt.errors import UserError
 from minigpt.beam import beam_search
+from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
+from prefix.data import clean
 
 
 def separator(tokenizer):
@@ -45,7 +46,8 @@ def pack(examples, sep, eot, device="cpu"):
     ids, opened, at, targets, lengths = [], [], [], [], []
     for source, target, source_bank, target_bank in examples:
         at.append(torch.arange(len(target) + 1) + sum(lengths) + len(source))
-        row = torch.cat([torch.as_tensor(source), torch.tensor([sep]), torch.as_tensor(target)])
+        source, target = (torch.as_tensor(side, dtype=torch.int64) for side in (source, target))  # either may be empty
+        row = torch.cat([source, torch.tensor([sep]), target])
         ids.append(row)
         opened += [1 << source_bank] * len(source) + [1 << source_bank | 1 << target_bank] * (len(target) + 1)
         targets.append(torch.cat([row[len(source) + 1 :], torch.tensor([eot])]))
@@ -55,39 +57,33 @@ def pack(examples, sep, eot, device="cpu"):
 
 
 def prompt(tokenizer, banks, text, source, target, max_new=None, limit=None):
-    """The Prompt that asks for the translation of `text`. max_new: by default twice the source plus 16, cut to what
-    the context (`limit` positions) has room for."""
+    """The Prompt that asks for the translation of `text`, or None where the context (`limit` positions) has no room for
+    an answer. max_new: by default twice the source plus 16; cut to the room that there is."""
     sees_source, sees_both = banks.mask([source]), banks.mask([source, target])
-    ids = tokenizer.encode(one_line(text))
+    ids = tokenizer.encode(clean(text))  # as training read it: without a newline, which would be a separator
     opened = [sees_source] * len(ids) + [sees_both]
     ids = ids + [separator(tokenizer)]
     room = limit - banks.position_offset - len(ids)
-    if room < 1:
-        raise UserError(f"{len(ids)} tokens leave no room to answer in this model's context of {limit}")
-    return Prompt(ids, min(max_new or 2 * len(ids) + 16, room), opened)
-
-
-def one_line(text):
-    """A newline inside a sentence is a space: on its own line it would be the separator."""
-    return " ".join(text.split("\n")).replace("\r", " ").strip()
+    return Prompt(ids, min(max_new or 2 * len(ids) + 16, room), opened) if room > 0 else None
 
 
 def translate(model, tokenizer, banks, texts, source, target, max_new=None, batch_size=32, sampler=None, beams=1, first=0):
     """List of texts -> list of (translation, finished), in the same order; an empty text gives an empty one.
 
-    source, target: bank names. finished is False where a translation was cut at its limit. first: the number of the
-    first text, for sampling: text i draws from stream first + i."""
-    wanted = [i for i, text in enumerate(texts) if one_line(text)]
-    limit = model.config.n_positions
-    prompts = [prompt(tokenizer, banks, texts[i], source, target, max_new, limit) for i in wanted]
-    for i, asked in zip(wanted, prompts):
-        asked.stream = first + i
-    slots, offset = banks.slots().to(model.dtype), banks.position_offset
+    source, target: bank names. finished is False where a translation was cut at its limit; ("", False) is a text too
+    long for the context to leave any room for an answer. first: the number of the first text, for sampling: text i
+    draws from stream first + i."""
+    prompts = {}  # by the number of their text
+    for i, text in enumerate(texts):
+        asked = clean(text) and prompt(tokenizer, banks, text, source, target, max_new, model.config.n_positions)
+        if asked:
+            prompts[i], asked.stream = asked, first + i
+    slots, offset, waiting = banks.slots().to(model.dtype), banks.position_offset, list(prompts.values())
     if beams > 1:
-        generated = beam_search(model, prompts, [tokenizer.eot], slots, offset, beams, batch_size)
+        generated = beam_search(model, waiting, [tokenizer.eot], slots, offset, beams, batch_size)
     else:
-        generated = generate(model, prompts, [tokenizer.eot], slots, offset, batch_size, sampler)
-    results = [("", True)] * len(texts)
-    for i, result in zip(wanted, generated):
+        generated = generate(model, waiting, [tokenizer.eot], slots, offset, batch_size, sampler)
+    results = [("", not clean(text)) for text in texts]
+    for i, result in zip(prompts, generated):
         results[i] = (tokenizer.decode(result.ids), result.finished)
     return results

@@ -176,10 +176,10 @@ def test_a_bad_row_of_a_csv_is_counted_and_the_others_are_read(write, reason, ro
     assert read(path) == (expected, skips(2, reason, 3))
 
 
-@pytest.mark.parametrize("reason", ["wrong number of fields", "empty side", "bad encoding", "NUL byte", "field too long"])
+@pytest.mark.parametrize("reason", [reason for reason in BAD_ROWS if reason != "quotes do not match"])
 def test_a_bad_row_of_a_tsv_is_counted_and_the_others_are_read(write, reason):
-    for row in [row.replace(b",", b"\t") for row in BAD_ROWS[reason] if b'"' not in row]:
-        path = write("a.tsv", b"en\tfr\none\tun\n%b\ntwo\tdeux\n" % row)
+    for row in [row for row in BAD_ROWS[reason] if b'"' not in row]:
+        path = write("a.tsv", b"en,fr\none,un\n%b\ntwo,deux\n".replace(b",", b"\t") % row.replace(b",", b"\t"))
         assert read(path) == ([(2, ("one", "un")), (4, ("two", "deux"))], skips(1, reason, 3))
 
 
