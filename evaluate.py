@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minigpt.files import replacing
 from minigpt.splits import SPLITS
-from prefix import command, data, evaluation, metrics
+from prefix import command, data, distributed, evaluation, metrics
 from prefix.banks import read_metadata
 from prefix.command import notice, whole
 
@@ -42,6 +42,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    distributed.start()
     model, tokenizer, banks, path = command.load_with_base(args)
     trained_on = read_metadata(path)["training"]
     paths = command.data_paths(args.data or trained_on.get("data"))
@@ -53,6 +54,8 @@ def main():
     reports = evaluation.compare(
         model, tokenizer, banks, corpus, args.split, args.limit, args.shots, args.draws, args.seed, args.beam, args.batch_size
     )
+    if distributed.rank() > 0:
+        return
     for report in reports:
         print("\n".join(evaluation.table(report, args.shots)), end="\n\n")
         if args.show_prompt and report["few_shot"]:

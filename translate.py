@@ -9,7 +9,7 @@ from itertools import islice
 
 from minigpt import UserError
 from minigpt.generate import Sampler
-from prefix import command
+from prefix import command, distributed
 from prefix.command import notice, number, whole
 from prefix.translation import translate
 
@@ -42,32 +42,34 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    distributed.start()
     model, tokenizer, banks, _ = command.load_with_base(args)
     source, target = command.direction(args, banks)
     if not args.text and sys.stdin.isatty():
         notice(f"Reading {source} sentences, one per line; Ctrl-D ends.")
-    lines, cut, failed, done = iter(args.text or stdin_lines()), 0, 0, 0
+    lines, done, cut, faults = iter(args.text or stdin_lines()), 0, 0, 0
     at_a_time = 1 if not args.text and sys.stdin.isatty() else LINES_AT_A_TIME * args.batch_size
-    while chunk := list(islice(lines, at_a_time)):
+    while chunk := distributed.from_first(list(islice(lines, at_a_time))):
         sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
         results = translate(
             model, tokenizer, banks, chunk, source, target, args.max_new_tokens, args.batch_size, sampler, args.beam, done
         )
-        for text, finished in results:
-            done += 1
-            print(" ".join(text.splitlines()), flush=True)
-            if not finished and not text:
-                notice(f"error: line {done} is too long for this model's context of {model.config.n_positions} tokens")
-                failed += 1
-            elif not finished:
-                cut += 1
+        for line, result in enumerate(results, done + 1):
+            if distributed.rank() == 0:
+                print(result.text, flush=True)
+            if result.fault:
+                notice(f"line {line}: {result.fault}")
+                faults += 1
+            cut += not result.finished and not result.fault
+        done += len(chunk)
     if cut:
         notice(f"{cut} of {done} translations were cut at their token limit (--max-new-tokens)")
-    if failed:
-        raise UserError(f"{failed} of {done} sentences were not translated")
+    if faults:
+        raise UserError(f"{faults} of {done} sentences could not be translated: cut them into shorter ones")
 
 
 def stdin_lines():
+    """The lines of standard input, which process 0 reads for all."""
     for line in sys.stdin.buffer:
         yield line.decode("utf-8", errors="replace").removesuffix("\n").removesuffix("\r")
 

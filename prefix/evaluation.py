@@ -60,17 +60,17 @@ def compare(model, tokenizer, banks, corpus, split, limit, shots, draws, seed=0,
 
 
 def timed(references, answer):
-    """Run `answer`, which returns (text, finished) for each reference -> (texts, Score)."""
+    """Run `answer`, which returns a Translation for each reference -> (texts, Score)."""
     began = time.monotonic()
     results = answer()
     seconds = time.monotonic() - began
-    texts = [text for text, _ in results]
+    texts = [result.text for result in results]
     score = Score(
         bleu=metrics.corpus_bleu(texts, references),
         chrf=metrics.chrf(texts, references),
         sentence_bleu=metrics.mean_sentence_bleu(texts, references),
         empty=sum(not text for text in texts),
-        cut=sum(not finished for _, finished in results),
+        cut=sum(not result.finished for result in results),
         seconds=round(seconds, 2),
     )
     return texts, score

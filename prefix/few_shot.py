@@ -13,8 +13,10 @@ import numpy as np
 
 from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
+from prefix import distributed
 from prefix.banks import Banks
 from prefix.data import clean
+from prefix.translation import Translation
 
 
 def draw_examples(corpus, source, target, k, seed):
@@ -34,23 +36,22 @@ def prompt_text(pairs, source_name, target_name):
 
 
 def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_size=32):
-    """Texts -> a list of (translation, finished), in the same order. Raises UserError where the pairs alone fill the
-    context."""
-    shots = tokenizer.encode(prompt_text(pairs, source_name, target_name))
-    offset, limit = len(shots), model.config.n_positions
-    if offset >= limit:
-        raise UserError(f"{len(pairs)} shots of {offset} tokens fill this model's context of {limit}: fewer --shots")
+    """Texts -> a list of Translation, in the same order. Raises UserError where the pairs alone fill the context."""
+    shots, limit = tokenizer.encode(prompt_text(pairs, source_name, target_name)), model.config.n_positions
+    if len(shots) >= limit:
+        raise UserError(f"{len(pairs)} shots of {len(shots)} tokens fill this model's context of {limit}: fewer --shots")
     bank = Banks.reading(model, "shots", shots) if shots else None
-    results, prompts = [("", False)] * len(texts), {}
+    results, prompts = [Translation(finished=False, fault="no room behind the examples") for _ in texts], {}
     for i, text in enumerate(texts):
         ids = tokenizer.encode(f"{source_name}: {clean(text)}\n{target_name}:")
-        room = limit - offset - len(ids)
-        if room > 0:  # a sentence that does not fit behind the examples stays unanswered
+        room = limit - len(shots) - len(ids)
+        if room > 0:
             prompts[i] = Prompt(ids, min(room, 2 * len(ids) + 16), [1] * len(ids) if bank else None)
+    mine = distributed.share(list(prompts.values()))
     slots = bank.slots().to(model.dtype) if bank else None
-    generated = generate(model, list(prompts.values()), stop_ids(tokenizer), slots, offset, batch_size)
-    for i, result in zip(prompts, generated):
-        results[i] = (tokenizer.decode(result.ids).strip(), result.finished)
+    generated = generate(model, mine, stop_ids(tokenizer), slots, len(shots), batch_size)
+    for i, result in zip(prompts, distributed.gather(generated)):
+        results[i] = Translation(clean(tokenizer.decode(result.ids)), result.finished)
     return results
 
 

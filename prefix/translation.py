@@ -19,6 +19,7 @@ from minigpt.attention import Layout
 from minigpt.beam import beam_search
 from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
+from prefix import distributed
 from prefix.data import clean
 
 
@@ -56,34 +57,45 @@ def pack(examples, sep, eot, device="cpu"):
     return Batch(*(torch.cat(x).to(device) if isinstance(x, list) else x for x in (ids, layout, at, targets)))
 
 
-def prompt(tokenizer, banks, text, source, target, max_new=None, limit=None):
-    """The Prompt that asks for the translation of `text`, or None where the context (`limit` positions) has no room for
-    an answer. max_new: by default twice the source plus 16; cut to the room that there is."""
-    sees_source, sees_both = banks.mask([source]), banks.mask([source, target])
+@dataclass
+class Translation:
+    """text: one line. finished: False where it was cut at its limit. fault: why there is none, or None."""
+
+    text: str = ""
+    finished: bool = True
+    fault: str | None = None
+
+
+def prompt(tokenizer, banks, text, source, target, limit, max_new=None):
+    """The Prompt that asks for the translation of `text`. limit: the positions that the model's context has. max_new:
+    by default twice the source plus 16. Raises UserError where there is no room to answer."""
     ids = tokenizer.encode(clean(text))  # as training read it: without a newline, which would be a separator
-    opened = [sees_source] * len(ids) + [sees_both]
-    ids = ids + [separator(tokenizer)]
-    room = limit - banks.position_offset - len(ids)
-    return Prompt(ids, min(max_new or 2 * len(ids) + 16, room), opened) if room > 0 else None
+    opened = [banks.mask([source])] * len(ids) + [banks.mask([source, target])]
+    room = limit - banks.position_offset - len(opened)
+    if room < 1:
+        raise UserError(f"{len(ids)} tokens leave no room to answer in this model's context of {limit}")
+    return Prompt([*ids, separator(tokenizer)], min(max_new or 2 * len(ids) + 16, room), opened)
 
 
 def translate(model, tokenizer, banks, texts, source, target, max_new=None, batch_size=32, sampler=None, beams=1, first=0):
-    """List of texts -> list of (translation, finished), in the same order; an empty text gives an empty one.
+    """List of texts -> list of Translation, in the same order; an empty text gives an empty one.
 
-    source, target: bank names. finished is False where a translation was cut at its limit; ("", False) is a text too
-    long for the context to leave any room for an answer. first: the number of the first text, for sampling: text i
-    draws from stream first + i."""
-    prompts = {}  # by the number of their text
+    source, target: bank names. first: the number of the first text, for sampling: text i draws from stream first + i.
+    Several processes share the texts out between them, and each returns all results."""
+    results, prompts = [Translation() for _ in texts], {}
     for i, text in enumerate(texts):
-        asked = clean(text) and prompt(tokenizer, banks, text, source, target, max_new, model.config.n_positions)
-        if asked:
-            prompts[i], asked.stream = asked, first + i
-    slots, offset, waiting = banks.slots().to(model.dtype), banks.position_offset, list(prompts.values())
+        try:
+            if clean(text):
+                prompts[i] = prompt(tokenizer, banks, text, source, target, model.config.n_positions, max_new)
+                prompts[i].stream = first + i
+        except UserError as error:
+            results[i] = Translation(finished=False, fault=str(error))
+    mine = distributed.share(list(prompts.values()))
+    slots, offset = banks.slots().to(model.dtype), banks.position_offset
     if beams > 1:
-        generated = beam_search(model, waiting, [tokenizer.eot], slots, offset, beams, batch_size)
+        generated = beam_search(model, mine, [tokenizer.eot], slots, offset, beams, batch_size)
     else:
-        generated = generate(model, waiting, [tokenizer.eot], slots, offset, batch_size, sampler)
-    results = [("", not clean(text)) for text in texts]
-    for i, result in zip(prompts, generated):
-        results[i] = (tokenizer.decode(result.ids), result.finished)
+        generated = generate(model, mine, [tokenizer.eot], slots, offset, batch_size, sampler)
+    for i, result in zip(prompts, distributed.gather(generated)):
+        results[i] = Translation(clean(tokenizer.decode(result.ids)), result.finished)
     return results

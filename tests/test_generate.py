@@ -147,8 +147,8 @@ class Letters:
 def test_the_shared_few_shot_prompt_gives_the_output_of_plain_prompting(model):
     tokenizer, pairs, texts = Letters(), [("un", "one"), ("deux", "two")], ["trois", "un", "quatre"]
     ours = few_shot(model, tokenizer, pairs, texts, "fr", "en", batch_size=2)
-    for text, (answer, _) in zip(texts, ours):
+    for text, answer in zip(texts, ours):
         ids = tokenizer.encode(prompt_text(pairs, "fr", "en") + f"fr: {text}\nen:")
         n_own = len(f"fr: {text}\nen:")
         plain = generate(model, [Prompt(ids, min(2 * n_own + 16, 64 - len(ids)))], stop_ids(tokenizer))[0]
-        assert answer == tokenizer.decode(plain.ids).strip()
+        assert answer.text == tokenizer.decode(plain.ids).strip()

@@ -1,0 +1,153 @@
+"""What benchmarks share: a fresh process for each thing measured, its clock and its peak memory, what machine it ran
+on, and how fast that machine multiplies matrices at best."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from minigpt import GPT, checkpoint
+
+try:
+    CPU_INFO = Path("/proc/cpuinfo").read_text()
+except OSError:
+    CPU_INFO = ""
+SQUARE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the ceiling
+
+
+def fresh(row, *options):
+    """Run this script again, in a process of its own, for one row -> the dict on the last line that it printed."""
+    command = [sys.executable, *sys.argv, "--row", row, *map(str, options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"error": f"the process ended with {done.returncode}" + " (out of memory?)" * (done.returncode == -9)}
+
+
+def make_checkpoint(config, vocabulary, directory):
+    """A model of this shape with random weights, and the tokenizer's files from `vocabulary`."""
+    model = GPT(config)  # norms begin at one and zero
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.02)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(p)
+    checkpoint.save(model, directory)
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(Path(vocabulary) / file, directory)
+
+
+# Time and memory
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timings(run, device, at_least=0.5):
+    """Seconds that one call of run() takes, measured several times: three at least, and for half a second."""
+    calls, taken = (10 if device == "cuda" else 1), []
+    run()
+    synchronize(device)
+    while len(taken) < 3 or sum(taken) * calls < at_least:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize(device)
+        taken.append((time.perf_counter() - start) / calls)
+    return taken
+
+
+class Peak:
+    """The most memory that was taken at a time since reset(), above what was taken when this was made: the GPU's, or
+    the resident memory of this process (Linux), weights that are mapped from a file included."""
+
+    def __init__(self, device):
+        self.cuda = device == "cuda"
+        self.before = torch.cuda.memory_allocated() if self.cuda else _status("VmRSS")
+        self.reset()
+
+    def reset(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the high-water mark, falls to what is resident now
+
+    def bytes(self):
+        return (torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")) - self.before
+
+
+def _status(name):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+
+
+def refuse_to_swallow_the_machine():
+    """On a CPU, let a row that is too large fail for itself instead of pushing other programs out of memory."""
+    import resource
+
+    info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(info["MemAvailable"].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (available, available))
+
+
+# The machine
+
+
+def multiplies_bf16():
+    """Whether this CPU has instructions for it."""
+    return "avx512_bf16" in CPU_INFO or "amx_bf16" in CPU_INFO
+
+
+def ceiling(device, dtypes, mlp):
+    """FLOPs per second of a plain matrix product, the best of several: {dtype: {"square": ..., "mlp": ...}}.
+    mlp: (tokens, n_embd, mlp_dim), the model's own widest product in the blocks."""
+    rates, n = {}, SQUARE[device]
+    for dtype in dtypes:
+        rates[dtype] = {}
+        for name, (rows, inner, columns) in {"square": (n, n, n), "mlp": mlp}.items():
+            a = torch.randn(rows, inner, device=device, dtype=getattr(torch, dtype))
+            b = torch.randn(inner, columns, device=device, dtype=getattr(torch, dtype))
+            rates[dtype][name] = 2 * rows * inner * columns / min(timings(lambda: a @ b, device, 2))
+    return rates
+
+
+def circumstances(device):
+    """What a number must be read with: the machine, the versions, the day, the command."""
+    versions = {name: _version(name) for name in ("torch", "triton", "transformers", "peft")}
+    models = [line.split(":")[1].strip() for line in CPU_INFO.splitlines() if line.startswith("model name")]
+    return {
+        "device": _gpu() if device == "cuda" else f"{models[0] if models else platform.machine()}",
+        "cpu_threads": torch.get_num_threads(),
+        "multiplies_bf16": device == "cuda" or multiplies_bf16(),
+        **versions,
+        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu():
+    """Its name and, where nvidia-smi tells, the power that it may draw."""
+    name = torch.cuda.get_device_name()
+    if not shutil.which("nvidia-smi"):
+        return name
+    query = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader", "--id=0"]
+    return f"{name}, {subprocess.run(query, capture_output=True, text=True).stdout.strip()}"

@@ -1,0 +1,489 @@
+"""What bounds the training of slots on a frozen GPT-2, and how near that bound we and transformers + peft come.
+
+A token must pass forward through every weight of the blocks, 2 FLOPs each (a product and a sum), and the gradient must
+pass back through every weight, 2 more, to reach the slots of the layers below. Ordinary training spends 2 more on
+the gradient of the weights: freezing saves that, and no other FLOPs. So a step cannot take less time than the FLOPs
+it needs, over those per second of the machine's own matrix product (the ceiling, measured at the start). They are,
+with d = n_embd, for a sentence of n tokens of which t predict a target:
+
+    blocks      4 n n_layer (4 d^2 + 2 d mlp_dim) - 2 n 3 d^2     below the first c_attn nothing wants a gradient
+    head        4 t vocab_size d                                  tokens that predict no target need no logits
+    attention   (4 + 10) d for each token, layer, and key seen    q.k, p.v; q.k again, and the gradients of p, q, k, v;
+                                                                  in the first layer those of the slots alone: 4 + 8
+
+"share" is that time over the time taken. Each rung of the ladder takes away work, or waiting, that is not in the count:
+
+    peft, naive         sentences padded to the longest of their micro-batch: products of nothing. Logits of all tokens:
+                        at 50,257 columns their few float32 copies are most of the memory, and in `gpt2` the head has
+                        a third of the weights, for tokens of the source too
+    + packing           sentences one after another in a single row: no padding, but inside attention
+    + target-only loss  logits of target tokens, some hundreds at a time, their gradient finished at once
+    + fused attention   scores never reach memory (a GPU also loses the padding); micro-batches are cut by tokens
+    + bf16              half the bytes everywhere, and twice the FLOPs where the hardware multiplies bfloat16
+    + torch.compile     norms, GELU, biases and sums between the products: fewer trips to memory
+    + checkpointing     the opposite trade: a third more FLOPs (not in the count), and only each block's input is kept
+
+A rung has all that is above it; checkpointing goes without torch.compile. All rows train on the same pairs from the
+same weights, so the losses of our rows agree. peft knows one prefix, open from the first token on, so it gets the slots
+of both banks; its ratios are to its fastest row in the same dtype. It refuses checkpointing with prefix tuning.
+
+    python tests/benchmarks/train.py                            the ladder; 2 CPU cores: 2 steps a row, about 8 minutes
+    python tests/benchmarks/train.py --shape gpt2-xl            ... on a GPU: 10 steps a row
+    python tests/benchmarks/train.py --what attention           attention alone, against SDPA and FlexAttention
+    python tests/benchmarks/train.py --what curve               what longer prefixes and longer sentences cost
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from common import Peak, ceiling, circumstances, fresh, make_checkpoint, multiplies_bf16, synchronize, timings
+from common import refuse_to_swallow_the_machine
+from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
+from minigpt.attention import Layout, LayerSlots, attend
+from minigpt.config import PUBLISHED
+from minigpt.loss import nll_sum
+from prefix import Banks, command, data
+from prefix.trainer import MICRO_BATCH_TOKENS, Settings, Trainer, n_tokens
+from prefix.translation import Batch, separator
+
+SHAPES = {"demo": GPTConfig.from_file(checkpoint.DEMO / "config.json"), **PUBLISHED}
+REAL_DATA, REAL_VOCABULARY = ROOT.parent / "shared/data/en-fr.csv", ROOT.parent / "shared/data/gpt2_tokenizer"
+ROWS_READ = 5000  # of the data file
+IGNORED = -100  # the target of a token that predicts none, as cross_entropy and transformers have it
+LENGTHS, SLOTS, PREFIX_LENS = (16, 64, 256, 1024), (0, 20, 200), (1, 10, 100, 1000)
+TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch of --what attention and curve
+
+
+def main():
+    args = parse_arguments()
+    if args.row:
+        return measure_row(args)
+    result = {"circumstances": circumstances(args.device), "settings": vars(args) | {"data": str(args.data)}}
+    with tempfile.TemporaryDirectory() as home:
+        real = args.shape != "demo" and REAL_VOCABULARY.is_dir()
+        make_checkpoint(SHAPES[args.shape], REAL_VOCABULARY if real else checkpoint.DEMO, home)
+        rates = result["ceiling"] = fresh("ceiling", "--home", home)
+        print(f"{args.shape} on {result['circumstances']['device']}, {torch.get_num_threads()} CPU threads; matrix products:")
+        for dtype, rate in rates.items():
+            print(f"    {dtype}: {rate['square'] / 1e9:,.0f} GFLOP/s (the ceiling), {rate['mlp'] / 1e9:,.0f} in the shape of the MLP")
+        for what, (rows, show) in PARTS.items():
+            if what in args.what:
+                result[what] = run_rows([row for row in rows(args) if args.only in row], home)
+                show(result[what], rates)
+    print(json.dumps(result))
+
+
+def parse_arguments():
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description="Measure the speed and memory of training slots.")
+    parser.add_argument("--what", nargs="+", choices=[*PARTS], default=["ladder"])
+    parser.add_argument("--shape", choices=[*SHAPES], default="gpt2", help="of the model; its weights are random")
+    parser.add_argument("--prefix-len", type=int, default=10, help="slots in each of two banks (10)")
+    parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else command.DEMO_CORPUS)
+    parser.add_argument("--batch-size", type=int, default=64, help="pairs of an optimizer step (64)")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[64, 16] if cuda else [16],
+                        help="sentences at a time, tried for peft; our own padded rows take the first")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=10 if cuda else 2, help="measured in each row (CPU: 2, GPU: 10)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows with this text in their names")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # how this script calls itself: one row, in its own process
+    parser.add_argument("--home", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.warmup = 3 if args.device == "cuda" else 1
+    return args
+
+
+def run_rows(rows, home):
+    results = {}
+    for i, row in enumerate(rows):
+        start = time.monotonic()
+        results[row] = fresh(row, "--home", home)
+        print(f"[{i + 1}/{len(rows)}] {row}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return results
+
+
+def measure_row(args):
+    """One row, in this process; its result is the last line on standard output."""
+    if args.device == "cpu":
+        refuse_to_swallow_the_machine()
+    rows = {"ceiling": measure_ceiling} | {name: run for rows, _ in PARTS.values() for name, run in rows(args).items()}
+    try:
+        result = rows[args.row](args)
+    except Exception as error:  # a row that does not work here is a result, too
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]}
+    print(json.dumps(result))
+
+
+def dtypes(args):
+    """The dtype to compute in, and the one that is a rung of its own, if there is one."""
+    return ["bfloat16"] if args.device == "cuda" else ["float32", "bfloat16"] if multiplies_bf16() else ["float32"]
+
+
+def measure_ceiling(args):
+    config = SHAPES[args.shape]
+    return ceiling(args.device, dtypes(args), (MICRO_BATCH_TOKENS[args.device], config.n_embd, config.mlp_dim))
+
+
+# The ladder: one optimizer step on the same pairs, in ever better ways
+
+
+class Rung(Trainer):
+    """Our own training, on the pairs that every row gets."""
+
+    def examples_of(self, step):
+        return examples_of(self.args, self.corpus, step)
+
+
+class Counted(Rung):
+    """Micro-batches of so many sentences, however long."""
+
+    def micro_batches(self, examples):
+        return groups(examples, self.args.micro_batch[0])
+
+
+class AllLogits(Counted):
+    """The logits of all tokens, and a loss that passes over most of them."""
+
+    def packed(self, examples):
+        batch = super().packed(examples)
+        targets = torch.full_like(batch.ids, IGNORED)
+        targets[batch.at] = batch.targets
+        return Batch(batch.ids, batch.layout, None, targets)
+
+    def nll(self, batch):
+        logits = self.model.logits(self.model.hidden(batch.ids, batch.layout, self.banks.slots()))
+        return F.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED, reduction="sum")
+
+
+class Padded(AllLogits):
+    """Sentences as long as the longest. (to_grid fills up with the first token, a source token without a target.)"""
+
+    def packed(self, examples):
+        batch = super().packed(examples)
+        layout = batch.layout
+        ids, opened, targets = (layout.to_grid(x).flatten() for x in (batch.ids, layout.opened, batch.targets))
+        return Batch(ids, Layout([layout.longest] * len(examples), opened, layout.device), None, targets)
+
+
+def ladder(args):
+    """{name of a row: how to measure it}."""
+    first, last = dtypes(args)[0], dtypes(args)[-1]
+    rows = {
+        f"peft, {attention}, {micro} at a time": partial(train_peft, attention=attention, micro=micro, dtype=first)
+        for attention in ("sdpa", "eager")
+        for micro in args.micro_batch
+    }
+    rows["naive"] = partial(train_ours, kind=Padded, attention="plain", dtype=first)
+    rows["+ packing"] = partial(train_ours, kind=AllLogits, attention="plain", dtype=first)
+    rows["+ target-only loss"] = partial(train_ours, kind=Counted, attention="plain", dtype=first)
+    rows["+ fused attention"] = partial(train_ours, dtype=first)
+    if last != first:
+        rows[f"peft, {last}"] = partial(train_peft, attention="sdpa", micro=args.micro_batch[0], dtype=last)
+        rows["+ bf16"] = partial(train_ours, dtype=last)
+    rows["+ torch.compile"] = partial(train_ours, dtype=last, compiled=True)
+    rows["+ checkpointing"] = partial(train_ours, dtype=last, checkpointing=True)
+    return rows
+
+
+def train_ours(args, dtype, kind=Rung, attention="auto", compiled=False, checkpointing=False):
+    corpus, peak = load_corpus(args), Peak(args.device)
+    model = GPT.from_pretrained(args.home, args.device, getattr(torch, dtype))
+    model.attention, model.checkpoint_activations = attention, checkpointing
+    if compiled:
+        compile_blocks(model)
+    banks = Banks.random(model.config, corpus.columns, args.prefix_len).to(args.device)
+    settings = Settings(steps=args.warmup + args.steps, lr=0.001)
+    trainer = kind(model, Tokenizer.from_pretrained(args.home), banks, corpus, settings, args.home)
+    trainer.args = args
+    return measure_steps(args, dtype, peak, corpus, lambda step: trainer.optimizer_step()["loss"])
+
+
+def compile_blocks(model):
+    """All of a block but attention, which takes lengths that are new in every batch."""
+    for block in model.h:
+        block.compile(dynamic=True)
+    model.run = lambda x, look: GPT.run(model, x, torch.compiler.disable(look))
+
+
+def train_peft(args, attention, micro, dtype):
+    """As its users do, and well: frozen weights in `dtype`, no dropout, sentences sorted by length, batches ready."""
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    corpus, peak = load_corpus(args), Peak(args.device)
+    quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    model = AutoModelForCausalLM.from_pretrained(
+        args.home, dtype=getattr(torch, dtype), attn_implementation=attention, **quiet
+    )
+    model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2 * args.prefix_len))
+    slots = [p for p in model.to(args.device).train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(slots, lr=0.001, weight_decay=0.0)
+    batches = [list(padded_batches(args, corpus, step, micro)) for step in range(args.warmup + args.steps)]
+
+    def train(step):
+        total = sum((batch["labels"] != IGNORED).sum() for batch in batches[step])
+        losses = []
+        for batch in batches[step]:
+            losses.append(model(**batch, num_items_in_batch=total).loss)
+            losses[-1].backward()
+        torch.nn.utils.clip_grad_norm_(slots, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(sum(loss.detach() for loss in losses))
+
+    return measure_steps(args, dtype, peak, corpus, train)
+
+
+def padded_batches(args, corpus, step, micro):
+    """Micro-batches as transformers takes them: each row one pair and <|endoftext|>, padded on the right."""
+    tokenizer = Tokenizer.from_pretrained(args.home)
+    for group in groups(examples_of(args, corpus, step), micro):
+        size = len(group), max(map(n_tokens, group)) + 1
+        ids, mask, labels = torch.full(size, tokenizer.eot), torch.zeros(size, dtype=torch.int64), torch.full(size, IGNORED)
+        for i, (source, target, *_) in enumerate(group):
+            row = torch.tensor([*source, separator(tokenizer), *target, tokenizer.eot])
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+            labels[i, len(source) + 1 : len(row)] = row[len(source) + 1 :]
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        yield {name: tensor.to(args.device) for name, tensor in batch.items()}
+
+
+def load_corpus(args):
+    """The pairs. peft's slots take positions from the text: what is too long for it is left out for all."""
+    tokenizer, context = Tokenizer.from_pretrained(args.home), SHAPES[args.shape].n_positions
+    longest = min(384, context - 2 * args.prefix_len - 1)
+    return data.load([args.data], None, tokenizer, ROWS_READ, longest, args.home)
+
+
+def examples_of(args, corpus, step):
+    """The pairs of a step, the same for every row. To warm up a CPU, an eighth of them."""
+    pool = corpus.examples("train")
+    size = max(1, args.batch_size // 8) if step < args.warmup and args.device == "cpu" else args.batch_size
+    chosen = pool[np.random.default_rng(step).permutation(len(pool))[:size]]
+    return [(corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)) for row, s, t in chosen]
+
+
+def groups(examples, size):
+    """Micro-batches of `size` sentences of like length."""
+    examples = sorted(examples, key=n_tokens)
+    return [examples[i : i + size] for i in range(0, len(examples), size)]
+
+
+def measure_steps(args, dtype, peak, corpus, train):
+    """train(step) -> loss, timed after the warm-up. Rates are medians over the steps."""
+    peak.reset()  # loading is over
+    seconds, tokens, flops = [], [], []
+    for step in range(args.warmup + args.steps):
+        start = time.perf_counter()
+        loss = train(step)
+        synchronize(args.device)
+        seconds.append(time.perf_counter() - start)
+        examples = examples_of(args, corpus, step)
+        tokens.append(sum(map(n_tokens, examples)))
+        flops.append(needed_flops(SHAPES[args.shape], examples, args.prefix_len))
+    rate = lambda amounts: median([amount / s for amount, s in zip(amounts, seconds)][args.warmup :])
+    return {
+        "dtype": dtype,
+        "tokens_per_second": rate(tokens),
+        "seconds_per_step": median(seconds[args.warmup :]),
+        "needed_flops_per_second": rate(flops),
+        "peak_bytes": peak.bytes(),
+        "loss": loss,
+        "tokens": tokens[args.warmup :],
+        "seconds": seconds,
+    }
+
+
+def needed_flops(config, examples, prefix_len):
+    """As the docstring counts. Tokens before the separator see one bank, it and those after it two."""
+    d, layers = config.n_embd, config.n_layer
+    weights, flops = layers * (4 * d * d + 2 * d * config.mlp_dim), 0
+    for source, target, *_ in examples:
+        n, t = len(source) + 1 + len(target), len(target) + 1
+        text, slots = n * (n + 1) // 2, prefix_len * (n + t)  # pairs of a token and a key that it sees
+        flops += 4 * n * weights - 2 * n * 3 * d * d + 4 * t * config.vocab_size * d
+        flops += layers * 4 * d * (text + slots) + (layers - 1) * 10 * d * (text + slots) + 8 * d * slots
+    return flops
+
+
+def show_ladder(rows, rates):
+    print(f"\n{'':26}{'':9} tokens/s  of peft   s/step  peak GB  of peft   share     loss")
+    for name, row in rows.items():
+        if "error" in row:
+            print(f"{name:26}{row['error']}")
+            continue
+        theirs = [other for key, other in rows.items() if key.startswith("peft") and other.get("dtype") == row["dtype"]]
+        best = max(theirs, key=lambda other: other["tokens_per_second"], default=None)
+        speed, memory = (row[key] / best[key] if best else float("nan") for key in ("tokens_per_second", "peak_bytes"))
+        row["share_of_ceiling"] = share = row["needed_flops_per_second"] / rates[row["dtype"]]["square"]
+        row["speed_over_peft"], row["memory_over_peft"] = speed, memory
+        print(
+            f"{name:26}{row['dtype']:9}{row['tokens_per_second']:9,.0f} {speed:7.2f}x {row['seconds_per_step']:8.2f} "
+            f"{row['peak_bytes'] / 1e9:8.2f} {memory:7.2f}x {share:7.1%} {row['loss']:8.4f}"
+        )
+
+
+# Attention alone, forward and backward
+
+
+def attention(args):
+    names = {"ours, fused": partial(ours, "fused"), "ours, plain": partial(ours, "plain")}
+    names |= {"SDPA, padded": padded_sdpa, "FlexAttention": flex}
+    return {name: partial(measure_attention, system=system) for name, system in names.items()}
+
+
+def measure_attention(args, system):
+    """Every length and number of slots: sentences of half that length to all of it, one layer of the shape."""
+    cells = []
+    for length in LENGTHS:
+        lengths = np.random.default_rng(0).integers((length + 1) // 2, length + 1, TOKENS[args.device] // length).tolist()
+        lengths[0] = length
+        for n_slots in SLOTS:
+            cell = {"length": length, "slots": n_slots}
+            try:
+                peak = Peak(args.device)
+                seconds = median(timings(system(args, lengths, n_slots), args.device))
+                cell |= {"tokens_per_second": sum(lengths) / seconds, "peak_bytes": peak.bytes()}
+            except Exception as error:
+                cell["error"] = str(error).strip().splitlines()[0][:200]
+            cells.append(cell)
+    return {"dtype": dtypes(args)[0], "cells": cells}
+
+
+def leaves(args, tokens, n_slots):
+    """qkv (*tokens, 3C), slot keys and values (n_head, S, head_dim) in float32, and a function that takes the gradients
+    of all three from attention's output."""
+    config, dtype = SHAPES[args.shape], getattr(torch, dtypes(args)[0])
+    draw = partial(torch.randn, device=args.device, requires_grad=True)
+    inputs = [draw(*tokens, 3 * config.n_embd, dtype=dtype)]
+    inputs += [draw(config.n_head, n_slots, config.head_dim) for _ in range(2)] if n_slots else [None, None]
+
+    def differentiate(out):
+        return torch.autograd.grad(out, [x for x in inputs if x is not None], torch.ones_like(out))
+
+    return *inputs, differentiate
+
+
+def ours(how, args, lengths, n_slots):
+    qkv, key, value, differentiate = leaves(args, [sum(lengths)], n_slots)
+    layout = Layout(lengths, torch.ones(sum(lengths)), args.device)
+    slots = LayerSlots(key, value, torch.zeros(n_slots, dtype=torch.int32, device=args.device)) if n_slots else None
+    return lambda: differentiate(attend(qkv, SHAPES[args.shape].n_head, layout, slots, how))
+
+
+def with_slots(qkv, n_head, key, value):
+    """qkv (B, T, 3C) -> q, k, v, each (B, n_head, T, head_dim), k and v with the slots in front."""
+    q, k, v = qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
+    if key is not None:
+        k, v = (torch.cat([s.to(x.dtype).expand(len(x), -1, -1, -1), x], dim=2) for s, x in ((key, k), (value, v)))
+    return q, k, v
+
+
+def padded_sdpa(args, lengths, n_slots):
+    """torch's fused attention on padded rows, the mask written out: (B, 1, T, S + T), made once for all layers."""
+    B, T, n_head = len(lengths), max(lengths), SHAPES[args.shape].n_head
+    qkv, key, value, differentiate = leaves(args, [B, T], n_slots)
+    real = torch.arange(T)[None] < torch.tensor(lengths)[:, None]  # (B, T)
+    text = torch.ones(T, T, dtype=torch.bool).tril() & real[:, None]  # (B, T, T)
+    mask = torch.cat([torch.ones(B, T, n_slots, dtype=torch.bool), text], dim=-1)[:, None].to(args.device)
+    return lambda: differentiate(
+        F.scaled_dot_product_attention(*with_slots(qkv, n_head, key, value), attn_mask=mask)
+    )  # fmt: skip
+
+
+def flex(args, lengths, n_slots):
+    """FlexAttention on the packed row: a token sees the slots, and the tokens of its own sentence up to itself."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()  # or the ninth shape is not compiled any more
+    attend_flex = torch.compile(flex_attention, dynamic=False)
+    N, n_head = sum(lengths), SHAPES[args.shape].n_head
+    qkv, key, value, differentiate = leaves(args, [1, N], n_slots)
+    start = Layout(lengths, device=args.device).start
+
+    def sees(b, h, q, k):
+        return (k < n_slots) | ((k - n_slots <= q) & (k - n_slots >= start[q]))
+
+    mask = create_block_mask(sees, None, None, N, n_slots + N, device=args.device)  # made once for all layers
+    return lambda: differentiate(attend_flex(*with_slots(qkv, n_head, key, value), block_mask=mask))
+
+
+def show_attention(rows, _):
+    print("\nattention, forward and backward, tokens/s\n" + f"{'length':>8}{'slots':>7}" + "".join(f"{name:>16}" for name in rows))
+    for cells in zip(*(row.get("cells", []) for row in rows.values())):
+        rates = (f"{cell['tokens_per_second']:16,.0f}" if "error" not in cell else f"{'*':>16}" for cell in cells)
+        print(f"{cells[0]['length']:8}{cells[0]['slots']:7}" + "".join(rates))
+    for name, row in rows.items():
+        errors = [row["error"]] if "error" in row else [cell["error"] for cell in row["cells"] if "error" in cell]
+        if errors:
+            print(f"* {name}: {errors[0]}")
+
+
+# The curve: longer prefixes, longer sentences
+
+
+def curve(args):
+    return {"curve": measure_curve}
+
+
+def measure_curve(args):
+    """One bank, open everywhere; sentences of equal length, of which the second half are targets."""
+    dtype, context = dtypes(args)[0], SHAPES[args.shape].n_positions
+    model = GPT.from_pretrained(args.home, args.device, getattr(torch, dtype))
+    points = [(prefix_len, 64) for prefix_len in PREFIX_LENS] + [(10, n) for n in LENGTHS if n <= context]
+    cells = []
+    for prefix_len, length in points:
+        peak = Peak(args.device)
+        seconds = median(timings(curve_step(args, model, prefix_len, length), args.device))
+        tokens = TOKENS[args.device] // length * length
+        cells.append({"prefix_len": prefix_len, "length": length, "tokens_per_second": tokens / seconds, "peak_bytes": peak.bytes()})
+    return {"dtype": dtype, "cells": cells}
+
+
+def curve_step(args, model, prefix_len, length):
+    banks = Banks.random(model.config, ["only"], prefix_len).to(args.device)
+    optimizer = torch.optim.AdamW(banks.parameters(), lr=0.001)
+    lengths = [length] * (TOKENS[args.device] // length)
+    layout = Layout(lengths, torch.ones(sum(lengths)), args.device)
+    at = (layout.position >= length // 2).nonzero()[:, 0]
+    ids = torch.randint(model.config.vocab_size, (sum(lengths),), device=args.device)
+
+    def step():
+        hidden = model.hidden(ids, layout, banks.slots())
+        nll_sum(hidden[at], model.wte.weight, ids[at]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def show_curve(rows, _):
+    row = rows["curve"]
+    print("\n" + row.get("error", f"{'prefix_len':>11}{'length':>8}  tokens/s  peak GB (beside the model)"))
+    for cell in row.get("cells", []):
+        print(f"{cell['prefix_len']:11}{cell['length']:8}{cell['tokens_per_second']:10,.0f}{cell['peak_bytes'] / 1e9:9.2f}")
+
+
+PARTS = {"ladder": (ladder, show_ladder), "attention": (attention, show_attention), "curve": (curve, show_curve)}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
