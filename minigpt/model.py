@@ -41,6 +41,17 @@ class Projection(nn.Module):
         return torch.addmm(self.bias, x, self.weight)
 
 
+class Embedding(nn.Module):
+    """Row i of weight for id i. (nn.Embedding fills its weight with random numbers first: seconds, for XL.)"""
+
+    def __init__(self, n, n_embd):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n, n_embd))
+
+    def forward(self, ids):
+        return F.embedding(ids, self.weight)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -80,8 +91,8 @@ class GPT(nn.Module):
         self.config = config
         self.attention = "auto"  # or "fused", "plain": see attention.attend
         self.checkpoint_activations = False  # True: keep only each block's input and compute the rest again for backward
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 

@@ -74,10 +74,6 @@ class Tokenizer:
         """Text -> list of ids. Text is text: "<|endoftext|>" in it is ordinary characters."""
         return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
 
-    def encode_batch(self, texts):
-        """List of texts -> list of lists of ids."""
-        return [[self.ids[rank] for rank in ranks] for ranks in self.encoding.encode_ordinary_batch(texts)]
-
     def decode(self, ids):
         """Ids -> text; bytes that are not UTF-8 become U+FFFD."""
         return self.encoding.decode([self.rank[int(i)] for i in ids], errors="replace")

@@ -378,7 +378,7 @@ def _build(directory, paths, columns, tokenizer, limit, max_tokens):
         tokens, text, index, split = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
         index.write(array("q", [0, 0]))
         for line, texts in read_rows(paths, columns, skipped):
-            ids = [tokenizer.encode(cell) for cell in texts]  # for sentences, encode_batch's threads only cost
+            ids = [tokenizer.encode(cell) for cell in texts]
             if sum(sorted(map(len, ids))[-2:]) + 1 > max_tokens:  # the row's longest pair, with its separator
                 skipped.add(f"too long (over {max_tokens} tokens)", line)
                 continue

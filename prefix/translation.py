@@ -20,7 +20,7 @@ from minigpt.beam import beam_search
 from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
 from prefix import distributed
-from prefix.data import clean
+from prefix.data import MAX_FIELD, clean
 
 
 def separator(tokenizer):
@@ -69,6 +69,8 @@ class Translation:
 def prompt(tokenizer, banks, text, source, target, limit, max_new=None):
     """The Prompt that asks for the translation of `text`. limit: the positions that the model's context has. max_new:
     by default twice the source plus 16. Raises UserError where there is no room to answer."""
+    if len(text) > MAX_FIELD:  # tiktoken gives up on such texts, and not as an exception
+        raise UserError(f"{len(text):,} characters are more than the {MAX_FIELD:,} that one sentence may have")
     ids = tokenizer.encode(clean(text))  # as training read it: without a newline, which would be a separator
     opened = [banks.mask([source])] * len(ids) + [banks.mask([source, target])]
     room = limit - banks.position_offset - len(opened)

@@ -52,12 +52,6 @@ def test_decoding_what_was_encoded_gives_the_text_back(ours, text):
 
 
 @settings(deadline=None)
-@given(texts=st.lists(TEXTS))
-def test_a_batch_is_encoded_as_its_texts_are(ours, texts):
-    assert ours.encode_batch(texts) == [ours.encode(text) for text in texts]
-
-
-@settings(deadline=None)
 @given(before=TEXTS, after=TEXTS)
 def test_end_of_text_in_a_text_is_ordinary_characters(ours, before, after):
     text = before + END_OF_TEXT + after

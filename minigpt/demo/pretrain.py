@@ -152,7 +152,7 @@ def direct_documents(pairs):
 
 def batches(texts, tokenizer, rng=None):
     """Yield ids and targets (B, T): documents of like length side by side, about BATCH_TOKENS in all."""
-    rows = [ids[: CONFIG.n_positions - 1] + [tokenizer.eot] for ids in tokenizer.encode_batch(list(texts))]
+    rows = [tokenizer.encode(text)[: CONFIG.n_positions - 1] + [tokenizer.eot] for text in texts]
     rows.sort(key=len)
     cut, batch = [], []
     for row in rows:

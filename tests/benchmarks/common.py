@@ -1,36 +1,71 @@
 """What benchmarks share: a fresh process for each thing measured, its clock and its peak memory, what machine it ran
 on, and how fast that machine multiplies matrices at best."""
 
+import contextlib
+import ctypes
 import datetime
 import importlib.metadata
 import json
 import platform
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
 
 from minigpt import GPT, checkpoint
 
-try:
-    CPU_INFO = Path("/proc/cpuinfo").read_text()
-except OSError:
-    CPU_INFO = ""
+LINUX = sys.platform == "linux"
+CPU_INFO = Path("/proc/cpuinfo").read_text() if LINUX else ""
 SQUARE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the ceiling
 
 
-def fresh(row, *options):
-    """Run this script again, in a process of its own, for one row -> the dict on the last line that it printed."""
-    command = [sys.executable, *sys.argv, "--row", row, *map(str, options)]
+def run_rows(names, home):
+    """Each of these rows in a process of its own -> {name: result}. home: where what they all read lies."""
+    results = {}
+    for i, name in enumerate(names):
+        start = time.monotonic()
+        results[name] = fresh(name, home)
+        print(f"[{i + 1}/{len(names)}] {name}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return results
+
+
+def fresh(name, home):
+    """This script once more, for one row -> the dict on the last line that it printed."""
+    command = [sys.executable, *sys.argv, "--row", name, "--home", str(home)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     try:
         return json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         return {"error": f"the process ended with {done.returncode}" + " (out of memory?)" * (done.returncode == -9)}
+
+
+def measure_row(measure, args):
+    """What the script does that was run for one row: measure(args) -> a dict, printed as the last line."""
+    if args.device == "cpu" and LINUX:
+        refuse_to_swallow_the_machine()
+    try:
+        result = measure(args)
+    except Exception as error:  # a row that does not work here is a result, too
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {first_line(error)}"}
+    print(json.dumps(result))
+
+
+def refuse_to_swallow_the_machine():
+    """Let a row that is too large fail for itself instead of pushing other programs out of memory."""
+    info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(info["MemAvailable"].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (available, available))
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def make_checkpoint(config, vocabulary, directory):
@@ -70,43 +105,39 @@ def timings(run, device, at_least=0.5):
 
 class Peak:
     """The most memory that was taken at a time since reset(), above what was taken when this was made: the GPU's, or
-    the resident memory of this process (Linux), weights that are mapped from a file included."""
+    the resident memory of this process, weights that are mapped from a file included. (Without Linux, which can forget
+    a high-water mark, the mark since the process began.)"""
 
     def __init__(self, device):
         self.cuda = device == "cuda"
-        self.before = torch.cuda.memory_allocated() if self.cuda else _status("VmRSS")
+        with contextlib.suppress(AttributeError):  # what was freed goes back to the system, where the C library can
+            ctypes.CDLL(None).malloc_trim(0)
         self.reset()
+        self.before = self.highest()
 
     def reset(self):
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the high-water mark, falls to what is resident now
+        elif LINUX:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def highest(self):
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        if LINUX:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def bytes(self):
-        return (torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")) - self.before
-
-
-def _status(name):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-
-
-def refuse_to_swallow_the_machine():
-    """On a CPU, let a row that is too large fail for itself instead of pushing other programs out of memory."""
-    import resource
-
-    info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(info["MemAvailable"].split()[0]) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (available, available))
+        return self.highest() - self.before
 
 
 # The machine
 
 
 def multiplies_bf16():
-    """Whether this CPU has instructions for it."""
+    """Whether this CPU has instructions for that."""
     return "avx512_bf16" in CPU_INFO or "amx_bf16" in CPU_INFO
 
 
@@ -128,7 +159,7 @@ def circumstances(device):
     versions = {name: _version(name) for name in ("torch", "triton", "transformers", "peft")}
     models = [line.split(":")[1].strip() for line in CPU_INFO.splitlines() if line.startswith("model name")]
     return {
-        "device": _gpu() if device == "cuda" else f"{models[0] if models else platform.machine()}",
+        "device": _gpu() if device == "cuda" else next(iter(models), platform.machine()),
         "cpu_threads": torch.get_num_threads(),
         "multiplies_bf16": device == "cuda" or multiplies_bf16(),
         **versions,

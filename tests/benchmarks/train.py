@@ -35,11 +35,9 @@ of both banks; its ratios are to its fastest row in the same dtype. It refuses c
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -50,8 +48,8 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from common import Peak, ceiling, circumstances, fresh, make_checkpoint, multiplies_bf16, synchronize, timings
-from common import refuse_to_swallow_the_machine
+from common import Peak, ceiling, circumstances, first_line, fresh, make_checkpoint, measure_row
+from common import multiplies_bf16, run_rows, synchronize, timings
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
 from minigpt.attention import Layout, LayerSlots, attend
 from minigpt.config import PUBLISHED
@@ -71,19 +69,21 @@ TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch of --what attention and curv
 def main():
     args = parse_arguments()
     if args.row:
-        return measure_row(args)
-    result = {"circumstances": circumstances(args.device), "settings": vars(args) | {"data": str(args.data)}}
+        rows = {name: row for rows, _ in PARTS.values() for name, row in rows(args).items()}
+        return measure_row(rows.get(args.row, measure_ceiling), args)
+    result = {"circumstances": circumstances(args.device), "shape": args.shape, "steps": args.steps}
     with tempfile.TemporaryDirectory() as home:
         real = args.shape != "demo" and REAL_VOCABULARY.is_dir()
         make_checkpoint(SHAPES[args.shape], REAL_VOCABULARY if real else checkpoint.DEMO, home)
-        rates = result["ceiling"] = fresh("ceiling", "--home", home)
-        print(f"{args.shape} on {result['circumstances']['device']}, {torch.get_num_threads()} CPU threads; matrix products:")
+        rates = result["ceiling"] = fresh("ceiling", home)
+        print(f"{args.shape} on {result['circumstances']['device']}, {torch.get_num_threads()} CPU threads")
         for dtype, rate in rates.items():
-            print(f"    {dtype}: {rate['square'] / 1e9:,.0f} GFLOP/s (the ceiling), {rate['mlp'] / 1e9:,.0f} in the shape of the MLP")
-        for what, (rows, show) in PARTS.items():
-            if what in args.what:
-                result[what] = run_rows([row for row in rows(args) if args.only in row], home)
-                show(result[what], rates)
+            square, mlp = rate["square"] / 1e9, rate["mlp"] / 1e9
+            print(f"{dtype} products: {square:,.0f} GFLOP/s (the ceiling), {mlp:,.0f} in the shape of the MLP")
+        for what in args.what:
+            rows, show = PARTS[what]
+            result[what] = run_rows([name for name in rows(args) if args.only in name], home)
+            show(result[what], rates)
     print(json.dumps(result))
 
 
@@ -105,28 +105,6 @@ def parse_arguments():
     args = parser.parse_args()
     args.warmup = 3 if args.device == "cuda" else 1
     return args
-
-
-def run_rows(rows, home):
-    results = {}
-    for i, row in enumerate(rows):
-        start = time.monotonic()
-        results[row] = fresh(row, "--home", home)
-        print(f"[{i + 1}/{len(rows)}] {row}: {time.monotonic() - start:.0f} s", file=sys.stderr)
-    return results
-
-
-def measure_row(args):
-    """One row, in this process; its result is the last line on standard output."""
-    if args.device == "cpu":
-        refuse_to_swallow_the_machine()
-    rows = {"ceiling": measure_ceiling} | {name: run for rows, _ in PARTS.values() for name, run in rows(args).items()}
-    try:
-        result = rows[args.row](args)
-    except Exception as error:  # a row that does not work here is a result, too
-        traceback.print_exc()
-        result = {"error": f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]}
-    print(json.dumps(result))
 
 
 def dtypes(args):
@@ -228,10 +206,9 @@ def train_peft(args, attention, micro, dtype):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     corpus, peak = load_corpus(args), Peak(args.device)
-    quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    model = AutoModelForCausalLM.from_pretrained(
-        args.home, dtype=getattr(torch, dtype), attn_implementation=attention, **quiet
-    )
+    options = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    options |= {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    model = AutoModelForCausalLM.from_pretrained(args.home, **options)
     model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2 * args.prefix_len))
     slots = [p for p in model.to(args.device).train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(slots, lr=0.001, weight_decay=0.0)
@@ -256,7 +233,8 @@ def padded_batches(args, corpus, step, micro):
     tokenizer = Tokenizer.from_pretrained(args.home)
     for group in groups(examples_of(args, corpus, step), micro):
         size = len(group), max(map(n_tokens, group)) + 1
-        ids, mask, labels = torch.full(size, tokenizer.eot), torch.zeros(size, dtype=torch.int64), torch.full(size, IGNORED)
+        ids, labels = torch.full(size, tokenizer.eot), torch.full(size, IGNORED)
+        mask = torch.zeros_like(ids)
         for i, (source, target, *_) in enumerate(group):
             row = torch.tensor([*source, separator(tokenizer), *target, tokenizer.eot])
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
@@ -330,10 +308,10 @@ def show_ladder(rows, rates):
             print(f"{name:26}{row['error']}")
             continue
         theirs = [other for key, other in rows.items() if key.startswith("peft") and other.get("dtype") == row["dtype"]]
-        best = max(theirs, key=lambda other: other["tokens_per_second"], default=None)
-        speed, memory = (row[key] / best[key] if best else float("nan") for key in ("tokens_per_second", "peak_bytes"))
-        row["share_of_ceiling"] = share = row["needed_flops_per_second"] / rates[row["dtype"]]["square"]
-        row["speed_over_peft"], row["memory_over_peft"] = speed, memory
+        best = max(theirs, key=lambda other: other["tokens_per_second"], default=row)
+        speed, memory = (row[key] / best[key] for key in ("tokens_per_second", "peak_bytes"))
+        share = row["needed_flops_per_second"] / rates[row["dtype"]]["square"]
+        row |= {"speed_over_peft": speed, "memory_over_peft": memory, "share_of_ceiling": share}
         print(
             f"{name:26}{row['dtype']:9}{row['tokens_per_second']:9,.0f} {speed:7.2f}x {row['seconds_per_step']:8.2f} "
             f"{row['peak_bytes'] / 1e9:8.2f} {memory:7.2f}x {share:7.1%} {row['loss']:8.4f}"
@@ -353,8 +331,8 @@ def measure_attention(args, system):
     """Every length and number of slots: sentences of half that length to all of it, one layer of the shape."""
     cells = []
     for length in LENGTHS:
-        lengths = np.random.default_rng(0).integers((length + 1) // 2, length + 1, TOKENS[args.device] // length).tolist()
-        lengths[0] = length
+        count = TOKENS[args.device] // length
+        lengths = [length, *np.random.default_rng(0).integers(length // 2, length + 1, count - 1).tolist()]
         for n_slots in SLOTS:
             cell = {"length": length, "slots": n_slots}
             try:
@@ -362,7 +340,7 @@ def measure_attention(args, system):
                 seconds = median(timings(system(args, lengths, n_slots), args.device))
                 cell |= {"tokens_per_second": sum(lengths) / seconds, "peak_bytes": peak.bytes()}
             except Exception as error:
-                cell["error"] = str(error).strip().splitlines()[0][:200]
+                cell["error"] = first_line(error)
             cells.append(cell)
     return {"dtype": dtypes(args)[0], "cells": cells}
 
@@ -426,7 +404,8 @@ def flex(args, lengths, n_slots):
 
 
 def show_attention(rows, _):
-    print("\nattention, forward and backward, tokens/s\n" + f"{'length':>8}{'slots':>7}" + "".join(f"{name:>16}" for name in rows))
+    print("\nAttention, forward and backward: tokens/s")
+    print(f"{'length':>8}{'slots':>7}" + "".join(f"{name:>16}" for name in rows))
     for cells in zip(*(row.get("cells", []) for row in rows.values())):
         rates = (f"{cell['tokens_per_second']:16,.0f}" if "error" not in cell else f"{'*':>16}" for cell in cells)
         print(f"{cells[0]['length']:8}{cells[0]['slots']:7}" + "".join(rates))
@@ -450,10 +429,10 @@ def measure_curve(args):
     points = [(prefix_len, 64) for prefix_len in PREFIX_LENS] + [(10, n) for n in LENGTHS if n <= context]
     cells = []
     for prefix_len, length in points:
-        peak = Peak(args.device)
-        seconds = median(timings(curve_step(args, model, prefix_len, length), args.device))
-        tokens = TOKENS[args.device] // length * length
-        cells.append({"prefix_len": prefix_len, "length": length, "tokens_per_second": tokens / seconds, "peak_bytes": peak.bytes()})
+        peak, tokens = Peak(args.device), TOKENS[args.device] // length * length
+        rate = tokens / median(timings(curve_step(args, model, prefix_len, length), args.device))
+        cell = {"prefix_len": prefix_len, "length": length, "tokens_per_second": rate, "peak_bytes": peak.bytes()}
+        cells.append(cell)
     return {"dtype": dtype, "cells": cells}
 
 
@@ -478,12 +457,12 @@ def show_curve(rows, _):
     row = rows["curve"]
     print("\n" + row.get("error", f"{'prefix_len':>11}{'length':>8}  tokens/s  peak GB (beside the model)"))
     for cell in row.get("cells", []):
-        print(f"{cell['prefix_len']:11}{cell['length']:8}{cell['tokens_per_second']:10,.0f}{cell['peak_bytes'] / 1e9:9.2f}")
+        rate, peak = cell["tokens_per_second"], cell["peak_bytes"] / 1e9
+        print(f"{cell['prefix_len']:11}{cell['length']:8}{rate:10,.0f}{peak:9.2f}")
 
 
 PARTS = {"ladder": (ladder, show_ladder), "attention": (attention, show_attention), "curve": (curve, show_curve)}
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()
