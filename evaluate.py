@@ -48,7 +48,9 @@ def main():
     paths = command.data_paths(args.data or trained_on.get("data"))
     rows = evaluation.rows_to_read(args.split, args.limit)
     longest = min(args.max_tokens, model.config.n_positions)
-    corpus = data.load(paths, args.columns or banks.names, tokenizer, rows, longest)
+    banks.mask(args.columns or [])  # each is there
+    columns = [name for name in banks.names if name in (args.columns or banks.names)]  # in training's order: splits go by it
+    corpus = data.load(paths, columns, tokenizer, rows, longest)
     for line in corpus.skipped:
         notice(line)
     reports = evaluation.compare(

@@ -49,7 +49,7 @@ def main():
         notice(f"Reading {source} sentences, one per line; Ctrl-D ends.")
     lines, done, cut, faults = iter(args.text or stdin_lines()), 0, 0, 0
     at_a_time = 1 if not args.text and sys.stdin.isatty() else LINES_AT_A_TIME * args.batch_size
-    while chunk := distributed.from_first(list(islice(lines, at_a_time))):
+    while chunk := distributed.from_first(list(islice(lines, at_a_time)) if distributed.rank() == 0 else None):
         sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
         results = translate(
             model, tokenizer, banks, chunk, source, target, args.max_new_tokens, args.batch_size, sampler, args.beam, done

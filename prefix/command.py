@@ -42,7 +42,7 @@ def telling_errors():
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print(f"error: {str(error).splitlines()[0] or 'out of memory'}", file=sys.stderr)
+        print(f"error: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -308,13 +308,13 @@ def show_ladder(rows, rates):
             print(f"{name:26}{row['error']}")
             continue
         theirs = [other for key, other in rows.items() if key.startswith("peft") and other.get("dtype") == row["dtype"]]
-        best = max(theirs, key=lambda other: other["tokens_per_second"], default=row)
-        speed, memory = (row[key] / best[key] for key in ("tokens_per_second", "peak_bytes"))
+        best = max(theirs, key=lambda other: other["tokens_per_second"], default=None)
+        speed, memory = (row[key] / best[key] if best else None for key in ("tokens_per_second", "peak_bytes"))
         share = row["needed_flops_per_second"] / rates[row["dtype"]]["square"]
         row |= {"speed_over_peft": speed, "memory_over_peft": memory, "share_of_ceiling": share}
         print(
-            f"{name:26}{row['dtype']:9}{row['tokens_per_second']:9,.0f} {speed:7.2f}x {row['seconds_per_step']:8.2f} "
-            f"{row['peak_bytes'] / 1e9:8.2f} {memory:7.2f}x {share:7.1%} {row['loss']:8.4f}"
+            f"{name:26}{row['dtype']:9}{row['tokens_per_second']:9,.0f} {speed or 0:7.2f}x {row['seconds_per_step']:8.2f} "
+            f"{row['peak_bytes'] / 1e9:8.2f} {memory or 0:7.2f}x {share:7.1%} {row['loss']:8.4f}"
         )
 
 
