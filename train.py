@@ -21,9 +21,10 @@ from prefix.command import notice, number, whole
 from prefix.trainer import Settings, Trainer
 
 # What suits the base: the demo learns in two minutes on a CPU, a published model takes the notebook's 2,048 steps.
+# The demo's learning rates come from a sweep (tests/benchmarks/RESULTS.md); those of published models are not measured.
 STEPS = {"demo": 300, "published": 2048}
-LR = {"text": 0.03, "random": 0.1}
-MACHINE = ("device", "dtype", "attention", "checkpoint_activations")  # options that may be new when a run goes on
+LR = {"demo": {"text": 0.1, "random": 0.1}, "published": {"text": 0.01, "random": 0.03}}
+MACHINE = ("device", "dtype", "attention", "checkpoint_activations", "micro_batch_tokens")  # options that may be new when a run goes on
 
 
 def parse_arguments():
@@ -63,10 +64,11 @@ def main():
     model, tokenizer = command.load_model(args, config["model"])
     model.checkpoint_activations = args.checkpoint_activations
     longest = min(config["max_tokens"], model.config.n_positions)
-    corpus = data.load(command.data_paths(config["data"]), config["columns"], tokenizer, config["limit"], longest)
+    paths = command.data_paths(config["data"])
+    corpus = distributed.first_then_others(lambda: data.load(paths, config["columns"], tokenizer, config["limit"], longest))
     for line in corpus.skipped:
         notice(line)
-    settings = Settings(**config["settings"])
+    settings = Settings(**config["settings"] | {"micro_batch_tokens": args.micro_batch_tokens})
     banks = start(config, model, tokenizer, corpus)
     banks.training_record = {name: config[name] for name in ("model", "data", "columns", "limit", "init")}
     banks.training_record["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0]}
@@ -92,13 +94,12 @@ def resolve(args):
     steps = args.steps or STEPS["demo" if demo else "published"]
     settings = Settings(
         steps=steps,
-        lr=args.lr or LR[args.init],
+        lr=args.lr or LR["demo" if demo else "published"][args.init],
         batch_size=args.batch_size,
         warmup=steps // 20 if args.warmup is None else args.warmup,
         eval_every=max(1, steps // 6) if args.eval_every is None else args.eval_every,
         save_every=args.save_every,
         seed=args.seed,
-        micro_batch_tokens=args.micro_batch_tokens,
     )
     return {
         "model": name if name == "demo" or not Path(name).is_dir() else str(Path(name).resolve()),
@@ -124,8 +125,8 @@ def resume_config(args):
         if lacking:
             raise ValueError(f"{', '.join(sorted(lacking))} missing")
         for name in MACHINE:
-            if getattr(args, name) in ("auto", False):
-                setattr(args, name, config["machine"][name])
+            if getattr(args, name) in ("auto", False, None):
+                setattr(args, name, config["machine"].get(name))
     except OSError as error:
         raise UserError(f"--resume {args.resume}: {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -181,12 +182,13 @@ def opening(corpus, column, n):
 
 
 def closing_line(trainer, model, out):
-    trained = sum(p.numel() for p in trainer.banks.banks().parameters())
+    trained = sum(p.numel() for p in trainer.banks.parameters())
     share = trained / sum(p.numel() for p in model.parameters())
     good = f"validation loss {trainer.best:.4f}" if trainer.best < float("inf") else "not validated"
+    skipped = f"; {trainer.skipped} steps were not finite and skipped" if trainer.skipped else ""
     return (
         f"Trained {trained:,} parameters ({share:.2%} of the model) in {trainer.seconds:.0f} s "
-        f"({trainer.tokens / trainer.seconds:,.0f} tokens/s): {good}; {out}/prefix.safetensors. "
+        f"({trainer.tokens / trainer.seconds:,.0f} tokens/s): {good}{skipped}; {out}/prefix.safetensors. "
         f'Try: python translate.py --prefix {shlex.quote(str(out))} "Bonjour"'
     )
 

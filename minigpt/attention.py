@@ -110,7 +110,8 @@ def attend(qkv, n_head, layout, slots=None, how="auto"):
     if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= KERNELS_FROM:
         from minigpt import kernels  # here, because triton comes with CUDA builds of torch only
 
-        return kernels.fused(qkv, n_head, layout, slots)
+        with torch.cuda.device(qkv.device):  # Triton launches on the current one
+            return kernels.fused(qkv, n_head, layout, slots)
     return fused(qkv, n_head, layout, slots)
 
 
@@ -172,6 +173,7 @@ def attend_cached(q, key, value, length, opened=None, slots=None):
     past = torch.arange(T, device=q.device) >= length[:, None]  # (B, T)
     n_slots = 0 if slots is None or opened is None else slots.bank.numel()
     if n_slots:
+        slots = slots.to(q.dtype)
         slot_scores = (q.transpose(0, 1) @ slots.key.transpose(-2, -1)).transpose(0, 1)  # (B, n_head, S)
         closed = (opened[:, None] >> slots.bank) & 1 == 0  # (B, S)
         scores, past = torch.cat([slot_scores, scores], dim=-1), torch.cat([closed, past], dim=-1)

@@ -1,6 +1,6 @@
 """The negative log likelihood of target tokens, without ever holding the logits of all of them.
 
-The vocabulary projection is the widest product of the model (50,257 columns). It is computed for a few hundred
+The vocabulary projection is the widest product of the model (50,257 columns). It is computed for CHUNK
 tokens at a time, and since the head is frozen, the gradient of each chunk's hidden activations is finished at once:
 
     logits = hidden @ wte.T        loss = logsumexp(logits) - logits[target]        d loss / d hidden =

@@ -42,7 +42,8 @@ class Projection(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Row i of weight for id i. (nn.Embedding fills its weight with random numbers first: seconds, for XL.)"""
+    """Row i of weight for id i. (nn.Embedding draws random weights first, and even on the meta device that takes
+    torch a second or two of imports.)"""
 
     def __init__(self, n, n_embd):
         super().__init__()

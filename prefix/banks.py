@@ -68,10 +68,6 @@ class Banks(nn.Module):
         """One bank that stands for `ids` exactly: text after it gives the logits that it gives after the tokens."""
         return cls({name: read_text(model, ids)}, position_offset=len(ids))
 
-    def banks(self):
-        """Itself: what training saves (a reparametrization computes its Banks here)."""
-        return self
-
     @property
     def prefix_len(self):
         """Slots of each bank, in order."""
@@ -132,7 +128,7 @@ class Banks(nn.Module):
                     if tensor not in names:
                         raise UserError(f"{path}: tensor {tensor} is missing")
                     shape = file.get_slice(tensor).get_shape()
-                    expected = [config.n_layer, config.n_head, metadata["prefix_len"], config.head_dim]
+                    expected = [config.n_layer, config.n_head, shape[2] if len(shape) == 4 else "any", config.head_dim]
                     if shape != expected:
                         raise UserError(f"{path}: tensor {tensor} has shape {shape}, expected {expected}")
                     pair.append(file.get_tensor(tensor))

@@ -47,8 +47,6 @@ def telling_errors():
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    finally:
-        distributed.finish()
 
 
 def out_of_memory(error):

@@ -421,6 +421,13 @@ class Corpus:
     def __len__(self):
         return len(self._split)
 
+    def fingerprint(self):
+        """A short name for all that is in here: the same wherever the files lie."""
+        digest = hashlib.blake2b(digest_size=8)
+        for array in (self._tokens, self._text, self._index, self._split):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     def rows(self, split):
         """The numbers of the rows of "train", "validation" or "test", in order: (n,) int64."""
         return np.flatnonzero(self._split == SPLITS.index(split))
@@ -445,3 +452,10 @@ class Corpus:
         examples = np.empty((len(at), 3), np.int32)
         examples[:, 0], examples[:, 1:] = rows[at], pairs[pair]
         return examples
+
+
+def sample_rows(rows, n):
+    """n rows of an array spread over all of it by chance, always the same, in order; all if there are no more than n."""
+    if len(rows) <= n:
+        return rows
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), size=n, replace=False))]

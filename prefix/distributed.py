@@ -8,17 +8,21 @@ the files and speaks. In a program that torchrun did not start there is one proc
 """
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+PATIENCE = timedelta(hours=6)  # processes wait for the first to encode a large file, or to read a slow pipe
 
 
 def start():
     """Join the other processes, if torchrun started any; each takes the GPU of its local number."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
 
 
 def finish():
@@ -59,6 +63,17 @@ def gather(parts):
     for number, part in enumerate(everyone):
         results[number :: world()] = part
     return results
+
+
+def first_then_others(work):
+    """work() in process 0, then in the others, which find its files made."""
+    if rank() == 0:
+        result = work()
+        from_first(None)
+    else:
+        from_first(None)
+        result = work()
+    return result
 
 
 def from_first(value):

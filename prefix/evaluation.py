@@ -13,6 +13,7 @@ import numpy as np
 from minigpt.errors import UserError
 from minigpt.splits import TEST, VALIDATION
 from prefix import metrics
+from prefix.data import sample_rows
 from prefix.few_shot import draw_examples, few_shot, prompt_text
 from prefix.translation import translate
 
@@ -43,7 +44,8 @@ def compare(model, tokenizer, banks, corpus, split, limit, shots, draws, seed=0,
         raise UserError(f"none of the {len(corpus)} usable pairs falls into the {split} split: give more data")
     reports = []
     for source, target in directions:
-        rows = [row for row, s, t in examples if (s, t) == (source, target)][:limit]
+        here = examples[(examples[:, 1] == source) & (examples[:, 2] == target)]
+        rows = [row for row, _, _ in (here if limit is None else sample_rows(here, limit))]
         sources = [corpus.text(row, source) for row in rows]
         references = [corpus.text(row, target) for row in rows]
         names = corpus.columns[source], corpus.columns[target]

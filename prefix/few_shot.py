@@ -13,10 +13,9 @@ import numpy as np
 
 from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
-from prefix import distributed
 from prefix.banks import Banks
 from prefix.data import clean
-from prefix.translation import Translation
+from prefix.translation import Translation, answered
 
 
 def draw_examples(corpus, source, target, k, seed):
@@ -41,18 +40,13 @@ def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_siz
     if len(shots) >= limit:
         raise UserError(f"{len(pairs)} shots of {len(shots)} tokens fill this model's context of {limit}: fewer --shots")
     bank = Banks.reading(model, "shots", shots) if shots else None
-    results, prompts = [Translation(finished=False, fault="no room behind the examples") for _ in texts], {}
+    slots, prompts = bank.slots().to(model.dtype) if bank else None, {}
     for i, text in enumerate(texts):
         ids = tokenizer.encode(f"{source_name}: {clean(text)}\n{target_name}:")
-        room = limit - len(shots) - len(ids)
-        if room > 0:
-            prompts[i] = Prompt(ids, min(room, 2 * len(ids) + 16), [1] * len(ids) if bank else None)
-    mine = distributed.share(list(prompts.values()))
-    slots = bank.slots().to(model.dtype) if bank else None
-    generated = generate(model, mine, stop_ids(tokenizer), slots, len(shots), batch_size)
-    for i, result in zip(prompts, distributed.gather(generated)):
-        results[i] = Translation(clean(tokenizer.decode(result.ids)), result.finished)
-    return results
+        left = limit - len(shots) - len(ids)
+        prompts[i] = Prompt(ids, min(2 * len(ids) + 16, left), [1] * len(ids) if bank else None)
+    answer = lambda prompts: generate(model, prompts, stop_ids(tokenizer), slots, len(shots), batch_size)
+    return answered([Translation() for _ in texts], prompts, answer, tokenizer)
 
 
 def stop_ids(tokenizer):

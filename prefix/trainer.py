@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,13 @@ from minigpt.errors import UserError
 from minigpt.files import replacing
 from minigpt.loss import nll_sum
 from prefix import distributed
+from prefix.banks import base_of
+from prefix.data import sample_rows
 from prefix.translation import pack, separator
 
 VALIDATION_EXAMPLES = 1000  # at most: enough to choose the best prefix by
 BAD_STEPS = 10  # in a row, and the run gives up
+FIRST_SCALE = 8.0  # of the summed loss in float16
 MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 2048, "cuda": 16384}  # on a CPU small, for the sake of its caches
 
 
@@ -62,24 +66,25 @@ class Prepared:
 
 class Trainer:
     def __init__(self, model, tokenizer, banks, corpus, settings, out):
-        """banks: a prefix.Banks or anything with slots(), parameters() and a Banks to save as `.banks()`.
-        corpus: data.Corpus whose columns are the banks, in order. out: the run directory, which exists."""
+        """corpus: data.Corpus whose columns are the banks, in order. out: the run directory, which exists."""
         self.model, self.tokenizer, self.banks, self.settings, self.out = model, tokenizer, banks, settings, Path(out)
         self.corpus, self.sep = corpus, separator(tokenizer)
         self.train_set = corpus.examples("train")
-        self.validation_set = corpus.examples("validation")[:VALIDATION_EXAMPLES]
+        self.validation_set = sample_rows(corpus.examples("validation"), VALIDATION_EXAMPLES)
         if not len(self.train_set):
             raise UserError(f"none of the {len(corpus)} usable pairs falls into the training split: give more data")
         frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         assert not frozen, f"the base model must be frozen, but {frozen[0]} requires a gradient"
         self.optimizer = torch.optim.AdamW(banks.parameters(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
         self.micro_batch_tokens = settings.micro_batch_tokens or MICRO_BATCH_TOKENS[model.device.type]
-        self.scale = 2.0**14 if model.dtype == torch.float16 else 1.0  # of the loss, so that float16 gradients live
+        self.half = model.dtype == torch.float16
+        self.scale = FIRST_SCALE if self.half else 1.0  # of the loss, so that float16 gradients neither vanish nor overflow
         self.step = self.tokens = self.skipped = self.bad = self.good = 0
         self.best = math.inf
         self.seconds = 0.0
         self.stop, self.stopped = [], False  # the signals received; whether all processes agreed to stop
         self.worker, self.upcoming = ThreadPoolExecutor(1), None
+        self.epoch_order = lru_cache(1)(self.epoch_order)  # the worker asks for the same epoch again and again
 
     def run(self):
         """Train to settings.steps, validating and saving on the way. Returns False if a signal ended it early."""
@@ -87,6 +92,8 @@ class Trainer:
         began = time.monotonic() - self.seconds
         bar = tqdm(total=s.steps, initial=self.step, unit="step", disable=not (first and sys.stderr.isatty()), file=sys.stderr)
         with stop_signals() as self.stop, bar, open(self.out / "metrics.jsonl" if first else os.devnull, "a") as log:
+            if self.step == 0:
+                self.save()  # from here on there is something to go on from
             while self.step < s.steps and not self.stopped:
                 record = self.optimizer_step()
                 self.seconds = record["seconds"] = round(time.monotonic() - began, 3)
@@ -108,13 +115,12 @@ class Trainer:
             group["lr"] = lr
         prepared = self.take_prepared()
         loss = self.backward(prepared)
-        torch._foreach_div_([p.grad for p in self.banks.parameters()], self.scale)
         norm = torch.nn.utils.clip_grad_norm_(self.banks.parameters(), self.settings.clip)
         loss, norm = float(loss), float(norm)  # the one wait for the device: metrics.jsonl shows these numbers
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             self.bad, self.good = 0, self.good + 1
-            if self.scale > 1 and self.good % 500 == 0:
+            if self.half and self.good % 500 == 0:
                 self.scale *= 2
         else:
             self.skip_step(loss, norm)
@@ -125,7 +131,8 @@ class Trainer:
 
     def skip_step(self, loss, norm):
         self.skipped, self.bad, self.good = self.skipped + 1, self.bad + 1, 0
-        self.scale = max(1.0, self.scale / 2)
+        if self.half:
+            self.scale /= 2
         if self.bad >= BAD_STEPS:
             raise UserError(
                 f"step {self.step + 1}: {BAD_STEPS} steps in a row were not finite (loss {loss}, gradient norm {norm}): "
@@ -141,18 +148,20 @@ class Trainer:
             p.grad = torch.zeros_like(p)
         for batch in prepared.batches:
             loss = self.nll(batch)
-            (loss * (self.scale / prepared.targets)).backward()
+            (loss * self.scale).backward()  # by a power of two, which 16 bits hold exactly
             total += loss.detach()
-        distributed.add_up([total, stop, *(p.grad for p in self.banks.parameters())])
+        grads = [p.grad for p in self.banks.parameters()]
+        torch._foreach_div_(grads, self.scale * prepared.targets)
+        distributed.add_up([total, stop, *grads])
         self.stopped = bool(self.stop if distributed.world() == 1 else stop)  # all processes stop after the same step
         return total / prepared.targets
 
     def prepare(self, step):
         """This process's packed micro-batches of a step, on the device."""
         examples = self.examples_of(step)
-        micro = self.micro_batches(distributed.share(sorted(examples, key=n_tokens)))
+        mine = distributed.share(sorted(examples, key=n_tokens))  # so that processes get alike amounts
         targets = sum(len(target) + 1 for _, target, _, _ in examples)
-        return Prepared(step, [self.packed(m) for m in micro], targets, sum(map(n_tokens, examples)))
+        return Prepared(step, [self.packed(m) for m in self.micro_batches(mine)], targets, sum(map(n_tokens, examples)))
 
     def take_prepared(self):
         """The batch of this step, and a thread set to prepare the next one while this one runs."""
@@ -191,17 +200,14 @@ class Trainer:
         return self.encoded(chosen)
 
     def epoch_order(self, epoch):
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.train_set))
-        return self._order
+        return np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.train_set))
 
     def encoded(self, rows):
         """(row, source column, target column) each -> (source ids, target ids, source bank, target bank)."""
         return [(self.corpus.ids(row, s), self.corpus.ids(row, t), int(s), int(t)) for row, s, t in rows]
 
     def schedule(self, step):
-        """Linear warm-up, then linear decay to zero at the last step."""
+        """Linear warm-up, then linear decay, which would reach zero one step after the last."""
         s = self.settings
         return min((step + 1) / max(1, s.warmup), (s.steps - step) / max(1, s.steps - s.warmup))
 
@@ -227,9 +233,8 @@ class Trainer:
     def keep_prefix(self, val_loss):
         if distributed.rank() > 0:
             return
-        banks = self.banks.banks()
-        banks.training_record |= {"step": self.step, "val_loss": val_loss, "settings": asdict(self.settings)}
-        banks.save(self.out / "prefix.safetensors", self.model)
+        self.banks.training_record |= {"step": self.step, "val_loss": val_loss, "settings": asdict(self.settings)}
+        self.banks.save(self.out / "prefix.safetensors", self.model)
 
     def save(self):
         """Everything needed to go on exactly, in one file: last/state.safetensors."""
@@ -242,14 +247,18 @@ class Trainer:
         counts = {name: getattr(self, name) for name in COUNTS}
         with replacing(self.out / "last" / "state.safetensors") as temporary:
             tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-            save_file(tensors, temporary, {"counts": json.dumps(counts)})
+            save_file(tensors, temporary, {"counts": json.dumps(counts), "of": json.dumps(self.identity())})
+
+    def identity(self):
+        """What a run must be going on with: this base and these examples."""
+        return {"model": base_of(self.model), "data": self.corpus.fingerprint()}
 
     def resume(self):
         """Take up the state that save() wrote in self.out."""
         path = self.out / "last" / "state.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
-                counts = json.loads(file.metadata()["counts"])
+                counts, of = (json.loads(file.metadata()[name]) for name in ("counts", "of"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             slots = {name: tensors[f"slots.{name}"] for name, _ in self.banks.named_parameters()}
             self.banks.load_state_dict(slots)
@@ -257,6 +266,13 @@ class Trainer:
                 setattr(self, name, counts[name])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: cannot resume from it: {error}") from error
+        for what, ours in self.identity().items():
+            if of.get(what) != ours:
+                raise UserError(f"{path}: this run was trained on another {what}: {of.get(what)}, and this is {ours}")
+        if not self.half:
+            self.scale = 1.0
+        elif counts["scale"] == 1.0:  # it comes from a run in another dtype
+            self.scale = FIRST_SCALE
         state = {}
         for name, tensor in tensors.items():
             if name.startswith("adam."):
@@ -295,6 +311,8 @@ def stop_signals():
 
 
 def _write_line(file, record):
+    """Numbers that are not finite, as those of a skipped step, are null: JSON has no others."""
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     file.write(json.dumps(record) + "\n")
     file.flush()
 

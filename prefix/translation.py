@@ -66,38 +66,39 @@ class Translation:
     fault: str | None = None
 
 
-def prompt(tokenizer, banks, text, source, target, limit, max_new=None):
-    """The Prompt that asks for the translation of `text`. limit: the positions that the model's context has. max_new:
-    by default twice the source plus 16. Raises UserError where there is no room to answer."""
-    if len(text) > MAX_FIELD:  # tiktoken gives up on such texts, and not as an exception
-        raise UserError(f"{len(text):,} characters are more than the {MAX_FIELD:,} that one sentence may have")
-    ids = tokenizer.encode(clean(text))  # as training read it: without a newline, which would be a separator
-    opened = [banks.mask([source])] * len(ids) + [banks.mask([source, target])]
-    room = limit - banks.position_offset - len(opened)
-    if room < 1:
-        raise UserError(f"{len(ids)} tokens leave no room to answer in this model's context of {limit}")
-    return Prompt([*ids, separator(tokenizer)], min(max_new or 2 * len(ids) + 16, room), opened)
-
-
 def translate(model, tokenizer, banks, texts, source, target, max_new=None, batch_size=32, sampler=None, beams=1, first=0):
     """List of texts -> list of Translation, in the same order; an empty text gives an empty one.
 
-    source, target: bank names. first: the number of the first text, for sampling: text i draws from stream first + i.
-    Several processes share the texts out between them, and each returns all results."""
-    results, prompts = [Translation() for _ in texts], {}
-    for i, text in enumerate(texts):
-        try:
-            if clean(text):
-                prompts[i] = prompt(tokenizer, banks, text, source, target, model.config.n_positions, max_new)
-                prompts[i].stream = first + i
-        except UserError as error:
-            results[i] = Translation(finished=False, fault=str(error))
-    mine = distributed.share(list(prompts.values()))
+    source, target: bank names. max_new: tokens of each answer, by default twice the source plus 16; never past the
+    context. first: the number of the first text, for sampling: text i draws from stream first + i. Several processes
+    share the texts out between them, and each returns all results."""
+    sees_source, sees_both, sep = banks.mask([source]), banks.mask([source, target]), separator(tokenizer)
+    room = model.config.n_positions - banks.position_offset
     slots, offset = banks.slots().to(model.dtype), banks.position_offset
-    if beams > 1:
-        generated = beam_search(model, mine, [tokenizer.eot], slots, offset, beams, batch_size)
-    else:
-        generated = generate(model, mine, [tokenizer.eot], slots, offset, batch_size, sampler)
-    for i, result in zip(prompts, distributed.gather(generated)):
+    results, prompts = [Translation() for _ in texts], {}
+    for i, text in enumerate(map(clean, texts)):  # as training read them: without a newline, which would be a separator
+        if len(text) > MAX_FIELD:  # tiktoken gives up on such texts, and not as an exception
+            results[i] = Translation(finished=False, fault=f"more than {MAX_FIELD:,} characters are no sentence")
+        elif text:
+            ids = tokenizer.encode(text)
+            opened, left = [sees_source] * len(ids) + [sees_both], room - len(ids) - 1
+            prompts[i] = Prompt([*ids, sep], min(max_new or 2 * len(ids) + 16, left), opened, first + i)
+
+    def answer(prompts):
+        if beams > 1:
+            return beam_search(model, prompts, [tokenizer.eot], slots, offset, beams, batch_size)
+        return generate(model, prompts, [tokenizer.eot], slots, offset, batch_size, sampler)
+
+    return answered(results, prompts, answer, tokenizer)
+
+
+def answered(results, prompts, answer, tokenizer):
+    """Fill in `results` what answer() makes of the prompts, {number: Prompt}; each process answers its share. A prompt
+    without room for a single new token is a fault."""
+    for i in [i for i, prompt in prompts.items() if prompt.max_new < 1]:
+        fault = f"{len(prompts.pop(i).ids)} tokens leave no room to answer in this model's context"
+        results[i] = Translation(finished=False, fault=fault)
+    generated = distributed.gather(answer(distributed.share(list(prompts.values()))))
+    for i, result in zip(prompts, generated):
         results[i] = Translation(clean(tokenizer.decode(result.ids)), result.finished)
     return results

@@ -59,7 +59,7 @@ def test_a_float16_step_that_overflows_is_skipped_and_counted_and_the_scale_halv
 def test_the_loss_scale_changes_no_gradient(trainer):
     t = trainer(torch.float16)
     gradients = []
-    for t.scale in (2.0**8, 2.0**12):
+    for t.scale in (2.0, 2.0**6):
         t.backward(t.prepare(0))
-        gradients.append(torch.cat([p.grad.flatten() for p in t.banks.parameters()]) / t.scale)
+        gradients.append(torch.cat([p.grad.flatten() for p in t.banks.parameters()]))
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()

@@ -432,6 +432,18 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for(trainer):
     assert same(saved_prefix(more), slots_of(more))
 
 
+def test_a_run_that_goes_on_remembers_its_best_validation(trainer):
+    t, losses = trainer(steps=2, eval_every=1), iter([1.0, 2.0])
+    t.validation_loss = lambda: next(losses)
+    t.run()
+    best = saved_prefix(t)
+    more = trainer(steps=4, eval_every=1)
+    more.validation_loss = lambda: 1.5
+    more.resume()
+    more.run()
+    assert more.best == 1.0 and same(saved_prefix(more), best)
+
+
 def test_a_state_that_is_missing_or_damaged_is_an_error_that_names_it(trainer):
     with pytest.raises(UserError, match="state.safetensors"):
         trainer().resume()

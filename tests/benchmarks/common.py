@@ -86,22 +86,21 @@ def make_checkpoint(config, vocabulary, directory):
 # Time and memory
 
 
-def synchronize(device):
+def clock(run, device):
+    """(what run() returns, the seconds that it took)."""
+    start = time.perf_counter()
+    result = run()
     if device == "cuda":
         torch.cuda.synchronize()
+    return result, time.perf_counter() - start
 
 
 def timings(run, device, at_least=0.5):
     """Seconds that one call of run() takes, measured several times: three at least, and for half a second."""
     calls, taken = (10 if device == "cuda" else 1), []
-    run()
-    synchronize(device)
+    clock(run, device)
     while len(taken) < 3 or sum(taken) * calls < at_least:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        synchronize(device)
-        taken.append((time.perf_counter() - start) / calls)
+        taken.append(clock(lambda: [run() for _ in range(calls)], device)[1] / calls)
     return taken
 
 
@@ -145,7 +144,7 @@ def multiplies_bf16():
 
 def ceiling(device, dtypes, mlp):
     """FLOPs per second of a plain matrix product, the best of several: {dtype: {"square": ..., "mlp": ...}}.
-    mlp: (tokens, n_embd, mlp_dim), the model's own widest product in the blocks."""
+    mlp: (tokens, n_embd, mlp_dim), the widest product in the model's own blocks."""
     rates, n = {}, SQUARE[device]
     for dtype in dtypes:
         rates[dtype] = {}

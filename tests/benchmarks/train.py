@@ -3,7 +3,7 @@
 A token must pass forward through every weight of the blocks, 2 FLOPs each (a product and a sum), and the gradient must
 pass back through every weight, 2 more, to reach the slots of the layers below. Ordinary training spends 2 more on
 the gradient of the weights: freezing saves that, and no other FLOPs. So a step cannot take less time than the FLOPs
-it needs, over those per second of the machine's own matrix product (the ceiling, measured at the start). They are,
+it needs, over those per second of the machine's own matrix products (the ceiling, measured at the start). They are,
 with d = n_embd, for a sentence of n tokens of which t predict a target:
 
     blocks      4 n n_layer (4 d^2 + 2 d mlp_dim) - 2 n 3 d^2     below the first c_attn nothing wants a gradient
@@ -25,7 +25,7 @@ with d = n_embd, for a sentence of n tokens of which t predict a target:
 
 A rung has all that is above it; checkpointing goes without torch.compile. All rows train on the same pairs from the
 same weights, so the losses of our rows agree. peft knows one prefix, open from the first token on, so it gets the slots
-of both banks; its ratios are to its fastest row in the same dtype. It refuses checkpointing with prefix tuning.
+of both banks. Ratios are to peft in the same dtype. It refuses to checkpoint activations in prefix tuning.
 
     python tests/benchmarks/train.py                            the ladder; 2 CPU cores: 2 steps a row, about 8 minutes
     python tests/benchmarks/train.py --shape gpt2-xl            ... on a GPU: 10 steps a row
@@ -34,10 +34,10 @@ of both banks; its ratios are to its fastest row in the same dtype. It refuses c
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -48,8 +48,8 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from common import Peak, ceiling, circumstances, first_line, fresh, make_checkpoint, measure_row
-from common import multiplies_bf16, run_rows, synchronize, timings
+from common import Peak, ceiling, circumstances, clock, first_line, fresh, make_checkpoint, measure_row
+from common import multiplies_bf16, run_rows, timings
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
 from minigpt.attention import Layout, LayerSlots, attend
 from minigpt.config import PUBLISHED
@@ -79,7 +79,7 @@ def main():
         print(f"{args.shape} on {result['circumstances']['device']}, {torch.get_num_threads()} CPU threads")
         for dtype, rate in rates.items():
             square, mlp = rate["square"] / 1e9, rate["mlp"] / 1e9
-            print(f"{dtype} products: {square:,.0f} GFLOP/s (the ceiling), {mlp:,.0f} in the shape of the MLP")
+            print(f"{dtype} products: {square:,.0f} GFLOP/s, {mlp:,.0f} in the MLP's shape; the better is the ceiling")
         for what in args.what:
             rows, show = PARTS[what]
             result[what] = run_rows([name for name in rows(args) if args.only in name], home)
@@ -96,7 +96,7 @@ def parse_arguments():
     parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else command.DEMO_CORPUS)
     parser.add_argument("--batch-size", type=int, default=64, help="pairs of an optimizer step (64)")
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[64, 16] if cuda else [16],
-                        help="sentences at a time, tried for peft; our own padded rows take the first")  # fmt: skip
+                        help="sentences at a time: peft tries all, our own rows take the first")  # fmt: skip
     parser.add_argument("--steps", type=int, default=10 if cuda else 2, help="measured in each row (CPU: 2, GPU: 10)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows with this text in their names")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
@@ -162,17 +162,14 @@ def ladder(args):
     """{name of a row: how to measure it}."""
     first, last = dtypes(args)[0], dtypes(args)[-1]
     rows = {
-        f"peft, {attention}, {micro} at a time": partial(train_peft, attention=attention, micro=micro, dtype=first)
-        for attention in ("sdpa", "eager")
-        for micro in args.micro_batch
+        "peft": partial(train_peft, dtype=first),
+        "naive": partial(train_ours, kind=Padded, attention="plain", dtype=first),
+        "+ packing": partial(train_ours, kind=AllLogits, attention="plain", dtype=first),
+        "+ target-only loss": partial(train_ours, kind=Counted, attention="plain", dtype=first),
+        "+ fused attention": partial(train_ours, dtype=first),
     }
-    rows["naive"] = partial(train_ours, kind=Padded, attention="plain", dtype=first)
-    rows["+ packing"] = partial(train_ours, kind=AllLogits, attention="plain", dtype=first)
-    rows["+ target-only loss"] = partial(train_ours, kind=Counted, attention="plain", dtype=first)
-    rows["+ fused attention"] = partial(train_ours, dtype=first)
     if last != first:
-        rows[f"peft, {last}"] = partial(train_peft, attention="sdpa", micro=args.micro_batch[0], dtype=last)
-        rows["+ bf16"] = partial(train_ours, dtype=last)
+        rows |= {"peft, bf16": partial(train_peft, dtype=last), "+ bf16": partial(train_ours, dtype=last)}
     rows["+ torch.compile"] = partial(train_ours, dtype=last, compiled=True)
     rows["+ checkpointing"] = partial(train_ours, dtype=last, checkpointing=True)
     return rows
@@ -198,26 +195,26 @@ def compile_blocks(model):
     model.run = lambda x, look: GPT.run(model, x, torch.compiler.disable(look))
 
 
-def train_peft(args, attention, micro, dtype):
-    """As its users do, and well: frozen weights in `dtype`, no dropout, sentences sorted by length, batches ready."""
+def train_peft(args, dtype):
+    """As its users do, and well: frozen weights in `dtype`, no dropout, sentences sorted by length, batches ready
+    before the clock runs, and of the ways to compute attention and to cut a batch the one that proves fastest."""
     from peft import PrefixTuningConfig, get_peft_model
     from transformers import AutoModelForCausalLM, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     corpus, peak = load_corpus(args), Peak(args.device)
-    options = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    options |= {"dtype": getattr(torch, dtype), "attn_implementation": attention}
-    model = AutoModelForCausalLM.from_pretrained(args.home, **options)
-    model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2 * args.prefix_len))
-    slots = [p for p in model.to(args.device).train().parameters() if p.requires_grad]
+    no_dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    base = AutoModelForCausalLM.from_pretrained(args.home, dtype=getattr(torch, dtype), **no_dropout).to(args.device)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2 * args.prefix_len)
+    model = get_peft_model(base, config).to(args.device).train()
+    slots = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(slots, lr=0.001, weight_decay=0.0)
-    batches = [list(padded_batches(args, corpus, step, micro)) for step in range(args.warmup + args.steps)]
 
-    def train(step):
-        total = sum((batch["labels"] != IGNORED).sum() for batch in batches[step])
+    def train(batches):
+        total = sum((batch["labels"] != IGNORED).sum() for batch in batches)
         losses = []
-        for batch in batches[step]:
+        for batch in batches:
             losses.append(model(**batch, num_items_in_batch=total).loss)
             losses[-1].backward()
         torch.nn.utils.clip_grad_norm_(slots, 1.0)
@@ -225,12 +222,22 @@ def train_peft(args, attention, micro, dtype):
         optimizer.zero_grad()
         return float(sum(loss.detach() for loss in losses))
 
-    return measure_steps(args, dtype, peak, corpus, train)
+    tried = []
+    for attention, micro in itertools.product(("sdpa", "eager"), args.micro_batch):
+        base.set_attn_implementation(attention)
+        batches = padded_batches(args, corpus, 0, micro)
+        train(batches)
+        _, seconds = clock(lambda: train(batches), args.device)
+        tried.append({"attention": attention, "micro_batch": micro, "seconds": seconds})
+    best = min(tried, key=lambda trial: trial["seconds"])
+    base.set_attn_implementation(best["attention"])
+    steps = [padded_batches(args, corpus, step, best["micro_batch"]) for step in range(args.warmup + args.steps)]
+    return measure_steps(args, dtype, peak, corpus, lambda step: train(steps[step])) | {"tried": tried, "best": best}
 
 
 def padded_batches(args, corpus, step, micro):
     """Micro-batches as transformers takes them: each row one pair and <|endoftext|>, padded on the right."""
-    tokenizer = Tokenizer.from_pretrained(args.home)
+    tokenizer, batches = Tokenizer.from_pretrained(args.home), []
     for group in groups(examples_of(args, corpus, step), micro):
         size = len(group), max(map(n_tokens, group)) + 1
         ids, labels = torch.full(size, tokenizer.eot), torch.full(size, IGNORED)
@@ -240,7 +247,8 @@ def padded_batches(args, corpus, step, micro):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
             labels[i, len(source) + 1 : len(row)] = row[len(source) + 1 :]
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        yield {name: tensor.to(args.device) for name, tensor in batch.items()}
+        batches.append({name: tensor.to(args.device) for name, tensor in batch.items()})
+    return batches
 
 
 def load_corpus(args):
@@ -253,7 +261,7 @@ def load_corpus(args):
 def examples_of(args, corpus, step):
     """The pairs of a step, the same for every row. To warm up a CPU, an eighth of them."""
     pool = corpus.examples("train")
-    size = max(1, args.batch_size // 8) if step < args.warmup and args.device == "cpu" else args.batch_size
+    size = max(2, args.batch_size // 8) if step < args.warmup and args.device == "cpu" else args.batch_size
     chosen = pool[np.random.default_rng(step).permutation(len(pool))[:size]]
     return [(corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)) for row, s, t in chosen]
 
@@ -269,10 +277,8 @@ def measure_steps(args, dtype, peak, corpus, train):
     peak.reset()  # loading is over
     seconds, tokens, flops = [], [], []
     for step in range(args.warmup + args.steps):
-        start = time.perf_counter()
-        loss = train(step)
-        synchronize(args.device)
-        seconds.append(time.perf_counter() - start)
+        loss, taken = clock(lambda: train(step), args.device)
+        seconds.append(taken)
         examples = examples_of(args, corpus, step)
         tokens.append(sum(map(n_tokens, examples)))
         flops.append(needed_flops(SHAPES[args.shape], examples, args.prefix_len))
@@ -307,10 +313,9 @@ def show_ladder(rows, rates):
         if "error" in row:
             print(f"{name:26}{row['error']}")
             continue
-        theirs = [other for key, other in rows.items() if key.startswith("peft") and other.get("dtype") == row["dtype"]]
-        best = max(theirs, key=lambda other: other["tokens_per_second"], default=None)
-        speed, memory = (row[key] / best[key] if best else None for key in ("tokens_per_second", "peak_bytes"))
-        share = row["needed_flops_per_second"] / rates[row["dtype"]]["square"]
+        peft = [other for key, other in rows.items() if key[:4] == "peft" and other.get("dtype") == row["dtype"]]
+        speed, memory = (row[key] / peft[0][key] if peft else None for key in ("tokens_per_second", "peak_bytes"))
+        share = row["needed_flops_per_second"] / max(rates[row["dtype"]].values())
         row |= {"speed_over_peft": speed, "memory_over_peft": memory, "share_of_ceiling": share}
         print(
             f"{name:26}{row['dtype']:9}{row['tokens_per_second']:9,.0f} {speed or 0:7.2f}x {row['seconds_per_step']:8.2f} "
