@@ -24,7 +24,8 @@ from prefix.trainer import Settings, Trainer
 # The demo's learning rates come from a sweep (tests/benchmarks/RESULTS.md); those of published models are not measured.
 STEPS = {"demo": 300, "published": 2048}
 LR = {"demo": {"text": 0.1, "random": 0.1}, "published": {"text": 0.01, "random": 0.03}}
-MACHINE = ("device", "dtype", "attention", "checkpoint_activations", "micro_batch_tokens")  # options that may be new when a run goes on
+# Options that may be new when a run goes on.
+MACHINE = ("device", "dtype", "attention", "checkpoint_activations", "micro_batch_tokens")
 
 
 def parse_arguments():
@@ -89,7 +90,7 @@ def resolve(args):
     """The command with its defaults filled in: what config.json keeps and --resume reads."""
     check_unused(args.out)
     name = args.model or checkpoint.default()
-    demo = checkpoint.find(name) == checkpoint.DEMO
+    demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
     paths = command.data_paths(args.data)
     steps = args.steps or STEPS["demo" if demo else "published"]
     settings = Settings(

@@ -152,7 +152,9 @@ def read_metadata(path):
             isinstance(header["base"]["config"], dict)
             and isinstance(header["base"]["fingerprint"], str)
             and isinstance(header["training"], dict)
+            and isinstance(header["banks"], list)
             and all(isinstance(bank, str) for bank in header["banks"])
+            and 0 < len(set(header["banks"])) == len(header["banks"])
             and header["prefix_len"] >= 0 <= header["position_offset"]
         )
     except (KeyError, ValueError, TypeError, RecursionError) as error:
@@ -177,7 +179,10 @@ def describe(base):
 
 @torch.no_grad()
 def read_text(model, ids):
-    """The keys and values that the frozen model computes for `ids` -> two of (n_layer, n_head, T, head_dim)."""
+    """The keys and values that the frozen model computes for `ids` -> two of (n_layer, n_head, T, head_dim). Raises
+    UserError for more of them than the context has positions."""
+    if len(ids) > model.config.n_positions:
+        raise UserError(f"{len(ids)} tokens are more than this model's context of {model.config.n_positions}")
     cache = Cache(model, seats=1, capacity=len(ids))
     prefill(model, cache, [0], [ids])
     return cache.key[:, 0].float(), cache.value[:, 0].float()

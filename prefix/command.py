@@ -138,8 +138,10 @@ def load_with_base(args):
     """(model, tokenizer, banks, path of the prefix) for translate.py and evaluate.py."""
     path = find_prefix(args.prefix)
     name = args.model or read_metadata(path)["training"].get("model")
-    if name is None:
+    if not isinstance(name, str):
         raise UserError(f"{path} does not say which model it was trained on: name it with --model")
+    if not args.model and Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(f"{path} was trained on {name}, which is no longer there: say with --model where it is")
     model, tokenizer = load_model(args, name)
     return model, tokenizer, Banks.load(path, model), path
 

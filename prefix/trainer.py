@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +168,8 @@ class Trainer:
         prepared = self.upcoming.result() if self.upcoming else None
         if prepared is None or prepared.step != self.step:
             prepared = self.prepare(self.step)
-        self.upcoming = self.worker.submit(self.prepare, self.step + 1)
+        if self.step + 1 < self.settings.steps:
+            self.upcoming = self.worker.submit(self.prepare, self.step + 1)
         return prepared
 
     def packed(self, examples):
@@ -247,10 +248,11 @@ class Trainer:
         counts = {name: getattr(self, name) for name in COUNTS}
         with replacing(self.out / "last" / "state.safetensors") as temporary:
             tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-            save_file(tensors, temporary, {"counts": json.dumps(counts), "of": json.dumps(self.identity())})
+            save_file(tensors, temporary, {"counts": json.dumps(counts), "of": json.dumps(self.identity)})
 
+    @cached_property
     def identity(self):
-        """What a run must be going on with: this base and these examples."""
+        """What a run must be going on with: this base and these examples. Read once: it looks at all of them."""
         return {"model": base_of(self.model), "data": self.corpus.fingerprint()}
 
     def resume(self):
@@ -266,9 +268,9 @@ class Trainer:
                 setattr(self, name, counts[name])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path}: cannot resume from it: {error}") from error
-        for what, ours in self.identity().items():
-            if of.get(what) != ours:
-                raise UserError(f"{path}: this run was trained on another {what}: {of.get(what)}, and this is {ours}")
+        for what, ours in self.identity.items():
+            if not isinstance(of, dict) or of.get(what) != ours:
+                raise UserError(f"{path}: this run has another {what} than the one at hand, {ours}: {of}")
         if not self.half:
             self.scale = 1.0
         elif counts["scale"] == 1.0:  # it comes from a run in another dtype

@@ -21,6 +21,14 @@ def fresh_random_numbers():
     print(f"torch.manual_seed({torch.seed()})")
 
 
+@pytest.fixture(autouse=True)
+def gpus_are_for_the_kernels(request, monkeypatch):
+    """All other tests compare exact tokens and bits on the CPU, also where there is a GPU."""
+    if request.path.name != "test_kernels.py":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.fixture(scope="session", params=["gpt2", "demo"])
 def vocabulary(request, tmp_path_factory):
     """A directory with a vocab.json and merges.txt, and a config.json that tells transformers whose they are."""

@@ -20,11 +20,12 @@ import evaluate
 import train
 import translate
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
+from minigpt.generate import Generated
 from minigpt.splits import split_of
-from prefix import command, evaluation, metrics
+from prefix import command, evaluation, metrics, translation
 from prefix.banks import Banks
 from prefix.trainer import Trainer
-from prefix.translation import Translation, prompt
+from prefix.translation import Translation
 from prefix.translation import translate as translate_texts
 
 ROOT = Path(__file__).parents[1]
@@ -123,12 +124,12 @@ def test_training_leaves_a_run_directory_and_says_what_to_do_next(run, place):
     arguments = ["--model", place / "base", "--data", place / "en-fr.csv", *TRAIN]
     code, out, err = run(train, *arguments, "--out", "my first run")
     assert (code, out) == (0, "")
-    assert {path.name for path in Path("my first run").iterdir()} == {"prefix.safetensors", "last", "metrics.jsonl", "config.json"}
+    assert set(os.listdir("my first run")) == {"prefix.safetensors", "last", "metrics.jsonl", "config.json"}
     last = err.splitlines()[-1]
     model = GPT.from_pretrained(place / "base")
     share = 2 * 2 * 2 * 3 * 32 / sum(p.numel() for p in model.parameters())
-    for part in (f"Trained {2 * 2 * 2 * 3 * 32:,} parameters ({share:.2%} of the model) in ", "my first run/prefix.safetensors"):
-        assert part in last
+    assert f"Trained {2 * 2 * 2 * 3 * 32:,} parameters ({share:.2%} of the model) in " in last
+    assert "my first run/prefix.safetensors" in last
     _, to_try = last.split("Try: python translate.py ")
     code, out, _ = run(translate, *shlex.split(to_try))
     assert (code, out.count("\n")) == (0, 1)
@@ -138,7 +139,7 @@ def test_the_config_of_a_run_is_the_command_with_its_defaults_filled_in(run, pla
     config = json.loads((place / "run" / "config.json").read_text())
     assert config["model"] == str(place / "base") and config["data"] == [str(place / "en-fr.csv")]
     assert (config["columns"], config["prefix_len"], config["max_tokens"]) == (["en", "fr"], 3, 384)
-    settings = {"steps": 3, "lr": 0.03, "batch_size": 4, "warmup": 0, "eval_every": 1, "seed": 0}
+    settings = {"steps": 3, "batch_size": 4, "warmup": 0, "eval_every": 1, "seed": 0}
     assert settings.items() <= config["settings"].items()
 
 
@@ -198,7 +199,8 @@ def test_a_device_that_is_not_there_is_refused(run, place, device):
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_without_training_pairs_there_is_one_line_and_no_run_directory(run, place, split):
     table = write("small.csv", [("en", "fr"), *random_rows(split, 2)])
-    assert_refused(run(train, "--model", place / "base", "--data", table, "--out", "new"), "no training pair", "more data")
+    result = run(train, "--model", place / "base", "--data", table, "--out", "new")
+    assert_refused(result, "no training pair", "more data")
     assert not Path("new").exists()
 
 
@@ -227,18 +229,20 @@ def interrupt_after(monkeypatch, step):
 
 def test_a_run_that_was_interrupted_says_how_to_go_on_and_ends_as_if_it_had_not_been(run, place, monkeypatch):
     options = ["--model", place / "base", "--data", place / "en-fr.csv", *TRAIN, "--steps", 6, "--attention", "plain"]
-    run(train, *options, "--out", "whole")
+    outs = ["whole", "an interrupted run"]
+    run(train, *options, "--out", outs[0])
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)
-        code, out, err = run(train, *options, "--out", "an interrupted run")
+        code, out, err = run(train, *options, "--out", outs[1])
     assert (code, out) == (130, "")
     said, to_do = err.splitlines()[-1].split("; to go on: python train.py ")
     assert said == "stopped after step 3"
     code, _, err = run(train, *shlex.split(to_do))
     assert code == 0 and "Trained" in err
-    one, other = (Banks.load(f"{out}/prefix.safetensors", GPT.from_pretrained(place / "base")) for out in ("whole", "an interrupted run"))
+    model = GPT.from_pretrained(place / "base")
+    one, other = (Banks.load(f"{out}/prefix.safetensors", model) for out in outs)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
-    configs = [json.loads(Path(out, "config.json").read_text()) for out in ("whole", "an interrupted run")]
+    configs = [json.loads(Path(out, "config.json").read_text()) for out in outs]
     assert configs[0] == configs[1]
 
 
@@ -251,12 +255,15 @@ def test_a_run_may_go_on_for_more_steps_but_not_otherwise_than_it_began(run, pla
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("config", [None, "{", "[1]", "{}", '{"settings": {"steps": 3, "lr": 1}}', '{"settings": {"pace": 1}}'])
+@pytest.mark.parametrize(
+    "config", [None, "{", "[1]", "{}", '{"settings": {"steps": 3, "lr": 1}}', '{"settings": {"pace": 1}}']
+)
 def test_a_run_directory_without_a_sound_config_is_refused(run, config):
     Path("run").mkdir()
     if config:
         Path("run/config.json").write_text(config)
-    assert_refused(run(train, "--resume", "run"), "--resume run", "run/config.json", "damaged" if config else "No such file")
+    fault = "damaged" if config else "No such file"
+    assert_refused(run(train, "--resume", "run"), "--resume run", "run/config.json", fault)
 
 
 # translate.py
@@ -320,20 +327,21 @@ def test_a_translation_with_line_breaks_in_it_is_printed_on_one_line(run, place,
     assert run(translate, *on(place), "x", "y")[1] == "a b c d e\na b c d e\n"
 
 
-def test_the_end_of_text_token_in_a_sentence_is_ordinary_text(place):
-    model, tokenizer = GPT.from_pretrained(place / "base"), Tokenizer.from_pretrained(place / "base")
-    banks = Banks.load(place / "run" / "prefix.safetensors", model)
-    asked = prompt(tokenizer, banks, "a <|endoftext|> b", "fr", "en", limit=CONTEXT)
-    assert tokenizer.eot not in asked.ids
-    assert tokenizer.decode(asked.ids) == "a <|endoftext|> b\n"
+def test_the_end_of_text_token_in_a_sentence_is_ordinary_text(run, place, monkeypatch):
+    asked, tokenizer = [], Tokenizer.from_pretrained(place / "base")
+    answer = lambda model, prompts, *_: asked.extend(prompts) or [Generated()]
+    monkeypatch.setattr(translation, "generate", answer)
+    run(translate, *on(place), "a <|endoftext|> b")
+    assert tokenizer.eot not in asked[0].ids
+    assert tokenizer.decode(asked[0].ids) == "a <|endoftext|> b\n"
 
 
 def test_a_sentence_that_is_too_long_is_told_by_its_line_and_the_others_are_translated(run, place, expected):
     long, endless = "mot " * CONTEXT, "x" * 1_000_000
     code, out, err = run(translate, *on(place), stdin=f"un\n{long}\n\ndeux\n{endless}".encode())
     assert (code, out) == (2, expected(["un", "", "", "deux", ""]))
-    assert re.search(rf"^line 2: \d+ tokens leave no room to answer in this model's context of {CONTEXT}$", err, re.MULTILINE)
-    assert "line 5: 1,000,000 characters are more than" in err
+    assert re.search(r"^line 2: \d+ tokens leave no room to answer", err, re.MULTILINE)
+    assert re.search(r"^line 5: more than [\d,]+ characters", err, re.MULTILINE)
     assert "error: 2 of 5 sentences could not be translated" in err.splitlines()[-1]
 
 
@@ -355,10 +363,10 @@ def test_a_sentence_that_is_too_long_is_told_by_its_line_and_the_others_are_tran
     ],
     ids=str,
 )
-def test_the_direction_is_the_second_bank_to_the_first_unless_told_otherwise(place, prefix, options, direction, monkeypatch):
+def test_the_direction_is_second_bank_to_first_unless_told_otherwise(place, monkeypatch, prefix, options, direction):
     monkeypatch.setattr(sys, "argv", ["translate.py", *options])
-    model = GPT.from_pretrained(place / "base")
-    assert command.direction(translate.parse_arguments(), Banks.load(place / prefix / "prefix.safetensors", model)) == direction
+    banks = Banks.load(place / prefix / "prefix.safetensors", GPT.from_pretrained(place / "base"))
+    assert command.direction(translate.parse_arguments(), banks) == direction
 
 
 def test_both_directions_are_translated(run, place, expected):
@@ -391,7 +399,17 @@ def test_a_mistake_in_translating_is_one_line_and_exit_code_2(run, place, option
 
 def test_a_prefix_of_another_base_is_refused_naming_both(run, place):
     fingerprints = [GPT.from_pretrained(place / name).fingerprint for name in ("base", "other")]
-    assert_refused(run(translate, *on(place), "--model", place / "other", "Bonjour"), "run/prefix.safetensors", *fingerprints)
+    result = run(translate, *on(place), "--model", place / "other", "Bonjour")
+    assert_refused(result, "run/prefix.safetensors", *fingerprints)
+
+
+def test_a_base_that_has_been_moved_can_be_named(run, place):
+    save_random_checkpoint(Path("here"))
+    run(train, "--model", "here", "--data", place / "en-fr.csv", *TRAIN, "--out", "run")
+    there = Path("here").resolve()
+    Path("here").rename("there")
+    assert_refused(run(translate, "--prefix", "run", "Bonjour"), there, "no longer there", "--model")
+    assert run(translate, "--prefix", "run", "--model", "there", "Bonjour")[0] == 0
 
 
 def test_samples_follow_from_the_seed_whatever_the_batch_size(run, place, monkeypatch):
@@ -422,6 +440,12 @@ def test_without_prefix_the_newest_run_is_used_else_the_demo_prefix(run, place, 
     assert "Using the prefix runs/a/prefix.safetensors" in run(translate, "--max-new-tokens", 2, "Bonjour")[2]
 
 
+def test_the_demo_translates_on_a_fresh_clone(run):
+    code, out, err = run(translate, "--device", "cpu", "Bonjour", "Il pleut.")
+    assert (code, out.count("\n")) == (0, 2) and all(out.splitlines())
+    assert f"Using the prefix {command.DEMO_PREFIX}" in err
+
+
 # evaluate.py
 
 
@@ -430,7 +454,7 @@ def evaluated(run, place):
     """A function: options -> (standard output, what --json wrote)."""
 
     def evaluated(*options):
-        arguments = ["--prefix", place / "run", "--limit", 4, "--shots", 1, "--draws", 2, "--json", "result.json"]
+        arguments = ["--prefix", place / "run", "--limit", 5, "--shots", 1, "--draws", 2, "--json", "result.json"]
         code, out, _ = run(evaluate, *arguments, *options)
         assert code == 0
         return out, json.loads(Path("result.json").read_text(encoding="utf-8"))
@@ -440,7 +464,7 @@ def evaluated(run, place):
 
 def test_an_evaluation_scores_the_outputs_that_it_keeps_in_both_directions(place, evaluated):
     out, result = evaluated("--examples", 1)
-    test_rows = list(csv.reader(open(place / "en-fr.csv", encoding="utf-8")))[-5:-1]
+    test_rows = list(csv.reader(open(place / "en-fr.csv", encoding="utf-8")))[-5:]
     for report, (source, target) in zip(result["directions"], ((1, 0), (0, 1)), strict=True):
         assert report["sources"] == [row[source] for row in test_rows]
         assert report["references"] == [row[target] for row in test_rows]
@@ -451,9 +475,10 @@ def test_an_evaluation_scores_the_outputs_that_it_keeps_in_both_directions(place
             assert score["sentence_bleu"] == metrics.mean_sentence_bleu(outputs, report["references"])
             assert score["empty"] == outputs.count("")
         assert few["mean"]["chrf"] == pytest.approx(sum(s["chrf"] for s in few["draws"]) / 2)
-        assert f"{report['prefix']['chrf']:.2f}" in out and f"{few['mean']['chrf']:.2f} ± {few['spread']['chrf']:.1f}" in out
+        assert f"{report['prefix']['chrf']:.2f}" in out
+        assert f"{few['mean']['chrf']:.2f} ± {few['spread']['chrf']:.1f}" in out
         assert report["outputs"][0] in out and few["outputs"][0][0] in out and report["references"][0] in out
-    assert "fr -> en, 4 sentences" in out and "en -> fr, 4 sentences" in out
+    assert "fr -> en, 5 sentences" in out and "en -> fr, 5 sentences" in out
     assert metrics.signature("BLEU", test_rows[0]) in out and result["signatures"]["bleu"] in out
 
 
@@ -538,7 +563,8 @@ def test_a_mistake_in_evaluating_is_one_line_and_exit_code_2(run, place, options
 
 def test_a_split_without_pairs_is_refused(run, place):
     table = write("mine.csv", [("en", "fr"), *random_rows("train", 3)])
-    assert_refused(run(evaluate, "--prefix", place / "run", "--data", table), "none of the 3 usable pairs", "test split")
+    result = run(evaluate, "--prefix", place / "run", "--data", table)
+    assert_refused(result, "none of the 3 usable pairs", "test split")
 
 
 @pytest.mark.parametrize("better", [True, False])
@@ -557,7 +583,9 @@ def test_the_table_says_whether_the_difference_is_significant(better):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried\nto")], ids=repr
+    "error",
+    [OSError(28, "No space left on device"), MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nOf")],
+    ids=repr,
 )
 def test_a_full_disk_and_too_little_memory_are_one_line(run, monkeypatch, error):
     def fail():
@@ -587,7 +615,8 @@ def shell(place):
     """A function: a line of shell -> its result. The scripts run in processes of their own."""
 
     def shell(line):
-        words = f"set -o pipefail; {line}".replace("translate.py", f"{sys.executable} {ROOT}/translate.py --prefix {place}/run")
+        script = f"{sys.executable} {ROOT}/translate.py --prefix {place}/run"
+        words = f"set -o pipefail; {line}".replace("translate.py", script)
         environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # as a locale may have it
         return subprocess.run(["bash", "-c", words], capture_output=True, env=environment, timeout=300)
 

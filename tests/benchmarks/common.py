@@ -98,9 +98,14 @@ def clock(run, device):
 def timings(run, device, at_least=0.5):
     """Seconds that one call of run() takes, measured several times: three at least, and for half a second."""
     calls, taken = (10 if device == "cuda" else 1), []
+
+    def several():
+        for _ in range(calls):
+            run()
+
     clock(run, device)
     while len(taken) < 3 or sum(taken) * calls < at_least:
-        taken.append(clock(lambda: [run() for _ in range(calls)], device)[1] / calls)
+        taken.append(clock(several, device)[1] / calls)
     return taken
 
 

@@ -13,19 +13,20 @@ with d = n_embd, for a sentence of n tokens of which t predict a target:
 
 "share" is that time over the time taken. Each rung of the ladder takes away work, or waiting, that is not in the count:
 
-    peft, naive         sentences padded to the longest of their micro-batch: products of nothing. Logits of all tokens:
-                        at 50,257 columns their few float32 copies are most of the memory, and in `gpt2` the head has
-                        a third of the weights, for tokens of the source too
+    peft, naive         sentences padded to the longest of their micro-batch: products of nothing; and logits of all
+                        tokens, in several float32 copies of 50,257 columns, though the head, in `gpt2` nearly a third
+                        of the weights, is of use at the targets alone
     + packing           sentences one after another in a single row: no padding, but inside attention
-    + target-only loss  logits of target tokens, some hundreds at a time, their gradient finished at once
+    + target-only loss  logits of target tokens, a chunk at a time, the gradient of each chunk finished at once
     + fused attention   scores never reach memory (a GPU also loses the padding); micro-batches are cut by tokens
-    + bf16              half the bytes everywhere, and twice the FLOPs where the hardware multiplies bfloat16
+    + bf16              half the bytes, and a higher ceiling, where a CPU multiplies bfloat16 (on a GPU all rows do)
     + torch.compile     norms, GELU, biases and sums between the products: fewer trips to memory
     + checkpointing     the opposite trade: a third more FLOPs (not in the count), and only each block's input is kept
 
 A rung has all that is above it; checkpointing goes without torch.compile. All rows train on the same pairs from the
 same weights, so the losses of our rows agree. peft knows one prefix, open from the first token on, so it gets the slots
-of both banks. Ratios are to peft in the same dtype. It refuses to checkpoint activations in prefix tuning.
+of both banks; it tries SDPA and eager attention and runs with the faster. Ratios are to peft in the same dtype. It has
+no row with checkpointing, which it refuses in prefix tuning.
 
     python tests/benchmarks/train.py                            the ladder; 2 CPU cores: 2 steps a row, about 8 minutes
     python tests/benchmarks/train.py --shape gpt2-xl            ... on a GPU: 10 steps a row
@@ -69,14 +70,17 @@ TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch of --what attention and curv
 def main():
     args = parse_arguments()
     if args.row:
-        rows = {name: row for rows, _ in PARTS.values() for name, row in rows(args).items()}
-        return measure_row(rows.get(args.row, measure_ceiling), args)
-    result = {"circumstances": circumstances(args.device), "shape": args.shape, "steps": args.steps}
+        measures = {name: measure for rows, _ in PARTS.values() for name, measure in rows(args).items()}
+        return measure_row(measures.get(args.row, measure_ceiling), args)
+    vocabulary = REAL_VOCABULARY if args.shape != "demo" and REAL_VOCABULARY.is_dir() else checkpoint.DEMO
+    result = {"circumstances": circumstances(args.device), "shape": args.shape, "data": args.data.name, "steps": args.steps}
     with tempfile.TemporaryDirectory() as home:
-        real = args.shape != "demo" and REAL_VOCABULARY.is_dir()
-        make_checkpoint(SHAPES[args.shape], REAL_VOCABULARY if real else checkpoint.DEMO, home)
+        make_checkpoint(SHAPES[args.shape], vocabulary, home)
         rates = result["ceiling"] = fresh("ceiling", home)
-        print(f"{args.shape} on {result['circumstances']['device']}, {torch.get_num_threads()} CPU threads")
+        if "error" in rates:
+            sys.exit(f"no matrix product could be measured: {rates['error']}")
+        print(f"{args.shape} on {result['circumstances']['device']}, {torch.get_num_threads()} CPU threads; "
+              f"{args.data.name} in the vocabulary of {vocabulary.name}")  # fmt: skip
         for dtype, rate in rates.items():
             square, mlp = rate["square"] / 1e9, rate["mlp"] / 1e9
             print(f"{dtype} products: {square:,.0f} GFLOP/s, {mlp:,.0f} in the MLP's shape; the better is the ceiling")
@@ -88,22 +92,23 @@ def main():
 
 
 def parse_arguments():
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="Measure the speed and memory of training slots.")
     parser.add_argument("--what", nargs="+", choices=[*PARTS], default=["ladder"])
     parser.add_argument("--shape", choices=[*SHAPES], default="gpt2", help="of the model; its weights are random")
     parser.add_argument("--prefix-len", type=int, default=10, help="slots in each of two banks (10)")
     parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else command.DEMO_CORPUS)
     parser.add_argument("--batch-size", type=int, default=64, help="pairs of an optimizer step (64)")
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[64, 16] if cuda else [16],
-                        help="sentences at a time: peft tries all, our own rows take the first")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=10 if cuda else 2, help="measured in each row (CPU: 2, GPU: 10)")
+    parser.add_argument("--micro-batch", type=int, nargs="+", help="sentences at a time: peft tries all of these, and "
+                        "the first rungs take the first (CPU: 16, GPU: 64 16)")  # fmt: skip
+    parser.add_argument("--steps", type=int, help="measured in each row (CPU: 2, GPU: 10)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows with this text in their names")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # how this script calls itself: one row, in its own process
     parser.add_argument("--home", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.warmup = 3 if args.device == "cuda" else 1
+    cuda = args.device == "cuda"
+    args.steps, args.warmup = args.steps or (10 if cuda else 2), 3 if cuda else 1
+    args.micro_batch = args.micro_batch or ([64, 16] if cuda else [16])
     return args
 
 
@@ -308,18 +313,20 @@ def needed_flops(config, examples, prefix_len):
 
 
 def show_ladder(rows, rates):
-    print(f"\n{'':26}{'':9} tokens/s  of peft   s/step  peak GB  of peft   share     loss")
+    print(f"\n{'':32}{'':9} tokens/s  of peft   s/step  peak GB  of peft   share     loss")
     for name, row in rows.items():
         if "error" in row:
-            print(f"{name:26}{row['error']}")
+            print(f"{name:32}{row['error']}")
             continue
+        name += " ({attention}, {micro_batch} at a time)".format(**row["best"]) if "best" in row else ""
         peft = [other for key, other in rows.items() if key[:4] == "peft" and other.get("dtype") == row["dtype"]]
         speed, memory = (row[key] / peft[0][key] if peft else None for key in ("tokens_per_second", "peak_bytes"))
         share = row["needed_flops_per_second"] / max(rates[row["dtype"]].values())
         row |= {"speed_over_peft": speed, "memory_over_peft": memory, "share_of_ceiling": share}
         print(
-            f"{name:26}{row['dtype']:9}{row['tokens_per_second']:9,.0f} {speed or 0:7.2f}x {row['seconds_per_step']:8.2f} "
-            f"{row['peak_bytes'] / 1e9:8.2f} {memory or 0:7.2f}x {share:7.1%} {row['loss']:8.4f}"
+            f"{name:32}{row['dtype']:9}{row['tokens_per_second']:9,.0f} {speed or 0:7.2f}x "
+            f"{row['seconds_per_step']:8.2f} {row['peak_bytes'] / 1e9:8.2f} {memory or 0:7.2f}x "
+            f"{share:7.1%} {row['loss']:8.4f}"
         )
 
 
@@ -342,8 +349,10 @@ def measure_attention(args, system):
             cell = {"length": length, "slots": n_slots}
             try:
                 peak = Peak(args.device)
-                seconds = median(timings(system(args, lengths, n_slots), args.device))
-                cell |= {"tokens_per_second": sum(lengths) / seconds, "peak_bytes": peak.bytes()}
+                run = system(args, lengths, n_slots)
+                peak.reset()  # what was needed to prepare, once for all layers, does not count
+                rate = sum(lengths) / median(timings(run, args.device))
+                cell |= {"tokens_per_second": rate, "peak_bytes": peak.bytes()}
             except Exception as error:
                 cell["error"] = first_line(error)
             cells.append(cell)
@@ -411,13 +420,13 @@ def flex(args, lengths, n_slots):
 def show_attention(rows, _):
     print("\nAttention, forward and backward: tokens/s")
     print(f"{'length':>8}{'slots':>7}" + "".join(f"{name:>16}" for name in rows))
-    for cells in zip(*(row.get("cells", []) for row in rows.values())):
+    grids = [row.get("cells") or itertools.repeat(row) for row in rows.values()]  # a row that failed: its error, always
+    for (length, n_slots), *cells in zip(itertools.product(LENGTHS, SLOTS), *grids):
         rates = (f"{cell['tokens_per_second']:16,.0f}" if "error" not in cell else f"{'*':>16}" for cell in cells)
-        print(f"{cells[0]['length']:8}{cells[0]['slots']:7}" + "".join(rates))
+        print(f"{length:8}{n_slots:7}" + "".join(rates))
     for name, row in rows.items():
-        errors = [row["error"]] if "error" in row else [cell["error"] for cell in row["cells"] if "error" in cell]
-        if errors:
-            print(f"* {name}: {errors[0]}")
+        for error in {cell["error"] for cell in row.get("cells", [row]) if "error" in cell}:
+            print(f"* {name}: {error}")
 
 
 # The curve: longer prefixes, longer sentences
