@@ -73,7 +73,8 @@ def main():
         measures = {name: measure for rows, _ in PARTS.values() for name, measure in rows(args).items()}
         return measure_row(measures.get(args.row, measure_ceiling), args)
     vocabulary = REAL_VOCABULARY if args.shape != "demo" and REAL_VOCABULARY.is_dir() else checkpoint.DEMO
-    result = {"circumstances": circumstances(args.device), "shape": args.shape, "data": args.data.name, "steps": args.steps}
+    result = {"circumstances": circumstances(args.device), "shape": args.shape, "data": args.data.name}
+    result["steps"] = args.steps
     with tempfile.TemporaryDirectory() as home:
         make_checkpoint(SHAPES[args.shape], vocabulary, home)
         rates = result["ceiling"] = fresh("ceiling", home)
@@ -395,9 +396,8 @@ def padded_sdpa(args, lengths, n_slots):
     real = torch.arange(T)[None] < torch.tensor(lengths)[:, None]  # (B, T)
     text = torch.ones(T, T, dtype=torch.bool).tril() & real[:, None]  # (B, T, T)
     mask = torch.cat([torch.ones(B, T, n_slots, dtype=torch.bool), text], dim=-1)[:, None].to(args.device)
-    return lambda: differentiate(
-        F.scaled_dot_product_attention(*with_slots(qkv, n_head, key, value), attn_mask=mask)
-    )  # fmt: skip
+    compute = partial(F.scaled_dot_product_attention, attn_mask=mask)
+    return lambda: differentiate(compute(*with_slots(qkv, n_head, key, value)))
 
 
 def flex(args, lengths, n_slots):
@@ -405,7 +405,6 @@ def flex(args, lengths, n_slots):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch.compiler.reset()  # or the ninth shape is not compiled any more
-    attend_flex = torch.compile(flex_attention, dynamic=False)
     N, n_head = sum(lengths), SHAPES[args.shape].n_head
     qkv, key, value, differentiate = leaves(args, [1, N], n_slots)
     start = Layout(lengths, device=args.device).start
@@ -414,7 +413,8 @@ def flex(args, lengths, n_slots):
         return (k < n_slots) | ((k - n_slots <= q) & (k - n_slots >= start[q]))
 
     mask = create_block_mask(sees, None, None, N, n_slots + N, device=args.device)  # made once for all layers
-    return lambda: differentiate(attend_flex(*with_slots(qkv, n_head, key, value), block_mask=mask))
+    compute = partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
+    return lambda: differentiate(compute(*with_slots(qkv, n_head, key, value)))
 
 
 def show_attention(rows, _):
@@ -468,11 +468,11 @@ def curve_step(args, model, prefix_len, length):
 
 
 def show_curve(rows, _):
-    row = rows["curve"]
-    print("\n" + row.get("error", f"{'prefix_len':>11}{'length':>8}  tokens/s  peak GB (beside the model)"))
-    for cell in row.get("cells", []):
-        rate, peak = cell["tokens_per_second"], cell["peak_bytes"] / 1e9
-        print(f"{cell['prefix_len']:11}{cell['length']:8}{rate:10,.0f}{peak:9.2f}")
+    for row in rows.values():
+        print("\n" + row.get("error", f"{'prefix_len':>11}{'length':>8}  tokens/s  peak GB (beside the model)"))
+        for cell in row.get("cells", []):
+            rate, peak = cell["tokens_per_second"], cell["peak_bytes"] / 1e9
+            print(f"{cell['prefix_len']:11}{cell['length']:8}{rate:10,.0f}{peak:9.2f}")
 
 
 PARTS = {"ladder": (ladder, show_ladder), "attention": (attention, show_attention), "curve": (curve, show_curve)}
