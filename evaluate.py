@@ -1,7 +1,7 @@
 """How far is the prefix ahead of k-shot prompting? BLEU and chrF on sentences that neither has seen.
 
-    python evaluate.py                              the newest run (else the demo prefix), on its own corpus
-    python evaluate.py --prefix runs/x --limit 500 --json result.json
+python evaluate.py                              the newest run (else the demo prefix), on its own corpus
+python evaluate.py --prefix runs/x --limit 500 --json result.json
 """
 
 import json
@@ -23,7 +23,9 @@ def parse_arguments():
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--limit", type=whole(1), default=500, metavar="N", help="sentences in each direction (500)")
     parser.add_argument("--shots", type=whole(0), default=3, metavar="K", help="examples in the prompt (3)")
-    parser.add_argument("--draws", type=whole(0), default=3, metavar="N", help="draws of these examples (3); 0: no k-shot")
+    parser.add_argument(
+        "--draws", type=whole(0), default=3, metavar="N", help="draws of these examples (3); 0: no k-shot"
+    )
     parser.add_argument("--beam", type=whole(1), default=1, metavar="N", help="beams for the prefix (1: greedy)")
     parser.add_argument("--max-tokens", type=whole(3), default=384, metavar="N", help="longest pair, in tokens (384)")
     parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="sentences decoded at once")
@@ -49,12 +51,24 @@ def main():
     rows = evaluation.rows_to_read(args.split, args.limit)
     longest = min(args.max_tokens, model.config.n_positions)
     banks.mask(args.columns or [])  # each is there
-    columns = [name for name in banks.names if name in (args.columns or banks.names)]  # in training's order: splits go by it
+    columns = [
+        name for name in banks.names if name in (args.columns or banks.names)
+    ]  # in training's order: splits go by it
     corpus = data.load(paths, columns, tokenizer, rows, longest)
     for line in corpus.skipped:
         notice(line)
     reports = evaluation.compare(
-        model, tokenizer, banks, corpus, args.split, args.limit, args.shots, args.draws, args.seed, args.beam, args.batch_size
+        model,
+        tokenizer,
+        banks,
+        corpus,
+        args.split,
+        args.limit,
+        args.shots,
+        args.draws,
+        args.seed,
+        args.beam,
+        args.batch_size,
     )
     if distributed.rank() > 0:
         return
@@ -70,7 +84,10 @@ def main():
     print(f"{settings}\nBLEU {bleu}   chrF2 {chrf}")
     print("sentence BLEU: mean of nltk's sentence_bleu on words split at spaces, as the notebook has it")
     if args.json:
-        settings = {name: value for name, value in vars(args).items() if name != "json"} | {"prefix": str(path), "data": paths}
+        settings = {name: value for name, value in vars(args).items() if name != "json"} | {
+            "prefix": str(path),
+            "data": paths,
+        }
         signatures = {"bleu": bleu, "chrf": chrf}
         with replacing(args.json) as temporary:
             content = {"settings": settings, "signatures": signatures, "directions": reports}

@@ -1,7 +1,7 @@
 """Learn one bank of slots per language for a frozen GPT-2.
 
-    python train.py --prefix-len 10                                     the demo checkpoint and corpus, on any machine
-    python train.py --prefix-len 10 --model gpt2-xl --data en-fr.csv    full size, one GPU
+python train.py --prefix-len 10                                     the demo checkpoint and corpus, on any machine
+python train.py --prefix-len 10 --model gpt2-xl --data en-fr.csv    full size, one GPU
 """
 
 import json
@@ -33,20 +33,30 @@ def parse_arguments():
     parser.add_argument("--prefix-len", type=whole(1), default=10, metavar="N", help="slots in each bank (10)")
     parser.add_argument("--model", help="a directory, demo, or a published name such as gpt2-xl")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines, or one text file per column")
-    parser.add_argument("--columns", nargs="+", metavar="NAME", help="columns to use, each the name of a bank (the first two)")
+    parser.add_argument(
+        "--columns", nargs="+", metavar="NAME", help="columns to use, each the name of a bank (the first two)"
+    )
     parser.add_argument("--limit", type=whole(1), metavar="N", help="read no more than N usable pairs")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="optimizer steps (demo: 300, else 2048)")
-    parser.add_argument("--batch-size", type=whole(1), default=64, metavar="PAIRS", help="pairs per optimizer step (64)")
+    parser.add_argument(
+        "--batch-size", type=whole(1), default=64, metavar="PAIRS", help="pairs per optimizer step (64)"
+    )
     parser.add_argument("--lr", type=number(0, 100, open_low=True), metavar="X", help="peak learning rate (by --init)")
-    parser.add_argument("--warmup", type=whole(0), metavar="N", help="steps of linear warm-up (a twentieth of the steps)")
+    parser.add_argument(
+        "--warmup", type=whole(0), metavar="N", help="steps of linear warm-up (a twentieth of the steps)"
+    )
     parser.add_argument("--max-tokens", type=whole(3), default=384, metavar="N", help="longest pair, in tokens (384)")
     parser.add_argument("--init", choices=["text", "random"], default="text", help="where the slots start")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (runs/<time>)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR; only --steps may be new")
     parser.add_argument("--eval-every", type=whole(0), metavar="N", help="steps between validations; 0: never")
-    parser.add_argument("--save-every", type=whole(1), default=50, metavar="N", help="steps between saves of last/ (50)")
-    parser.add_argument("--micro-batch-tokens", type=whole(1), metavar="N", help="tokens in memory at a time (by device)")
+    parser.add_argument(
+        "--save-every", type=whole(1), default=50, metavar="N", help="steps between saves of last/ (50)"
+    )
+    parser.add_argument(
+        "--micro-batch-tokens", type=whole(1), metavar="N", help="tokens in memory at a time (by device)"
+    )
     parser.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more time")
     command.add_machine_options(parser)
     args = parser.parse_args()
@@ -66,7 +76,9 @@ def main():
     model.checkpoint_activations = args.checkpoint_activations
     longest = min(config["max_tokens"], model.config.n_positions)
     paths = command.data_paths(config["data"])
-    corpus = distributed.first_then_others(lambda: data.load(paths, config["columns"], tokenizer, config["limit"], longest))
+    corpus = distributed.first_then_others(
+        lambda: data.load(paths, config["columns"], tokenizer, config["limit"], longest)
+    )
     for line in corpus.skipped:
         notice(line)
     settings = Settings(**config["settings"] | {"micro_batch_tokens": args.micro_batch_tokens})
@@ -79,7 +91,9 @@ def main():
         trainer.resume()
     if distributed.rank() == 0:
         write_config(out, config)
-    notice(f"Training {', '.join(banks.names)} on {len(trainer.train_set):,} examples, {model.device}, {model.dtype}, {out}")
+    notice(
+        f"Training {', '.join(banks.names)} on {len(trainer.train_set):,} examples, {model.device}, {model.dtype}, {out}"
+    )
     if not trainer.run():
         notice(f"stopped after step {trainer.step}; to go on: python train.py --resume {shlex.quote(str(out))}")
         sys.exit(128 + (trainer.stop[0] if trainer.stop else signal.SIGTERM))

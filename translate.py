@@ -1,7 +1,7 @@
 """Translate with a learned prefix.
 
-    python translate.py "Bonjour"                       one translation per argument
-    python translate.py --from en --to fr < lines.txt   one per line of standard input, in order
+python translate.py "Bonjour"                       one translation per argument
+python translate.py --from en --to fr < lines.txt   one per line of standard input, in order
 """
 
 import sys
@@ -52,7 +52,17 @@ def main():
     while chunk := distributed.from_first(list(islice(lines, at_a_time)) if distributed.rank() == 0 else None):
         sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
         results = translate(
-            model, tokenizer, banks, chunk, source, target, args.max_new_tokens, args.batch_size, sampler, args.beam, done
+            model,
+            tokenizer,
+            banks,
+            chunk,
+            source,
+            target,
+            args.max_new_tokens,
+            args.batch_size,
+            sampler,
+            args.beam,
+            done,
         )
         for line, result in enumerate(results, done + 1):
             if distributed.rank() == 0:

@@ -201,5 +201,8 @@ def save(model, directory, dtype=torch.float32):
     with replacing(directory / WEIGHTS) as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})
     with replacing(directory / "config.json") as temporary:
-        end = {"bos_token_id": model.config.vocab_size - 1, "eos_token_id": model.config.vocab_size - 1}  # GPT-2's custom
+        end = {
+            "bos_token_id": model.config.vocab_size - 1,
+            "eos_token_id": model.config.vocab_size - 1,
+        }  # GPT-2's custom
         temporary.write_text(json.dumps(model.config.to_dict() | end, indent=2) + "\n", encoding="utf-8")

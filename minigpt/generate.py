@@ -154,13 +154,16 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
             free = list(range(len(seated), len(seated) + len(new)))
             ids = [prompts[n].ids for n in new]
             opened = None if slots is None else [prompts[n].opened for n in new]
-            seated, last = seated + new, last + take(
-                prefill(model, cache, free, ids, opened, slots, position_offset), new
+            seated, last = (
+                seated + new,
+                last + take(prefill(model, cache, free, ids, opened, slots, position_offset), new),
             )
             _free_seats(cache, seated, last)
         if seated:
             ids = torch.tensor(last, device=model.device)
-            opened = None if slots is None else torch.tensor([prompts[n].opened[-1] for n in seated], device=model.device)
+            opened = (
+                None if slots is None else torch.tensor([prompts[n].opened[-1] for n in seated], device=model.device)
+            )
             last = take(decode(model, cache, ids, opened, slots, position_offset), seated)
             _free_seats(cache, seated, last)
     return results

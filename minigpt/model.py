@@ -91,7 +91,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.attention = "auto"  # or "fused", "plain": see attention.attend
-        self.checkpoint_activations = False  # True: keep only each block's input and compute the rest again for backward
+        self.checkpoint_activations = (
+            False  # True: keep only each block's input and compute the rest again for backward
+        )
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -132,7 +134,9 @@ class GPT(nn.Module):
 
         if layout.longest + position_offset > self.config.n_positions:
             limit = self.config.n_positions
-            raise UserError(f"{layout.longest + position_offset} positions are more than this model's context of {limit}")
+            raise UserError(
+                f"{layout.longest + position_offset} positions are more than this model's context of {limit}"
+            )
         return self.run(self.embed(ids, layout.position + position_offset), look)
 
     def embed(self, ids, position):

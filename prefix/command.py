@@ -91,7 +91,9 @@ def number(least, most, open_low=False):
         except ValueError:
             value = float("nan")
         if not least <= value <= most or (open_low and value == least):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {'above' if open_low else 'from'} {least} to {most}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number {'above' if open_low else 'from'} {least} to {most}"
+            )
         return value
 
     return parse
@@ -116,7 +118,9 @@ def load_model(args, name):
     model.attention = args.attention
     tokenizer = Tokenizer.from_pretrained(name)
     if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"{name}: vocab.json has {tokenizer.n_vocab} entries, config.json says {model.config.vocab_size}")
+        raise UserError(
+            f"{name}: vocab.json has {tokenizer.n_vocab} entries, config.json says {model.config.vocab_size}"
+        )
     return model, tokenizer
 
 

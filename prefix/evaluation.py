@@ -120,7 +120,9 @@ def table(report, shots):
 
 def _difference(delta, interval, p):
     verdict = f"significant at p = {p:.2g}" if p < 0.05 else f"not significant (p = {p:.2g})"
-    return f"  prefix minus the first draw: {delta:+.2f} BLEU (95 %: {interval[0]:+.2f} to {interval[1]:+.2f}), {verdict}"
+    return (
+        f"  prefix minus the first draw: {delta:+.2f} BLEU (95 %: {interval[0]:+.2f} to {interval[1]:+.2f}), {verdict}"
+    )
 
 
 def _line(name, score, spread=None):

@@ -38,7 +38,9 @@ def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_siz
     """Texts -> a list of Translation, in the same order. Raises UserError where the pairs alone fill the context."""
     shots, limit = tokenizer.encode(prompt_text(pairs, source_name, target_name)), model.config.n_positions
     if len(shots) >= limit:
-        raise UserError(f"{len(pairs)} shots of {len(shots)} tokens fill this model's context of {limit}: fewer --shots")
+        raise UserError(
+            f"{len(pairs)} shots of {len(shots)} tokens fill this model's context of {limit}: fewer --shots"
+        )
     bank = Banks.reading(model, "shots", shots) if shots else None
     slots, prompts = bank.slots().to(model.dtype) if bank else None, {}
     for i, text in enumerate(texts):

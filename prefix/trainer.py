@@ -36,7 +36,7 @@ from prefix.translation import pack, separator
 VALIDATION_EXAMPLES = 1000  # at most: enough to choose the best prefix by
 BAD_STEPS = 10  # in a row, and the run gives up
 FIRST_SCALE = 8.0  # of the summed loss in float16
-MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 2048, "cuda": 16384}  # on a CPU small, for the sake of its caches
+MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}  # on a CPU small, for the sake of its caches
 
 
 @dataclass
@@ -78,7 +78,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(banks.parameters(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
         self.micro_batch_tokens = settings.micro_batch_tokens or MICRO_BATCH_TOKENS[model.device.type]
         self.half = model.dtype == torch.float16
-        self.scale = FIRST_SCALE if self.half else 1.0  # of the loss, so that float16 gradients neither vanish nor overflow
+        self.scale = (
+            FIRST_SCALE if self.half else 1.0
+        )  # of the loss, so that float16 gradients neither vanish nor overflow
         self.step = self.tokens = self.skipped = self.bad = self.good = 0
         self.best = math.inf
         self.seconds = 0.0
@@ -90,7 +92,9 @@ class Trainer:
         """Train to settings.steps, validating and saving on the way. Returns False if a signal ended it early."""
         s, first = self.settings, distributed.rank() == 0
         began = time.monotonic() - self.seconds
-        bar = tqdm(total=s.steps, initial=self.step, unit="step", disable=not (first and sys.stderr.isatty()), file=sys.stderr)
+        bar = tqdm(
+            total=s.steps, initial=self.step, unit="step", disable=not (first and sys.stderr.isatty()), file=sys.stderr
+        )
         with stop_signals() as self.stop, bar, open(self.out / "metrics.jsonl" if first else os.devnull, "a") as log:
             if self.step == 0:
                 self.save()  # from here on there is something to go on from
@@ -98,9 +102,15 @@ class Trainer:
                 record = self.optimizer_step()
                 self.seconds = record["seconds"] = round(time.monotonic() - began, 3)
                 _write_line(log, record)
-                bar.set_postfix_str(f"loss {record['loss']:.3f}, {self.tokens / self.seconds:,.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(
+                    f"loss {record['loss']:.3f}, {self.tokens / self.seconds:,.0f} tokens/s", refresh=False
+                )
                 bar.update()
-                if s.eval_every and (self.step % s.eval_every == 0 or self.step == s.steps) and len(self.validation_set):
+                if (
+                    s.eval_every
+                    and (self.step % s.eval_every == 0 or self.step == s.steps)
+                    and len(self.validation_set)
+                ):
                     self.validate(log, bar)
                 if self.step % s.save_every == 0 or self.step == s.steps or self.stopped:
                     self.save()
@@ -177,7 +187,9 @@ class Trainer:
 
     def nll(self, batch):
         """The summed negative log likelihood of a packed batch's targets."""
-        hidden = self.model.hidden(batch.ids, batch.layout, self.banks.slots(), self.banks.position_offset)  # (N, n_embd)
+        hidden = self.model.hidden(
+            batch.ids, batch.layout, self.banks.slots(), self.banks.position_offset
+        )  # (N, n_embd)
         return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets)
 
     def micro_batches(self, examples):

@@ -66,7 +66,9 @@ class Translation:
     fault: str | None = None
 
 
-def translate(model, tokenizer, banks, texts, source, target, max_new=None, batch_size=32, sampler=None, beams=1, first=0):
+def translate(
+    model, tokenizer, banks, texts, source, target, max_new=None, batch_size=32, sampler=None, beams=1, first=0
+):
     """List of texts -> list of Translation, in the same order; an empty text gives an empty one.
 
     source, target: bank names. max_new: tokens of each answer, by default twice the source plus 16; never past the

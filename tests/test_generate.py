@@ -88,7 +88,10 @@ def test_samples_are_repeatable_whatever_the_batch_size(model):
     prompts = random_prompts(9, banks=False)
     for i, prompt in enumerate(prompts):
         prompt.stream = i
-    runs = [generate(model, prompts, [STOP], batch_size=b, sampler=Sampler(0.9, 20, 0.95, seed)) for b, seed in ((1, 4), (4, 4), (4, 5))]
+    runs = [
+        generate(model, prompts, [STOP], batch_size=b, sampler=Sampler(0.9, 20, 0.95, seed))
+        for b, seed in ((1, 4), (4, 4), (4, 5))
+    ]
     assert [r.ids for r in runs[0]] == [r.ids for r in runs[1]]
     assert [r.ids for r in runs[0]] != [r.ids for r in runs[2]]
 

@@ -29,7 +29,12 @@ def random_case(lengths, slots_per_bank, n_head, head_dim, dtype, seed):
     g = torch.Generator().manual_seed(seed)
     N, bank = sum(lengths), torch.arange(len(slots_per_bank)).repeat_interleave(torch.tensor(slots_per_bank)).int()
     opened = torch.randint(1 << len(slots_per_bank), (N,), generator=g)
-    shapes = [(N, 3 * n_head * head_dim), (n_head, len(bank), head_dim), (n_head, len(bank), head_dim), (N, n_head * head_dim)]
+    shapes = [
+        (N, 3 * n_head * head_dim),
+        (n_head, len(bank), head_dim),
+        (n_head, len(bank), head_dim),
+        (N, n_head * head_dim),
+    ]
     qkv, key, value, grad = (torch.randn(shape, generator=g) for shape in shapes)
     tensors = [qkv.to(dtype), key.to(dtype).float(), value.to(dtype).float()]  # slots that the cast leaves as they are
     return tensors, grad.to(dtype), Layout(lengths, opened, DEVICE), bank.to(DEVICE)
@@ -105,7 +110,9 @@ def test_two_runs_give_the_same_bits():
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may have
 
 
-@pytest.mark.parametrize("capability, dtype, head_dim", [(80, "float16", 64), (90, "bfloat16", 64), (90, "bfloat16", 128)])
+@pytest.mark.parametrize(
+    "capability, dtype, head_dim", [(80, "float16", 64), (90, "bfloat16", 64), (90, "bfloat16", 128)]
+)
 def test_compiled_for_a_gpu_that_is_not_here_every_kernel_fits(capability, dtype, head_dim):
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -64,7 +64,10 @@ def random_attention(n_banks=3):
 def test_attention_and_its_gradients_equal_the_formula_written_out(how, trial):
     layout, bank, tensors = random_attention()
     outputs = []
-    for compute in (lambda qkv, k, v: attend(qkv, 3, layout, LayerSlots(k, v, bank), how), lambda qkv, k, v: written_out(qkv, 3, layout, LayerSlots(k, v, bank))):
+    for compute in (
+        lambda qkv, k, v: attend(qkv, 3, layout, LayerSlots(k, v, bank), how),
+        lambda qkv, k, v: written_out(qkv, 3, layout, LayerSlots(k, v, bank)),
+    ):
         out = compute(*tensors)
         outputs.append((out, *torch.autograd.grad((out * out.detach().cos()).sum(), tensors, allow_unused=True)))
     for ours, formula in zip(*outputs):
@@ -105,7 +108,9 @@ def test_an_empty_bank_is_the_plain_model():
 def test_the_order_of_banks_and_slots_does_not_matter():
     model, text = random_model(), ids(1, 9)
     banks = random_banks(model)
-    mirrored = Banks({n: (k.flip(2), v.flip(2)) for n, k, v in reversed(list(zip(banks.names, banks.key, banks.value)))})
+    mirrored = Banks(
+        {n: (k.flip(2), v.flip(2)) for n, k, v in reversed(list(zip(banks.names, banks.key, banks.value)))}
+    )
     ours, theirs = (b.double().logits(model, text, open=["fr", "en"]) for b in (banks, mirrored))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -128,7 +133,9 @@ def test_a_ragged_batch_gives_each_sentence_what_it_gets_alone(how):
     model.attention = how
     slots = random_banks(model).slots()
     sentences = [(ids(n), torch.randint(4, (n,))) for n in (5, 1, 12, 3)]
-    together = model.hidden(torch.cat([t for t, _ in sentences]), Layout([5, 1, 12, 3], torch.cat([o for _, o in sentences])), slots)
+    together = model.hidden(
+        torch.cat([t for t, _ in sentences]), Layout([5, 1, 12, 3], torch.cat([o for _, o in sentences])), slots
+    )
     alone = [model.hidden(text, Layout([len(text)], opened), slots) for text, opened in sentences]
     torch.testing.assert_close(together, torch.cat(alone))
 
@@ -155,11 +162,17 @@ def test_an_empty_side_is_packed_like_any_other():
 
 def test_the_chunked_loss_and_its_gradient_equal_cross_entropy(monkeypatch):
     monkeypatch.setattr("minigpt.loss.CHUNK", 5)
-    hidden, wte, targets = torch.randn(13, 8).double().requires_grad_(), torch.randn(31, 8).double(), torch.randint(31, (13,))
+    hidden, wte, targets = (
+        torch.randn(13, 8).double().requires_grad_(),
+        torch.randn(31, 8).double(),
+        torch.randint(31, (13,)),
+    )
     ours = nll_sum(hidden, wte, targets)
     theirs = torch.nn.functional.cross_entropy(hidden @ wte.T, targets, reduction="sum")
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(*(torch.autograd.grad(3 * loss, hidden)[0] for loss in (ours, theirs)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(3 * loss, hidden)[0] for loss in (ours, theirs)), rtol=1e-6, atol=1e-6
+    )
 
 
 def slot_gradients(model, banks):
