@@ -79,7 +79,8 @@ def main():
         if args.examples:
             print("\n".join(evaluation.examples(report, args.examples, args.shots)))
     decoding = f"beam {args.beam}" if args.beam > 1 else "greedy"
-    settings = f"prefix {path}, data {' '.join(paths)}, split {args.split}, {decoding}, {args.draws} draws of {args.shots} shots"
+    shots = f"{args.draws} draws of {args.shots} shots"
+    settings = f"prefix {path}, data {' '.join(paths)}, split {args.split}, {decoding}, {shots}"
     bleu, chrf = (metrics.signature(metric, reports[0]["references"]) for metric in ("BLEU", "chrF2"))
     print(f"{settings}\nBLEU {bleu}   chrF2 {chrf}")
     print("sentence BLEU: mean of nltk's sentence_bleu on words split at spaces, as the notebook has it")

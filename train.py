@@ -91,9 +91,8 @@ def main():
         trainer.resume()
     if distributed.rank() == 0:
         write_config(out, config)
-    notice(
-        f"Training {', '.join(banks.names)} on {len(trainer.train_set):,} examples, {model.device}, {model.dtype}, {out}"
-    )
+    names, n = ", ".join(banks.names), len(trainer.train_set)
+    notice(f"Training {names} on {n:,} examples, {model.device}, {model.dtype}, {out}")
     if not trainer.run():
         notice(f"stopped after step {trainer.step}; to go on: python train.py --resume {shlex.quote(str(out))}")
         sys.exit(128 + (trainer.stop[0] if trainer.stop else signal.SIGTERM))

@@ -5,8 +5,8 @@ A bank is one key and one value for each of its slots, in every layer and head o
     bank "fr":   key (n_layer, n_head, prefix_len, head_dim)    value (the same)
 
 Banks are numbered in order; bit b of a token's mask opens bank b to it. Their masters are float32, cast to the
-model's dtype where they are used (in attention). A bank can be drawn at random, read off a text (the keys and values that the
-model itself computes for some tokens), learned, saved and loaded.
+model's dtype where they are used (in attention). A bank can be drawn at random, read off a text (the keys and values
+that the model itself computes for some tokens), learned, saved and loaded.
 """
 
 import json

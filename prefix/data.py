@@ -455,7 +455,7 @@ class Corpus:
 
 
 def sample_rows(rows, n):
-    """n rows of an array spread over all of it by chance, always the same, in order; all if there are no more than n."""
+    """n rows of an array, drawn from all of it and always the same, in order; all if there are no more than n."""
     if len(rows) <= n:
         return rows
     return rows[np.sort(np.random.default_rng(0).choice(len(rows), size=n, replace=False))]

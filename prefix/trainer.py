@@ -145,7 +145,7 @@ class Trainer:
             self.scale /= 2
         if self.bad >= BAD_STEPS:
             raise UserError(
-                f"step {self.step + 1}: {BAD_STEPS} steps in a row were not finite (loss {loss}, gradient norm {norm}): "
+                f"step {self.step + 1}: {BAD_STEPS} steps in a row were not finite (loss {loss}, norm {norm}): "
                 "try a lower --lr, more --warmup, or --dtype float32"
             )
 
@@ -193,7 +193,7 @@ class Trainer:
         return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets)
 
     def micro_batches(self, examples):
-        """Cut examples into groups of like length that fit micro_batch_tokens (an example that is longer stays alone)."""
+        """Cut examples into groups of like length that fit micro_batch_tokens (a longer example stays alone)."""
         micro, tokens = [], 0
         for example in sorted(examples, key=n_tokens):
             if micro and tokens + n_tokens(example) > self.micro_batch_tokens:

@@ -40,7 +40,8 @@ validation = trainer.validation_loss()
 results = distributed.gather([i * i for i in distributed.share(list(range(11)))])
 if distributed.rank() == 0:
     gradients = torch.cat([p.grad.flatten() for p in banks.parameters()])
-    torch.save(dict(loss=loss, gradients=gradients, validation=validation, results=results), out / f"{{distributed.world()}}.pt")
+    found = dict(loss=loss, gradients=gradients, validation=validation, results=results)
+    torch.save(found, out / f"{{distributed.world()}}.pt")
 distributed.finish()
 """
 

@@ -92,7 +92,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Pretrain the demo checkpoint.")
     parser.add_argument("--data", required=True, help="TSV or CSV with a header and two columns of translations")
     parser.add_argument("--extra", help="another such file, of which every sixth document is made")
-    parser.add_argument("--go-on", action="store_true", help="from the checkpoint in --out, at a quarter of the learning rate")
+    parser.add_argument("--go-on", action="store_true", help="from the checkpoint in --out, at a quarter of the rate")
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--save-every", type=float, default=10, metavar="MINUTES")
     parser.add_argument("--out", type=Path, default=checkpoint.DEMO)
