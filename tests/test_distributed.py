@@ -59,8 +59,9 @@ def run(tmp_path, processes, fail=False):
 def pairs(tmp_path):
     words = "le la chat chien maison mange dort dans avec et une petite grande the cat dog sleeps".split()
     sentence = lambda: " ".join(random.choices(words, k=random.randint(1, 9)))
+    rows = [(sentence(), sentence()) for _ in range(800)]  # so many that each split has some
     with open(tmp_path / "pairs.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("en", "fr"), *((sentence(), sentence()) for _ in range(800))])  # so many that each split has some
+        csv.writer(file).writerows([("en", "fr"), *rows])
 
 
 def test_two_and_three_processes_give_the_gradient_of_one_on_ragged_data(tmp_path, pairs):
