@@ -73,8 +73,8 @@ class Layout:
 
 @dataclass
 class Slots:
-    """The slots of all banks, one after another. key, value: (n_layer, n_head, S, head_dim); bank: (S,) int32,
-    the number of the bank that each slot belongs to (the bit that opens it)."""
+    """The slots of all banks, one after another. key, value: (n_layer, n_head, S, head_dim) or, of one layer, (n_head,
+    S, head_dim); bank: (S,) int32, the number of the bank that each slot belongs to (the bit that opens it)."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -84,23 +84,15 @@ class Slots:
         return Slots(self.key.to(dtype), self.value.to(dtype), self.bank)
 
     def layer(self, i):
-        return LayerSlots(self.key[i], self.value[i], self.bank)
+        return Slots(self.key[i], self.value[i], self.bank)
 
-
-@dataclass
-class LayerSlots:
-    """One layer's part of Slots. key, value: (n_head, S, head_dim); bank: (S,)."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    bank: torch.Tensor
-
-    def to(self, dtype):
-        return LayerSlots(self.key.to(dtype), self.value.to(dtype), self.bank)
+    def open_to(self, opened):
+        """opened (...), bank masks -> (..., S): True for the slots of open banks."""
+        return (opened[..., None] >> self.bank) & 1 == 1
 
 
 def attend(qkv, n_head, layout, slots=None, how="auto"):
-    """qkv (N, 3 * n_embd), the projection's output -> (N, n_embd). slots: LayerSlots or None, of any dtype.
+    """qkv (N, 3 * n_embd), the projection's output -> (N, n_embd). slots: those of this layer, or None, of any dtype.
 
     how: "plain" (the formula, the reference), "fused" (in one pass, without scores in memory), or "auto": fused."""
     if slots is not None and (slots.bank.numel() == 0 or not layout.has_open):
@@ -157,29 +149,28 @@ def _visible(layout, slots):
     causal = torch.ones(layout.longest, layout.longest, dtype=torch.bool, device=layout.device).tril()
     if slots is None:
         return causal
-    opened = layout.to_grid(layout.opened)[:, None, :, None]  # (B, 1, T, 1)
-    slot = (opened >> slots.bank) & 1 == 1  # (B, 1, T, S)
+    slot = slots.open_to(layout.to_grid(layout.opened))[:, None]  # (B, 1, T, S)
     return torch.cat([slot, causal.expand(len(slot), 1, -1, -1)], dim=-1)
 
 
-def attend_cached(q, key, value, length, opened=None, slots=None):
-    """One query for each of B sentences, over its cached keys and over slots that all of them share.
+def attend_cached(q, key, value, visible, slots=None):
+    """Q queries for each of B sentences, over its cached keys and over slots that all sentences share.
 
-    q (B, n_head, head_dim); key, value (B, n_head, T, head_dim), of which the first length[b] count;
-    opened (B,) bank masks; slots: LayerSlots or None -> (B, n_head * head_dim). The slots are read once for the
-    whole batch, not copied into each sentence: only the scores are put side by side."""
-    B, T = len(q), key.size(2)
-    scores = (q[:, :, None] @ key.transpose(-2, -1))[:, :, 0]  # (B, n_head, T)
-    past = torch.arange(T, device=q.device) >= length[:, None]  # (B, T)
-    n_slots = 0 if slots is None or opened is None else slots.bank.numel()
+    q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
+    visible (B, Q, S + T): which slots, then which cached keys, count for which query -> (B, Q, n_head * head_dim).
+    The slots are read once for the whole batch, not copied into each sentence: only the scores stand side by side."""
+    B, n_head, Q, head_dim = q.shape
+    n_slots = visible.size(-1) - key.size(2)
+    scores = q @ key.transpose(-2, -1)  # (B, n_head, Q, T)
     if n_slots:
         slots = slots.to(q.dtype)
-        slot_scores = (q.transpose(0, 1) @ slots.key.transpose(-2, -1)).transpose(0, 1)  # (B, n_head, S)
-        closed = (opened[:, None] >> slots.bank) & 1 == 0  # (B, S)
-        scores, past = torch.cat([slot_scores, scores], dim=-1), torch.cat([closed, past], dim=-1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(q.size(-1))
-    weights = scores.masked_fill(past[:, None], -torch.inf).softmax(dim=-1).to(q.dtype)
-    out = (weights[:, :, None, n_slots:] @ value)[:, :, 0]  # (B, n_head, head_dim)
+        all_q = q.transpose(0, 1).reshape(n_head, B * Q, head_dim)
+        slot_scores = (all_q @ slots.key.transpose(-2, -1)).view(n_head, B, Q, n_slots)
+        scores = torch.cat([slot_scores.transpose(0, 1), scores], dim=-1)  # (B, n_head, Q, S + T)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(head_dim)
+    weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(dim=-1).to(q.dtype)
+    out = weights[..., n_slots:] @ value  # (B, n_head, Q, head_dim)
     if n_slots:
-        out = out + (weights[:, :, :n_slots].transpose(0, 1) @ slots.value).transpose(0, 1)
-    return out.flatten(1)
+        all_weights = weights[..., :n_slots].transpose(0, 1).reshape(n_head, B * Q, n_slots)
+        out = out + (all_weights @ slots.value).view(n_head, B, Q, head_dim).transpose(0, 1)
+    return out.transpose(1, 2).flatten(2)  # (B, Q, n_embd)

@@ -18,6 +18,8 @@ import torch
 from minigpt.attention import Layout, attend, attend_cached
 from minigpt.errors import UserError
 
+ROUND = 128  # entries of the cache: recorded steps look at multiples of this
+
 
 @dataclass
 class Prompt:
@@ -40,7 +42,7 @@ class Generated:
 
 class Cache:
     """Keys and values of every token so far. key, value: (n_layer, seats, n_head, capacity, head_dim), allocated
-    once; length: a list, how many of each seat's positions are filled."""
+    once; length: a list, how many of each seat's entries are filled."""
 
     def __init__(self, model, seats, capacity):
         c = model.config
@@ -48,11 +50,13 @@ class Cache:
         self.key = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.value = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.length = [0] * seats  # kept on the host: nothing waits for the device to know it
+        self.capacity = capacity
+        self.recorded = {}  # CUDA graphs of steps on these very keys and values
 
-    def put(self, layer, seat, position, k, v):
-        """k, v (N, n_head, head_dim) of N tokens -> where seat (N,) and position (N,) say."""
-        self.key[layer][seat, :, position] = k
-        self.value[layer][seat, :, position] = v
+    def put(self, layer, seat, entry, k, v):
+        """k, v (N, n_head, head_dim) of N tokens -> where seat (N,) and entry (N,) say."""
+        self.key[layer][seat, :, entry] = k
+        self.value[layer][seat, :, entry] = v
 
     def move(self, source, target):
         """The sentence in seat `source` goes to seat `target`."""
@@ -85,20 +89,74 @@ def prefill(model, cache, seats, prompts, opened=None, slots=None, position_offs
 
 def decode(model, cache, ids, opened=None, slots=None, position_offset=0):
     """One more token, ids (B,), for each of the first B seats; opened (B,) masks -> logits (B, vocab_size)."""
-    B = len(ids)
-    position = torch.tensor(cache.length[:B], device=model.device)  # (B,)
-    longest = max(cache.length[:B]) + 1
-    seat = torch.arange(B, device=ids.device)
+    length = torch.tensor(cache.length[: len(ids)], device=model.device)[:, None]  # (B, 1)
+    past = torch.arange(reach(cache, len(ids), 1), device=model.device) <= length  # (B, T)
+    logits = extend(model, cache, ids[:, None], length + position_offset, past[:, None], opened, slots)
+    return logits[:, 0]
+
+
+def reach(cache, seats, Q):
+    """How many entries of the cache a step has to look at that adds Q to each of the first seats. A GPU rounds up: it
+    records a step once for each number."""
+    longest = max(cache.length[:seats]) + Q
+    return min(-(-longest // ROUND) * ROUND, cache.capacity) if records_steps(cache.key.device) else longest
+
+
+def records_steps(device):
+    """A GPU is faster than the host can tell it what to do: there a step is one launch of a CUDA graph."""
+    return device.type == "cuda"
+
+
+def extend(model, cache, ids, position, past, opened=None, slots=None):
+    """Q more tokens, each the next one of another beginning, for each of the first B seats; they become the newest Q
+    entries of the cache.
+
+    ids, position (B, Q); past (B, Q, T): the entries that belong to each one's beginning, its own among them;
+    opened (B,) masks -> logits (B, Q, vocab_size)."""
+    B, Q = ids.shape
+    entry = torch.tensor(cache.length[:B], device=ids.device)[:, None] + torch.arange(Q, device=ids.device)
+    if slots is not None:
+        past = torch.cat([slots.open_to(opened)[:, None].expand(-1, Q, -1), past], dim=-1)  # (B, Q, S + T)
+    logits = (replay if records_steps(model.device) else step)(model, cache, slots, ids, position, entry, past)
+    cache.length[:B] = [n + Q for n in cache.length[:B]]
+    return logits
+
+
+def step(model, cache, slots, ids, position, entry, visible):
+    """What extend does on the device, all of it in tensors: ids, position, entry (B, Q); visible (B, Q, S + T)."""
+    B, Q = ids.shape
+    n_entries = visible.size(-1) - (0 if slots is None else slots.bank.numel())
+    seat = torch.arange(B, device=ids.device).repeat_interleave(Q)
 
     def look(i, qkv):
-        q, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (B, n_head, head_dim)
-        cache.put(i, seat, position, k, v)
-        key, value = cache.key[i, :B, :, :longest], cache.value[i, :B, :, :longest]
-        return attend_cached(q, key, value, position + 1, opened, slots and slots.layer(i))
+        q, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (B * Q, n_head, head_dim)
+        cache.put(i, seat, entry.flatten(), k, v)
+        key, value = cache.key[i, :B, :, :n_entries], cache.value[i, :B, :, :n_entries]
+        q = q.unflatten(0, (B, Q)).transpose(1, 2)  # (B, n_head, Q, head_dim)
+        return attend_cached(q, key, value, visible, slots and slots.layer(i)).flatten(0, 1)
 
-    hidden = model.run(model.embed(ids, position + position_offset), look)
-    cache.length[:B] = [n + 1 for n in cache.length[:B]]
-    return model.logits(hidden)
+    hidden = model.run(model.embed(ids.flatten(), position.flatten()), look)  # (B * Q, n_embd)
+    return model.logits(hidden).unflatten(0, (B, Q))
+
+
+def replay(model, cache, slots, *inputs):
+    """step() as one launch: recorded as a CUDA graph the first time that inputs have these widths, and replayed from
+    then on, with the same slots. A graph runs all seats: what it writes for free ones is overwritten before it is read."""
+    B, seats = len(inputs[0]), cache.key.size(1)
+    widths = tuple(x.size(-1) for x in inputs)
+    if widths not in cache.recorded:
+        fixed = [x.new_ones(seats, *x.shape[1:]) for x in inputs]
+        logits = step(model, cache, slots, *inputs)  # outside the graph, for what is set up only once
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = step(model, cache, slots, *fixed)
+        cache.recorded[widths] = graph, fixed, recorded
+        return logits
+    graph, fixed, logits = cache.recorded[widths]
+    for buffer, x in zip(fixed, inputs):
+        buffer[:B] = x
+    graph.replay()
+    return logits[:B]
 
 
 class Sampler:
@@ -137,36 +195,49 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
     sampler, stop = sampler or Sampler(), set(stop)
     check_prompts(model, prompts, position_offset)
     results = [Generated() for _ in prompts]
-    waiting = deque(i for i, prompt in enumerate(prompts) if prompt.max_new > 0)
+    waiting = longest_first(prompts)
     seats = min(batch_size, len(waiting))
     capacity = max((len(p.ids) + p.max_new for p in prompts), default=0)
     cache = Cache(model, seats, capacity)
     seated, last = [], []  # the number of each seat's sentence, and its newest token
 
     def take(logits, numbers):
-        """Choose the next token of these sentences; return those that go on, as (number, token) or None."""
+        """Choose the next token of these sentences; None where one ends."""
         tokens = sampler(logits, [prompts[n].stream for n in numbers]).tolist()
         return [_accept(results[n], prompts[n], token, stop, n, on_token) for n, token in zip(numbers, tokens)]
 
     while waiting or seated:
-        if waiting and len(seated) <= seats * 3 // 4:  # a few at a time: a prefill reads all weights, too
+        if time_to_seat(waiting, seated, seats):
             new = [waiting.popleft() for _ in range(min(len(waiting), seats - len(seated)))]
             free = list(range(len(seated), len(seated) + len(new)))
             ids = [prompts[n].ids for n in new]
             opened = None if slots is None else [prompts[n].opened for n in new]
-            seated, last = (
-                seated + new,
-                last + take(prefill(model, cache, free, ids, opened, slots, position_offset), new),
-            )
+            seated += new
+            last += take(prefill(model, cache, free, ids, opened, slots, position_offset), new)
             _free_seats(cache, seated, last)
         if seated:
             ids = torch.tensor(last, device=model.device)
-            opened = (
-                None if slots is None else torch.tensor([prompts[n].opened[-1] for n in seated], device=model.device)
-            )
+            opened = open_now([prompts[n] for n in seated], slots)
             last = take(decode(model, cache, ids, opened, slots, position_offset), seated)
             _free_seats(cache, seated, last)
     return results
+
+
+def longest_first(prompts):
+    """The numbers of the prompts that want tokens, as a deque: the longest sentences come first, so that at the end,
+    when seats stay free, the work left is short."""
+    wanting = [i for i, prompt in enumerate(prompts) if prompt.max_new > 0]
+    return deque(sorted(wanting, key=lambda i: -len(prompts[i].ids)))
+
+
+def time_to_seat(waiting, seated, seats):
+    """New sentences sit down a few at a time: a prefill reads all weights, too."""
+    return waiting and len(seated) <= seats * 3 // 4
+
+
+def open_now(prompts, slots):
+    """The masks of the banks that these sentences' new tokens see: (B,), or None without slots."""
+    return None if slots is None else torch.tensor([p.opened[-1] for p in prompts], device=slots.bank.device)
 
 
 def check_prompts(model, prompts, position_offset):

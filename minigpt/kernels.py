@@ -225,7 +225,7 @@ def constants(kernel, n_head, head_dim, dtype):
 
 
 def fused(qkv, n_head, layout, slots):
-    """attention.attend's kernel path: qkv (N, 3C), slots: LayerSlots in float32 or None -> (N, C)."""
+    """attention.attend's kernel path: qkv (N, 3C), slots: one layer's, in float32, or None -> (N, C)."""
     if slots is None:
         none = qkv.new_empty(n_head, 0, qkv.size(1) // 3 // n_head)
         return FusedAttention.apply(qkv, none, none, layout.opened[:0], layout, n_head)

@@ -1,9 +1,13 @@
 """Decoding: the cache equals the full forward pass, and a sentence's neighbours do not change it."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import transformers
 
+import minigpt.beam
+import minigpt.generate
 from minigpt import GPT, GPTConfig, UserError, checkpoint
 from minigpt.attention import Layout
 from minigpt.beam import beam_search
@@ -155,3 +159,57 @@ def test_the_shared_few_shot_prompt_gives_the_output_of_plain_prompting(model):
         n_own = len(f"fr: {text}\nen:")
         plain = generate(model, [Prompt(ids, min(2 * n_own + 16, 64 - len(ids)))], stop_ids(tokenizer))[0]
         assert answer.text == tokenizer.decode(plain.ids).strip()
+
+
+def test_beams_share_the_cache_by_index(model, monkeypatch):
+    """Nothing is copied while sentences sit where they are: keys and values of every entry are written once."""
+    written = []
+    monkeypatch.setattr(Cache, "put", lambda self, layer, seat, entry, k, v: written.append((layer, seat, entry)))
+    monkeypatch.setattr(Cache, "move", lambda *_: pytest.fail("a copy"))
+    beam_search(model, random_prompts(1, banks=False), [], beams=4)
+    places = [(layer, int(s), int(e)) for layer, seat, entry in written for s, e in zip(seat, entry)]
+    assert len(set(places)) == len(places) > 0
+
+
+class FakeGraph:
+    """In place of a CUDA graph: notes the step that is called while it is open, and computes it on replay."""
+
+    recording = None
+
+    def replay(self):
+        step, arguments, logits = self.recorded
+        logits.copy_(step(*arguments))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_recorded_step_gives_the_tokens_of_a_step_that_is_not_recorded(model, monkeypatch, beams):
+    def decode_all():
+        if beams == 1:
+            return [r.ids for r in generate(model, prompts, [], slots, batch_size=4)]
+        return [r.ids for r in beam_search(model, prompts, [], slots, beams=beams, batch_size=12)]
+
+    slots, prompts = Banks.random(CONFIG, ["en", "fr"], 5).slots(), random_prompts(11)
+    expected, step = decode_all(), minigpt.generate.step
+
+    @contextmanager
+    def recording(graph):
+        FakeGraph.recording = graph
+        yield
+        FakeGraph.recording = None
+
+    def recorded_step(*arguments):
+        if not FakeGraph.recording:
+            return step(*arguments)
+        logits = torch.zeros(*arguments[3].shape, CONFIG.vocab_size)  # (B, Q, vocab_size)
+        FakeGraph.recording.recorded = step, arguments, logits
+        return logits
+
+    replayed = []
+    monkeypatch.setattr(FakeGraph, "replay", lambda self, replay=FakeGraph.replay: replayed.append(replay(self)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(minigpt.generate, "step", recorded_step)
+    monkeypatch.setattr(minigpt.generate, "records_steps", lambda device: True)
+    monkeypatch.setattr(minigpt.generate, "ROUND", 16)
+    assert decode_all() == expected
+    assert len(replayed) > 10

@@ -18,7 +18,7 @@ from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from minigpt import kernels  # noqa: E402
-from minigpt.attention import LayerSlots, Layout, plain  # noqa: E402
+from minigpt.attention import Layout, Slots, plain  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of ||ours - float64|| / ||float64||
@@ -43,7 +43,7 @@ def random_case(lengths, slots_per_bank, n_head, head_dim, dtype, seed):
 def results(attend, tensors, grad, layout, bank, n_head, dtype=None):
     """[output, gradients of qkv, of slot keys, of slot values]."""
     tensors = [t.to(DEVICE, dtype).requires_grad_() for t in tensors]
-    out = attend(tensors[0], n_head, layout, LayerSlots(*tensors[1:], bank))
+    out = attend(tensors[0], n_head, layout, Slots(*tensors[1:], bank))
     return [out, *torch.autograd.grad(out, tensors, grad.to(out), allow_unused=True)]
 
 

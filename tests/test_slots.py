@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minigpt import GPT, GPTConfig, UserError
-from minigpt.attention import LayerSlots, Layout, attend
+from minigpt.attention import Layout, Slots, attend
 from minigpt.generate import Prompt, generate
 from minigpt.loss import nll_sum
 from prefix.banks import Banks
@@ -65,8 +65,8 @@ def test_attention_and_its_gradients_equal_the_formula_written_out(how, trial):
     layout, bank, tensors = random_attention()
     outputs = []
     for compute in (
-        lambda qkv, k, v: attend(qkv, 3, layout, LayerSlots(k, v, bank), how),
-        lambda qkv, k, v: written_out(qkv, 3, layout, LayerSlots(k, v, bank)),
+        lambda qkv, k, v: attend(qkv, 3, layout, Slots(k, v, bank), how),
+        lambda qkv, k, v: written_out(qkv, 3, layout, Slots(k, v, bank)),
     ):
         out = compute(*tensors)
         outputs.append((out, *torch.autograd.grad((out * out.detach().cos()).sum(), tensors, allow_unused=True)))
@@ -78,7 +78,7 @@ def test_attention_and_its_gradients_equal_the_formula_written_out(how, trial):
 @pytest.mark.parametrize("how", ["plain", "fused"])
 def test_slot_gradients_equal_finite_differences(how):
     layout, bank, tensors = random_attention()
-    attention = lambda qkv, k, v: attend(qkv, 3, layout, LayerSlots(k, v, bank), how)
+    attention = lambda qkv, k, v: attend(qkv, 3, layout, Slots(k, v, bank), how)
     assert torch.autograd.gradcheck(attention, tensors)
 
 

@@ -52,7 +52,7 @@ sys.path.insert(0, str(ROOT))
 from common import Peak, ceiling, circumstances, clock, first_line, fresh, make_checkpoint, measure_row
 from common import multiplies_bf16, run_rows, timings
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
-from minigpt.attention import Layout, LayerSlots, attend
+from minigpt.attention import Layout, Slots, attend
 from minigpt.config import PUBLISHED
 from minigpt.loss import nll_sum
 from prefix import Banks, command, data
@@ -377,7 +377,7 @@ def leaves(args, tokens, n_slots):
 def ours(how, args, lengths, n_slots):
     qkv, key, value, differentiate = leaves(args, [sum(lengths)], n_slots)
     layout = Layout(lengths, torch.ones(sum(lengths)), args.device)
-    slots = LayerSlots(key, value, torch.zeros(n_slots, dtype=torch.int32, device=args.device)) if n_slots else None
+    slots = Slots(key, value, torch.zeros(n_slots, dtype=torch.int32, device=args.device)) if n_slots else None
     return lambda: differentiate(attend(qkv, SHAPES[args.shape].n_head, layout, slots, how))
 
 
