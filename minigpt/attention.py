@@ -153,24 +153,55 @@ def _visible(layout, slots):
     return torch.cat([slot, causal.expand(len(slot), 1, -1, -1)], dim=-1)
 
 
-def attend_cached(q, key, value, visible, slots=None):
+def attend_cached(q, key, value, bias, slots=None, how="auto"):
     """Q queries for each of B sentences, over its cached keys and over slots that all sentences share.
 
     q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
-    visible (B, Q, S + T): which slots, then which cached keys, count for which query -> (B, Q, n_head * head_dim).
-    The slots are read once for the whole batch, not copied into each sentence: only the scores stand side by side."""
-    B, n_head, Q, head_dim = q.shape
-    n_slots = visible.size(-1) - key.size(2)
+    bias (B, Q, S + T): 0 for the slots, then the cached keys, that count for a query, -inf for others; how: as above
+    -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each sentence."""
+    slots = None if slots is None else slots.to(q.dtype)
+    out = (fused_cached if q.device.type == "cpu" and how != "plain" else plain_cached)(q, key, value, bias, slots)
+    return out.transpose(1, 2).flatten(2)  # (B, Q, n_embd)
+
+
+def plain_cached(q, key, value, bias, slots):
+    """The formula, with the slots' scores beside the others."""
+    n_slots = bias.size(-1) - key.size(2)
     scores = q @ key.transpose(-2, -1)  # (B, n_head, Q, T)
     if n_slots:
-        slots = slots.to(q.dtype)
-        all_q = q.transpose(0, 1).reshape(n_head, B * Q, head_dim)
-        slot_scores = (all_q @ slots.key.transpose(-2, -1)).view(n_head, B, Q, n_slots)
-        scores = torch.cat([slot_scores.transpose(0, 1), scores], dim=-1)  # (B, n_head, Q, S + T)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(head_dim)
-    weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(dim=-1).to(q.dtype)
+        slot_scores = _together(q) @ slots.key.transpose(-2, -1)  # (n_head, B * Q, S)
+        scores = torch.cat([_apart(slot_scores, q), scores], dim=-1)  # (B, n_head, Q, S + T)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(q.size(-1))
+    weights = (scores + bias[:, None]).softmax(dim=-1).to(q.dtype)
     out = weights[..., n_slots:] @ value  # (B, n_head, Q, head_dim)
     if n_slots:
-        all_weights = weights[..., :n_slots].transpose(0, 1).reshape(n_head, B * Q, n_slots)
-        out = out + (all_weights @ slots.value).view(n_head, B, Q, head_dim).transpose(0, 1)
-    return out.transpose(1, 2).flatten(2)  # (B, Q, n_embd)
+        out = out + _apart(_together(weights[..., :n_slots]) @ slots.value, q)
+    return out
+
+
+def fused_cached(q, key, value, bias, slots):
+    """Two softmaxes, each by torch's own fused attention for CPUs, merged by their log-sum-exps:
+
+    share of the slots = e^slots / (e^slots + e^text) = sigmoid(slots - text)"""
+    n_slots = bias.size(-1) - key.size(2)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(q, key, value, attn_mask=bias[:, None, :, n_slots:])  # (B, n_head, Q, head_dim), (B, n_head, Q)
+    if n_slots:
+        slot_bias = bias[..., :n_slots]  # (B, Q, S)
+        slot_out, slot_lse = flash(
+            _together(q)[None], slots.key[None], slots.value[None], attn_mask=slot_bias.reshape(1, 1, -1, n_slots)
+        )
+        closed = slot_bias.amax(dim=-1)[:, None, :, None] == -torch.inf  # where its log-sum-exp means nothing
+        share = (_apart(slot_lse[0, ..., None], q) - lse[..., None]).masked_fill(closed, -torch.inf).sigmoid()
+        out = torch.lerp(out, _apart(slot_out[0], q), share.to(out.dtype))
+    return out
+
+
+def _together(x):
+    """(B, n_head, Q, ...) -> (n_head, B * Q, ...): to slots, all queries of a batch are alike."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _apart(x, q):
+    """The inverse: (n_head, B * Q, ...) -> (B, n_head, Q, ...)."""
+    return x.unflatten(1, (q.size(0), q.size(2))).transpose(0, 1)

@@ -24,12 +24,13 @@ ROUND = 128  # entries of the cache: recorded steps look at multiples of this
 @dataclass
 class Prompt:
     """ids: token ids, at least one. max_new: tokens to generate at most. opened: a bank mask for each id (new tokens
-    keep the last); None: no banks. stream: the number of the random stream that sampling draws from."""
+    keep the last); None: no banks. stream: names the random stream that sampling draws from, an int or a
+    tuple of them."""
 
     ids: list
     max_new: int
     opened: list | None = None
-    stream: int = 0
+    stream: int | tuple = 0
 
 
 @dataclass
@@ -126,6 +127,7 @@ def step(model, cache, slots, ids, position, entry, visible):
     """What extend does on the device, all of it in tensors: ids, position, entry (B, Q); visible (B, Q, S + T)."""
     B, Q = ids.shape
     n_entries = visible.size(-1) - (0 if slots is None else slots.bank.numel())
+    bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, -torch.inf)
     seat = torch.arange(B, device=ids.device).repeat_interleave(Q)
 
     def look(i, qkv):
@@ -133,7 +135,7 @@ def step(model, cache, slots, ids, position, entry, visible):
         cache.put(i, seat, entry.flatten(), k, v)
         key, value = cache.key[i, :B, :, :n_entries], cache.value[i, :B, :, :n_entries]
         q = q.unflatten(0, (B, Q)).transpose(1, 2)  # (B, n_head, Q, head_dim)
-        return attend_cached(q, key, value, visible, slots and slots.layer(i)).flatten(0, 1)
+        return attend_cached(q, key, value, bias, slots and slots.layer(i), model.attention).flatten(0, 1)
 
     hidden = model.run(model.embed(ids.flatten(), position.flatten()), look)  # (B * Q, n_embd)
     return model.logits(hidden).unflatten(0, (B, Q))
@@ -169,22 +171,25 @@ class Sampler:
         self.streams = {}
 
     def __call__(self, logits, streams):
-        """logits (B, vocab_size), the numbers of the B sentences' streams -> token ids (B,)."""
+        """logits (B, vocab_size), the names of the B sentences' streams -> token ids (B,)."""
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        p, order = (logits.float() / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        if self.top_k:
-            p[:, self.top_k :] = 0
-        p[p.cumsum(dim=-1) - p >= self.top_p] = 0  # a token stays while those before it hold less than top_p
-        mass = p.cumsum(dim=-1)
-        draw = torch.stack([self._uniform(stream) for stream in streams]).to(mass.device)[:, None]
-        rank = torch.searchsorted(mass, draw * mass[:, -1:], right=True).clamp(max=p.size(-1) - 1)
-        return order.gather(1, rank)[:, 0]
+            return logits.max(dim=-1).indices  # on a CPU three times as fast as argmax
+        p = (logits.float() / self.temperature).softmax(dim=-1)
+        if self.top_k or self.top_p < 1:
+            ranked, order = p.sort(dim=-1, descending=True, stable=True)
+            if self.top_k:
+                ranked[:, self.top_k :] = 0
+            ranked[ranked.cumsum(dim=-1) - ranked >= self.top_p] = 0  # one stays while those before it hold less
+            p = torch.zeros_like(p).scatter_(1, order, ranked)
+        # Each token waits for a time that is exponential with rate p; the first to come has the chance p. The last bits
+        # of p, in which a batch differs from a sentence alone, change that far less often than a place in a sum of all p.
+        wait = torch.stack([self._wait(stream, p.size(-1)) for stream in streams]).to(p.device)
+        return (p / wait).argmax(dim=-1)
 
-    def _uniform(self, stream):
+    def _wait(self, stream, n):
         if stream not in self.streams:
             self.streams[stream] = torch.Generator().manual_seed(hash((self.seed, stream)) % 2**63)
-        return torch.rand((), generator=self.streams[stream])
+        return torch.empty(n).exponential_(generator=self.streams[stream]).clamp(min=1e-30)
 
 
 @torch.no_grad()

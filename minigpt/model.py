@@ -52,6 +52,10 @@ class Embedding(nn.Module):
     def forward(self, ids):
         return F.embedding(ids, self.weight)
 
+    def logits(self, hidden):
+        """(..., n_embd) -> (..., n): the head is the embedding itself, used backwards."""
+        return hidden @ self.weight.T
+
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -104,6 +108,7 @@ class GPT(nn.Module):
         """The checkpoint called `name` (a directory, "demo" or a published name), frozen, on `device` in `dtype`."""
         directory = checkpoint.find(name)
         config = GPTConfig.from_file(directory / "config.json")
+        checkpoint.check_size(config, directory)
         with torch.device("meta"):  # shapes only: memory is taken once, in the dtype that is asked for
             model = cls(config)
         checkpoint.load_weights(model, directory, device, dtype)
@@ -115,7 +120,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self):
-        return self.wte.weight.dtype
+        return self.ln_f.weight.dtype
 
     def forward(self, ids):
         """Plain GPT-2: ids (B, T) int64 -> logits (B, T, vocab_size)."""
@@ -154,5 +159,5 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """hidden (..., n_embd) -> (..., vocab_size). The head is the token embedding itself, used backwards."""
-        return hidden @ self.wte.weight.T
+        """hidden (..., n_embd) -> (..., vocab_size)."""
+        return self.wte.logits(hidden)

@@ -1,0 +1,108 @@
+"""Frozen weights as decoding on a CPU reads them fastest.
+
+A step of a small batch takes as long as reading all weights does. `pack` puts bfloat16 weights, half of float32's bytes,
+into the blocks in which the CPU's library multiplies them, which it would otherwise do again for each product.
+`quantize` rounds them to 8 bits, half of that again, with one scale for each output; activations stay in bfloat16:
+
+    weight[n] = scale[n] * eight_bits[n]        scale[n] = max |weight[n]| / 127
+
+Both change a model in place, one matrix at a time, and leave it fit for decoding only: there are no gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROWS = 8  # up to so many, torch's product of bfloat16 and 8 bits is the faster; beyond, weights are widened first
+
+
+def pack(model):
+    """For a model in bfloat16, on a CPU that multiplies it; on others this does nothing."""
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        _replace(model, PackedProjection, PackedEmbedding)
+    return model
+
+
+def quantize(model):
+    """For a model in bfloat16, on any CPU."""
+    return _replace(model, Projection8, Embedding8)
+
+
+def _replace(model, projection, embedding):
+    for block in model.h:
+        for layer in (block.attn, block.mlp):
+            for name in ("c_attn", "c_fc", "c_proj"):
+                if hasattr(layer, name):
+                    setattr(layer, name, projection(getattr(layer, name)))
+    model.wte = embedding(model.wte)
+    return model
+
+
+class PackedProjection(nn.Module):
+    def __init__(self, projection):
+        super().__init__()
+        self.weight = _packed(projection.weight.T)
+        self.register_buffer("bias", projection.bias)
+
+    def forward(self, x):
+        return _packed_product(x, self.weight, self.bias)
+
+
+class PackedEmbedding(nn.Module):
+    """With a second copy of the weights, packed, for the head."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.register_buffer("weight", embedding.weight)
+        self.head = _packed(embedding.weight)
+
+    def forward(self, ids):
+        return F.embedding(ids, self.weight)
+
+    def logits(self, hidden):
+        return _packed_product(hidden, self.head, None)
+
+
+def _packed(weight):
+    """(n_out, n_in) -> a tensor that only _packed_product understands."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+
+
+def _packed_product(x, weight, bias):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Weights8(nn.Module):
+    def __init__(self, weight):
+        """weight: (n_out, n_in)."""
+        super().__init__()
+        weight = weight.float()
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+        self.register_buffer("scale", scale)  # (n_out,)
+        self.register_buffer("weight", (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8))
+
+    def product(self, x):
+        """x (N, n_in) in bfloat16 -> (N, n_out)."""
+        if len(x) <= ROWS:
+            return torch._weight_int8pack_mm(x, self.weight, self.scale)
+        return x @ self.weight.T.to(x.dtype) * self.scale
+
+
+class Projection8(Weights8):
+    def __init__(self, projection):
+        super().__init__(projection.weight.T.contiguous())
+        self.register_buffer("bias", projection.bias)
+
+    def forward(self, x):
+        return self.product(x) + self.bias
+
+
+class Embedding8(Weights8):
+    def __init__(self, embedding):
+        super().__init__(embedding.weight)
+
+    def forward(self, ids):
+        return F.embedding(ids, self.weight).to(self.scale.dtype) * self.scale[ids][:, None]
+
+    def logits(self, hidden):
+        return self.product(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
