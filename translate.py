@@ -4,16 +4,20 @@ python translate.py "Bonjour"                       one translation per argument
 python translate.py --from en --to fr < lines.txt   one per line of standard input, in order
 """
 
+import os
+import select
+import stat
 import sys
-from itertools import islice
+
+from tqdm import tqdm
 
 from minigpt import UserError
 from minigpt.generate import Sampler
 from prefix import command, distributed
-from prefix.command import notice, number, whole
+from prefix.command import notice, number, shown, whole
 from prefix.translation import translate
 
-LINES_AT_A_TIME = 32  # batches of standard input that are read before the first of them is answered
+LINES_AT_A_TIME = 32  # batches of standard input, at most, that are read before the first of them is answered
 
 
 def parse_arguments():
@@ -21,22 +25,31 @@ def parse_arguments():
     parser.add_argument("text", nargs="*", help="sentences; without any, the lines of standard input")
     parser.add_argument("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")
     parser.add_argument("--to", dest="target", metavar="BANK", help="target language (the prefix's first bank)")
-    parser.add_argument("--prefix", metavar="FILE_OR_RUN", help="default: the newest run, else the demo prefix")
+    command.add_prefix_option(parser)
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
     parser.add_argument("--beam", type=whole(1), default=1, metavar="N", help="beams (1: no beam search)")
+    parser.add_argument("--length-penalty", type=number(-10, 10), metavar="X", help="beams are ranked by log p / length**X (1)")
     parser.add_argument("--temperature", type=number(0, 100), metavar="X", help="0 takes the likeliest token (default)")
     parser.add_argument("--top-k", type=whole(0), default=0, metavar="N", help="sample among the N likeliest; 0: all")
     parser.add_argument("--top-p", type=number(0, 1, open_low=True), default=1.0, metavar="X")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N")
     parser.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="default: twice the source plus 16")
     parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="sentences decoded at once")
+    parser.add_argument("--choices", nargs="+", metavar="ANSWER", help="answer with the likeliest of these, as to label")
+    command.add_weights_option(parser)
     command.add_machine_options(parser)
     args = parser.parse_args()
+    if args.length_penalty is not None and args.beam == 1:
+        parser.error("--length-penalty goes with --beam")
     sampling = args.top_k or args.top_p < 1
     if args.temperature is None:
         args.temperature = 1.0 if sampling else 0.0
     if args.beam > 1 and (args.temperature or sampling):
         parser.error("--beam does not go with --temperature, --top-k or --top-p")
+    if args.choices and (args.beam > 1 or args.temperature or sampling):
+        parser.error("--choices does not go with --beam, --temperature, --top-k or --top-p")
+    if args.choices and not all(choice.strip() for choice in args.choices):
+        parser.error("--choices: an answer is empty")
     return args
 
 
@@ -47,41 +60,99 @@ def main():
     source, target = command.direction(args, banks)
     if not args.text and sys.stdin.isatty():
         notice(f"Reading {source} sentences, one per line; Ctrl-D ends.")
-    lines, done, cut, faults = iter(args.text or stdin_lines()), 0, 0, 0
-    at_a_time = 1 if not args.text and sys.stdin.isatty() else LINES_AT_A_TIME * args.batch_size
-    while chunk := distributed.from_first(list(islice(lines, at_a_time)) if distributed.rank() == 0 else None):
-        sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
-        results = translate(
-            model,
-            tokenizer,
-            banks,
-            chunk,
-            source,
-            target,
-            args.max_new_tokens,
-            args.batch_size,
-            sampler,
-            args.beam,
-            done,
-        )
-        for line, result in enumerate(results, done + 1):
-            if distributed.rank() == 0:
-                print(result.text, flush=True)
-            if result.fault:
-                notice(f"line {line}: {result.fault}")
-                faults += 1
-            cut += not result.finished and not result.fault
-        done += len(chunk)
+    chunks = iter([args.text]) if args.text else lines_as_they_come(LINES_AT_A_TIME * args.batch_size)
+    first, done, cut, faults, divided = distributed.rank() == 0, 0, 0, 0, 0
+    with progress(args.text) as bar:
+        while chunk := distributed.from_first(next(chunks, None) if first else None):
+            output = Output()
+            results = translate(
+                model,
+                tokenizer,
+                banks,
+                chunk,
+                source,
+                target,
+                args.max_new_tokens,
+                args.batch_size,
+                Sampler(args.temperature, args.top_k, args.top_p, args.seed),
+                args.beam,
+                1.0 if args.length_penalty is None else args.length_penalty,
+                done,
+                args.choices,
+                output.grow if first and sys.stdout.isatty() and len(chunk) == 1 else None,
+            )
+            for line, result in enumerate(results, done + 1):
+                if first:
+                    output.line(result.text)
+                if result.fault:
+                    notice(f"line {line}: {result.fault}")
+                faults += bool(result.fault)
+                cut += not result.finished and not result.fault
+                divided += result.pieces > 1
+            done += len(chunk)
+            bar.update(len(chunk))
+    if divided:
+        notice(f"{divided} of {done} texts were too long for the model's context: translated in parts, cut at sentence ends")
     if cut:
         notice(f"{cut} of {done} translations were cut at their token limit (--max-new-tokens)")
     if faults:
         raise UserError(f"{faults} of {done} sentences could not be translated: cut them into shorter ones")
 
 
-def stdin_lines():
-    """The lines of standard input, which process 0 reads for all."""
-    for line in sys.stdin.buffer:
-        yield line.decode("utf-8", errors="replace").removesuffix("\n").removesuffix("\r")
+class Output:
+    """One line of standard output after another; on a terminal a single one may grow before it is whole."""
+
+    def __init__(self):
+        self.there = ""
+
+    def grow(self, text):
+        print(shown(text[len(self.there) :]), end="", flush=True)
+        self.there = text
+
+    def line(self, text):
+        print(shown(text[len(self.there) :]), flush=True)
+        self.there = ""
+
+
+def lines_as_they_come(at_most):
+    """Yield the lines of standard input, in lists: those that are there by now, at least one and no more than at_most.
+    Process 0 reads for all."""
+    fd, lines, begun = sys.stdin.fileno(), [], []  # begun: the parts of a line that has not ended yet
+    while True:
+        while len(lines) < at_most and (not lines or select.select([fd], [], [], 0)[0]):
+            block = os.read(fd, 1 << 16)
+            if not block:
+                last = b"".join(begun)
+                yield lines + [text_of(last)] * bool(last)
+                return
+            *ended, rest = block.split(b"\n")
+            if ended:
+                ended[0] = b"".join([*begun, ended[0]])
+                begun = []
+                lines += map(text_of, ended)
+            begun.append(rest)
+        yield lines[:at_most]
+        lines = lines[at_most:]
+
+
+def text_of(line):
+    return line.decode("utf-8", errors="replace").removesuffix("\r")
+
+
+def progress(texts):
+    """A bar on standard error for a file: where that is a terminal, and standard output is not."""
+    quiet = texts or distributed.rank() > 0 or sys.stdout.isatty() or not sys.stderr.isatty()
+    return tqdm(total=None if quiet else lines_ahead(sys.stdin.fileno()), unit=" lines", disable=quiet, file=sys.stderr)
+
+
+def lines_ahead(fd):
+    """How many lines a regular file has left to read; None for a pipe or a terminal."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return None
+    at, lines = os.lseek(fd, 0, os.SEEK_CUR), 0
+    while block := os.pread(fd, 1 << 20, at):
+        at, lines = at + len(block), lines + block.count(b"\n")
+    return lines
 
 
 if __name__ == "__main__":

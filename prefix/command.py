@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from minigpt import GPT, Tokenizer, UserError
+from minigpt.errors import visible
+from minigpt.weights import pack, quantize
 from prefix import distributed
 from prefix.banks import Banks, read_metadata
 
@@ -16,6 +18,11 @@ DEMO = Path(__file__).parent / "demo"
 DEMO_CORPUS, DEMO_PREFIX = DEMO / "en-fr.csv", DEMO / "prefix.safetensors"
 RUNS = Path("runs")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHOICES = {
+    "device": ["auto", "cpu", "cuda", "mps"],
+    "dtype": ["auto", *DTYPES],
+    "attention": ["auto", "fused", "plain"],
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,19 +57,39 @@ def telling_errors():
 
 
 def out_of_memory(error):
-    """torch has a class of its own for a full GPU, but only words for a full main memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """torch has a class of its own for a full GPU, but only words for a full main memory and in CUDA's libraries."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def notice(text):
     if distributed.rank() == 0:
-        print(text, file=sys.stderr)
+        print(shown(text, sys.stderr), file=sys.stderr)
+
+
+def shown(text, stream=None):
+    """`text` as it is printed to `stream` (standard output): on a terminal with control characters other than newline
+    and tab spelled out, since they come from a model or a stranger's file; anywhere else as it is."""
+    return visible(text, keep="\n\t") if (stream or sys.stdout).isatty() else text
 
 
 def add_machine_options(parser):
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="what the frozen model computes in")
-    parser.add_argument("--attention", choices=["auto", "fused", "plain"], default="auto")
+    for name, choices in CHOICES.items():
+        what = "what the frozen model computes in" if name == "dtype" else None
+        parser.add_argument(f"--{name}", choices=choices, default="auto", help=what)
+
+
+def add_weights_option(parser):
+    parser.add_argument("--weights", choices=["int8"], help="8-bit weights: faster on a CPU, for small batches above all")
+
+
+def add_prefix_option(parser):
+    parser.add_argument(
+        "--prefix",
+        action="append",
+        metavar="FILE_OR_RUN",
+        help="default: the newest run, else the demo prefix; given several times, the banks of all of them",
+    )
 
 
 def whole(least):
@@ -139,15 +166,22 @@ def find_prefix(path):
 
 
 def load_with_base(args):
-    """(model, tokenizer, banks, path of the prefix) for translate.py and evaluate.py."""
-    path = find_prefix(args.prefix)
-    name = args.model or read_metadata(path)["training"].get("model")
+    """(model, tokenizer, banks, paths of the prefix files) for translate.py and evaluate.py. The banks of several
+    files are one Banks."""
+    paths = [find_prefix(path) for path in args.prefix or [None]]
+    name = args.model or read_metadata(paths[0])["training"].get("model")
     if not isinstance(name, str):
-        raise UserError(f"{path} does not say which model it was trained on: name it with --model")
+        raise UserError(f"{paths[0]} does not say which model it was trained on: name it with --model")
     if not args.model and Path(name).is_absolute() and not Path(name).is_dir():
-        raise UserError(f"{path} was trained on {name}, which is no longer there: say with --model where it is")
+        raise UserError(f"{paths[0]} was trained on {name}, which is no longer there: say with --model where it is")
+    if args.weights:
+        if args.dtype not in ("auto", "bfloat16") or args.device not in ("auto", "cpu"):
+            raise UserError(f"--weights {args.weights} is for bfloat16 on a CPU: leave out --dtype and --device")
+        args.device, args.dtype = "cpu", "bfloat16"
     model, tokenizer = load_model(args, name)
-    return model, tokenizer, Banks.load(path, model), path
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+        (quantize if args.weights else pack)(model)
+    return model, tokenizer, Banks.joined([(path, Banks.load(path, model)) for path in paths]), paths
 
 
 def direction(args, banks):
@@ -161,6 +195,11 @@ def direction(args, banks):
     if source == target:
         raise UserError(f"--from {source} --to {target}: the same bank twice")
     return source, target
+
+
+def model_name(name):
+    """How a prefix file records its base: a directory absolute, anything else by its name."""
+    return name if name == "demo" or not Path(name).is_dir() else str(Path(name).resolve())
 
 
 def data_paths(paths):

@@ -11,10 +11,11 @@ and shared by the whole batch; each sentence costs only its own two lines.
 
 import numpy as np
 
+from minigpt.choose import choose, room_for
 from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
 from prefix.banks import Banks
-from prefix.data import clean
+from prefix.rows import clean
 from prefix.translation import Translation, answered
 
 
@@ -34,8 +35,9 @@ def prompt_text(pairs, source_name, target_name):
     return "".join(f"{source_name}: {clean(s)}\n{target_name}: {clean(t)}\n" for s, t in pairs)
 
 
-def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_size=32):
-    """Texts -> a list of Translation, in the same order. Raises UserError where the pairs alone fill the context."""
+def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_size=32, choices=None):
+    """Texts -> a list of Translation, in the same order. choices: the texts that an answer may be, if not all may.
+    Raises UserError where the pairs alone fill the context."""
     shots, limit = tokenizer.encode(prompt_text(pairs, source_name, target_name)), model.config.n_positions
     if len(shots) >= limit:
         raise UserError(
@@ -43,11 +45,18 @@ def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_siz
         )
     bank = Banks.reading(model, "shots", shots) if shots else None
     slots, prompts = bank.slots().to(model.dtype) if bank else None, {}
+    answers = [tokenizer.encode(f" {clean(choice)}\n") for choice in choices or []]  # as in prompt_text
     for i, text in enumerate(texts):
         ids = tokenizer.encode(f"{source_name}: {clean(text)}\n{target_name}:")
         left = limit - len(shots) - len(ids)
-        prompts[i] = Prompt(ids, min(2 * len(ids) + 16, left), [1] * len(ids) if bank else None)
-    answer = lambda prompts: generate(model, prompts, stop_ids(tokenizer), slots, len(shots), batch_size)
+        most = room_for(answers, left) if choices else min(2 * len(ids) + 16, left)
+        prompts[i] = Prompt(ids, most, [1] * len(ids) if bank else None)
+
+    def answer(prompts):
+        if choices:
+            return choose(model, prompts, answers, slots, len(shots), batch_size)
+        return generate(model, prompts, stop_ids(tokenizer), slots, len(shots), batch_size)
+
     return answered([Translation() for _ in texts], prompts, answer, tokenizer)
 
 

@@ -1,13 +1,18 @@
-"""What several test files share: fresh random numbers, GPT-2 vocabularies, and transformers' GPT-2 as the reference."""
+"""What several test files share: fresh random numbers, GPT-2 vocabularies, transformers' GPT-2 as the reference, and a
+way to run the commands."""
 
+import io
 import os
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from minigpt import checkpoint
+from prefix import command
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: they then run on the CPU
@@ -27,6 +32,14 @@ def gpus_are_for_the_kernels(request, monkeypatch):
     if request.path.name != "test_kernels.py":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(autouse=True)
+def pictures_are_for_their_own_tests(request, monkeypatch):
+    """Each training run would draw its loss, which takes longer than the smallest of them train."""
+    if request.path.name not in ("test_inspect.py", "test_report.py"):
+        for name in ("matplotlib", "matplotlib.figure"):
+            monkeypatch.setitem(sys.modules, name, None)
 
 
 @pytest.fixture(scope="session", params=["gpt2", "demo"])
@@ -59,3 +72,37 @@ def reference(tmp_path):
     yield build
     for file in tmp_path.glob("*.safetensors"):  # pytest keeps the rest of the folder
         file.unlink()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function: a script's module and its arguments -> (exit code, standard output, standard error)."""
+
+    def run(script, *arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        file = tempfile.TemporaryFile()
+        file.write(stdin)
+        file.seek(0)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        capsys.readouterr()
+        code = 0
+        try:
+            with command.telling_errors():
+                script.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function: a name, str or bytes -> the path of a file that holds them."""
+
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write

@@ -1,7 +1,6 @@
 """The three commands, as a newcomer and as a careless user meet them."""
 
 import csv
-import io
 import json
 import os
 import re
@@ -88,25 +87,6 @@ def workplace(tmp_path, monkeypatch, place):
     """Every command runs in an empty folder."""
     monkeypatch.setenv("MINIGPT_HOME", str(place / "home"))
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """A function: a script and its arguments -> (exit code, standard output, standard error)."""
-
-    def run(script, *arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        code = 0
-        try:
-            with command.telling_errors():
-                script.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def assert_refused(result, *words):
@@ -256,14 +236,52 @@ def test_a_run_may_go_on_for_more_steps_but_not_otherwise_than_it_began(run, pla
 
 
 @pytest.mark.parametrize(
-    "config", [None, "{", "[1]", "{}", '{"settings": {"steps": 3, "lr": 1}}', '{"settings": {"pace": 1}}']
+    "content, fault",
+    [
+        (None, "No such file"),
+        ("{", "not JSON"),
+        ("[1]", "expected a JSON object"),
+        ("{}", "is not the config of a run: model is missing"),
+    ],
 )
-def test_a_run_directory_without_a_sound_config_is_refused(run, config):
+def test_a_run_directory_without_a_sound_config_is_refused(run, content, fault):
     Path("run").mkdir()
-    if config:
-        Path("run/config.json").write_text(config)
-    fault = "damaged" if config else "No such file"
-    assert_refused(run(train, "--resume", "run"), "--resume run", "run/config.json", fault)
+    if content:
+        Path("run/config.json").write_text(content)
+    assert_refused(run(train, "--resume", "run"), "run/config.json", fault)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": 3},
+        {"data": "demo"},
+        {"columns": [1, 2]},
+        {"limit": -1},
+        {"max_tokens": "384"},
+        {"init": ["text"]},
+        {"prefix_len": 10**30},
+        {"position_offset": None},
+        {"reparam": "yes"},
+        {"settings": {}},
+        {"settings": {"steps": 3, "lr": 1, "pace": 1}},
+        {"settings": {"steps": 10**30, "lr": 1}},
+        {"settings": {"steps": 3, "lr": "1"}},
+        {"settings": {"steps": 3, "lr": 1, "seed": -1}},
+        {"settings": {"steps": 3, "lr": 1, "batch_size": 10**12}},
+        {"settings": {"steps": 3, "lr": 1, "save_every": "soon"}},
+        {"settings": {"steps": True, "lr": 1}},
+        {"machine": []},
+        {"machine": {"device": "tpu"}},
+        {"machine": {"micro_batch_tokens": 0}},
+    ],
+    ids=str,
+)
+def test_a_setting_of_a_run_that_no_option_would_take_is_refused(run, place, change):
+    shutil.copytree(place / "run", "run")
+    config = json.loads(Path("run/config.json").read_text()) | change
+    Path("run/config.json").write_text(json.dumps(config))
+    assert_refused(run(train, "--resume", "run"), "run/config.json is not the config of a run: ")
 
 
 # translate.py
@@ -386,7 +404,7 @@ def test_both_directions_are_translated(run, place, expected):
         (["--top-p", "0"], ["--top-p"]),
         (["--temperature", "-1"], ["--temperature"]),
         (["--prefix", "nothing"], ["--prefix nothing: no prefix file there"]),
-        (["--prefix", ROOT / "train.py"], ["train.py: not a readable prefix file"]),
+        (["--prefix", ROOT / "train.py"], ["train.py: not a safetensors file"]),
         (["--prefix", ROOT / "minigpt/demo/model.safetensors"], ["not a prefix file"]),
         (["--model", "nothing"], ["--model nothing: no such directory"]),
         (["-oui"], ["unrecognized arguments: -oui"]),
@@ -549,7 +567,7 @@ def test_other_data_another_split_and_beams_are_what_the_options_ask_for(place, 
         (["--shots", 13], ["13 shots, but 12 training pairs", "--draws 0"]),
         (["--json", "nowhere/result.json"], ["--json nowhere/result.json"]),
         (["--json", "."], ["--json ."]),
-        (["--split", "all"], ["--split", "'all'"]),
+        (["--split", "dev"], ["--split", "'dev'"]),
         (["--data", "nothing.csv"], ["nothing.csv: no such file"]),
         (["--columns", "en", "de"], ["no bank 'de'"]),
         (["--limit", 0], ["--limit"]),
@@ -575,8 +593,8 @@ def test_the_table_says_whether_the_difference_is_significant(better):
     drawn = [(*scored([text.upper() for text in references]), "")]
     report = evaluation.report(("fr", "en"), references, references, *scored(outputs), drawn)
     assert report["few_shot"]["difference"] == metrics.paired_bootstrap(outputs, drawn[0][0], references)
-    said = "significant at p = 0.002" if better else "not significant (p = 1)"
-    assert said in "\n".join(evaluation.table(report, 3))
+    table, said = "\n".join(evaluation.table(report, 3)), "significant at p = 0.002" if better else "not significant (p = 1)"
+    assert said in table and "95 % of 1,000 resamples" in table
 
 
 # All of them

@@ -1,0 +1,50 @@
+"""Decoding where only some answers are allowed: score each of them, take the likeliest.
+
+    log p(answer | text) = sum over its tokens, its end token among them, of log p(token | text, tokens before)
+
+The answers run through the model as if they had been written, packed side by side. This is exact. Taking the likeliest
+allowed token step by step would not be: it settles for a first token before it knows what the rest of the answer
+costs. And since the end token counts, answers of different lengths compare as they are.
+"""
+
+import torch
+
+from minigpt.attention import Layout
+from minigpt.generate import Generated
+
+
+@torch.no_grad()
+def choose(model, prompts, answers, slots=None, position_offset=0, batch_size=32):
+    """Prompts -> a list of Generated, in the same order: the likeliest of the answers after each.
+
+    answers: lists of ids, each with the token that ends it; of two that are as likely, the first wins. A prompt and
+    the longest answer must fit into the context. batch_size: answers scored at once."""
+    pairs = [(prompt, answer) for prompt in prompts for answer in answers]
+    batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+    scores = [score for batch in batches for score in log_p(model, batch, slots, position_offset).tolist()]
+    best = torch.tensor(scores).view(len(prompts), len(answers)).argmax(dim=1)
+    return [Generated(answers[i][:-1], finished=True) for i in best.tolist()]
+
+
+def room_for(answers, left):
+    """The max_new of a prompt that leaves room for `left` tokens: those of the longest answer, which its last one need
+    not fit, or 0 where there is no room for it."""
+    longest = max(map(len, answers))
+    return longest if longest - 1 <= left else 0
+
+
+def log_p(model, pairs, slots=None, position_offset=0):
+    """(prompt, answer) each -> log p(answer | prompt) (B,), float32."""
+    ids, opened, at, targets = [], [], [], []
+    for prompt, answer in pairs:
+        at += range(len(ids) + len(prompt.ids) - 1, len(ids) + len(prompt.ids) + len(answer) - 1)
+        ids += prompt.ids + answer[:-1]
+        targets += answer
+        if slots is not None:
+            opened += prompt.opened + prompt.opened[-1:] * (len(answer) - 1)
+    lengths = [len(prompt.ids) + len(answer) - 1 for prompt, answer in pairs]
+    layout = Layout(lengths, None if slots is None else torch.tensor(opened), model.device)
+    hidden = model.hidden(torch.tensor(ids, device=model.device), layout, slots, position_offset)  # (N, n_embd)
+    logp = model.logits(hidden[at]).float().log_softmax(dim=-1)  # (M, vocab_size), M = all tokens of all answers
+    of_targets = logp.gather(1, torch.tensor(targets, device=model.device)[:, None])[:, 0]
+    return torch.stack([part.sum() for part in of_targets.split([len(answer) for _, answer in pairs])])
