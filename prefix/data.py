@@ -1,33 +1,33 @@
-"""Sentence pairs: read from files as a stream, encoded once, and kept in a memory-mapped cache on disk.
+"""The token cache: the rows of some files, encoded once and memory-mapped from then on.
 
-    files -> read_rows -> clean texts -> tokenizer -> <home>/tokens/<key>/ -> Corpus
+    files -> rows.read_rows -> tokenizer -> <home>/tokens/<key>/ -> Corpus
 
-A row has one text in each column, and a column is what one bank stands for: a language, as a rule. The files are one
-table (.csv or .tsv with a header; .jsonl or .ndjson, whose keys are the columns) or two or more aligned text files, one
-for each column. Rows go through one by one, so the files may be of any size. A row that cannot be used is counted by
-reason in `Skipped`; it stops nothing.
+The key is a hash of all that decides what a cache holds: the files (path, size, time, head), the tokenizer and the
+options. Where any of them changes, another cache is made. One is written under another name and then renamed; whoever
+opens it reads it through once, and makes it anew where its hash is not the one written down.
 
 The cache of R rows in C columns, whose cell number row * C + column is the text of that row in that column:
 
-    tokens.bin, text.bin   the ids and the UTF-8 bytes of all cells, one after another
-    index.bin              (R * C + 1, 2) int64: where each cell begins in tokens.bin (in ids) and text.bin (in bytes)
-    split.bin              (R,) uint8: each row's number in minigpt.splits.SPLITS
-    meta.json              the columns, what was skipped, and the files' sizes; written last
+    tokens.bin    the ids of all cells, one after another: uint16, or int32 where there are more than 65,536 ids
+    index.bin     (R * C + 1,) int64: where each cell begins in tokens.bin
+    <split>.bin   (n, 3) int32 for each of minigpt.splits.SPLITS: its examples, see Corpus.examples
+    meta.json     the columns, what there is to report of the files, and the hash of all that; written last
+
+The ids spell their texts exactly, so the texts themselves are not kept.
 """
 
 import atexit
-import csv
 import hashlib
 import itertools
 import json
+import math
 import os
-import re
 import shutil
 import sys
 import tempfile
+import time
 from array import array
-from collections import deque
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,270 +35,15 @@ from tqdm import tqdm
 
 from minigpt import checkpoint
 from minigpt.errors import UserError
+from minigpt.files import read_object
 from minigpt.splits import SPLITS, split_of
-from prefix.banks import MAX_BANKS
+from prefix.rows import Skipped, opened, read_rows, resolve_columns
 
-TABLES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json"}
-LINE_BREAKS = re.compile("[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")  # those of str.splitlines
-MAX_FIELD = 100_000  # characters
-MAX_RECORD, MAX_LINES = 1 << 20, 100  # bytes and lines of one row; a quote still open after them was never closed
-FIRST_OBJECTS = 1000  # of JSON lines: among them a column must turn up
-CACHE_FORMAT = 1
-FILES = ("tokens.bin", "text.bin", "index.bin", "split.bin")
-
-
-class Skipped:
-    """Counts the rows that cannot be used: how many for each reason, and the line of the first."""
-
-    def __init__(self):
-        self.counts = {}  # reason: [rows, first line]
-
-    def add(self, reason, line):
-        self.counts.setdefault(reason, [0, line])[0] += 1
-
-    def report(self):
-        """One line for each reason."""
-        found = self.counts.items()
-        return [f"{n:,} row{'s' * (n != 1)} skipped: {reason} (first at line {line})" for reason, (n, line) in found]
-
-
-# Columns: which there are, and which to read
-
-
-def resolve_columns(paths, columns=None):
-    """The columns to read from these files, as a tuple of names: those given or, without any, the first two of a
-    table, the extensions of text files. Raises UserError where the files do not have them, or cannot be read."""
-    layout, where = _layout(paths), " ".join(map(str, paths))
-    if layout == "text":
-        columns = columns or [Path(path).suffix[1:] for path in paths]
-        if len(columns) != len(paths):
-            raise UserError(f"{where}: {len(paths)} text files, but {len(columns)} columns: name one for each file")
-    else:
-        there = _keys(paths[0], columns) if layout == "json" else _checked_header(paths[0])
-        columns = columns or [name for name in there if name][:2]
-        _require(paths[0], columns, there)
-    if not 2 <= len(columns) <= MAX_BANKS:
-        raise UserError(f"{where}: 2 to {MAX_BANKS} columns are needed, not {len(columns)}: {_listed(columns)}")
-    for name in columns:
-        if not name or _damage(name) or list(columns).count(name) > 1:
-            raise UserError(f"{where}: columns need different names in UTF-8, not {_listed(columns)}: set --columns")
-    return tuple(columns)
-
-
-def _layout(paths):
-    """One of csv, tsv, json, text, by the extensions."""
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-    tables = [TABLES.get(Path(path).suffix.lower()) for path in paths]
-    if len(paths) == 1 and tables[0]:
-        return tables[0]
-    if len(paths) < 2 or any(tables):
-        where, known = " ".join(map(str, paths)), ", ".join(TABLES)
-        raise UserError(f"{where}: expected one {known} file, or two or more text files, one per column")
-    return "text"
-
-
-def _require(path, columns, there):
-    for name in columns:
-        if there.count(name) != 1:
-            fault = f"has the column {name!r} twice" if name in there else f"has no column {name!r}"
-            raise UserError(f"{path}: {fault}; its columns are {_listed(there)}")
-
-
-def _listed(names):
-    return (", ".join(map(repr, names)) or "none")[:300]
-
-
-def _checked_header(path):
-    skipped = Skipped()
-    header = _header(_records(path, skipped))
-    fault = next(iter(skipped.counts), None) or _damage("".join(header)) or (None if header else "the file is empty")
-    if fault:
-        raise UserError(f"{path}: line 1: expected a header that names the columns, in UTF-8: {fault}")
-    return header
-
-
-def _header(records):
-    return [clean(name) for name in next(records, (0, []))[1]]
-
-
-def _keys(path, wanted):
-    """The keys of the first JSON objects, up to the one by which there are two, and all that are wanted."""
-    keys = {}
-    for _, record in itertools.islice(_objects(path, Skipped()), FIRST_OBJECTS):
-        keys.update(dict.fromkeys(record))
-        if len(keys) > 1 and keys.keys() >= set(wanted or ()):
-            break
-    return list(keys)
-
-
-# Reading
-
-
-def read_rows(paths, columns, skipped):
-    """Yield (line number, texts) for each row that can be used: one str per column, two of them or more not empty.
-
-    The line is the row's first, from 1. Rows that cannot be used are added to `skipped`."""
-    columns, layout = resolve_columns(paths, columns), _layout(paths)
-    if layout == "text":
-        rows = _text_rows(paths, skipped)
-    else:
-        rows = (_json_rows if layout == "json" else _table_rows)(paths[0], columns, skipped)
-    for line, fields in rows:
-        texts = tuple(map(clean, fields))
-        fault = _fault(texts)
-        if fault:
-            skipped.add(fault, line)
-        else:
-            yield line, texts
-
-
-def clean(text):
-    """A text on one line: a run of line breaks is one space, the ends are stripped."""
-    return LINE_BREAKS.sub(" ", text).strip()
-
-
-def _fault(texts):
-    """Why these texts are not a row to use; None if they are."""
-    if max(map(len, texts)) > MAX_FIELD:
-        return "field too long"
-    return _damage("".join(texts)) or ("empty side" if sum(map(bool, texts)) < 2 else None)
-
-
-def _damage(text):
-    if "\0" in text:
-        return "NUL byte"
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # _lines made lone surrogates of the bytes that were not UTF-8
-        return "bad encoding"
-
-
-def _table_rows(path, columns, skipped):
-    """Yield (line number, fields in the order of `columns`)."""
-    records = _records(path, skipped)
-    header = _header(records)
-    _require(path, columns, header)
-    picks = [header.index(name) for name in columns]
-    for line, fields in records:
-        if len(fields) == len(header):
-            yield line, [fields[i] for i in picks]
-        else:
-            skipped.add("wrong number of fields", line)
-
-
-def _records(path, skipped):
-    """Yield (line number, fields) of a table, its header first, without blank lines."""
-    if _layout([path]) == "tsv":
-        records = ((number, line.split("\t")) for number, line in _short_lines(path, skipped))
-    else:
-        records = _csv(path, skipped)
-    for line, fields in records:
-        if len(fields) > 1 or "".join(fields).strip():
-            yield line, fields
-
-
-def _csv(path, skipped):
-    """Each record is read from as many lines as its quotes ask for. Where they lead nowhere (to a quote in the midst
-    of a field, to too many lines, to the end), its first line alone is given up: the next record starts below it."""
-    lines, again = _lines(path), deque()
-    while True:
-        taken = []
-        try:
-            fields = next(csv.reader(_take_lines(lines, again, taken), strict=True), None)
-        except csv.Error:
-            texts = [line for _, line in taken]
-            too_long = None in texts or sum(map(len, texts)) > MAX_FIELD
-            fault = "field too long" if too_long else _damage("".join(texts)) or "quotes do not match"
-            skipped.add(fault, taken[0][0])
-            again.extendleft(reversed(taken[1:]))
-            continue
-        if fields is None:
-            return
-        yield taken[0][0], fields
-
-
-def _take_lines(lines, again, taken):
-    """Yield the lines of one record to csv.reader, those in `again` first, and keep them in `taken`."""
-    size = 0
-    for number, line in iter(lambda: again.popleft() if again else next(lines, None), None):
-        taken.append((number, line))
-        size += MAX_RECORD if line is None else len(line)
-        if size >= MAX_RECORD or len(taken) > MAX_LINES:
-            raise csv.Error
-        yield line.replace("\r", "\v") + "\n"  # to csv a lone \r ends a row; to `clean` the two are the same
-
-
-def _json_rows(path, columns, skipped):
-    """Yield (line number, fields). A column that is missing or null is empty; what is no string is written as JSON."""
-    write = lambda value: "" if value is None else json.dumps(value, ensure_ascii=False)
-    for line, record in _objects(path, skipped):
-        values = [record.get(name) for name in columns]
-        yield line, [value if isinstance(value, str) else write(value) for value in values]
-
-
-def _objects(path, skipped):
-    """Yield (line number, dict) of a JSON lines file."""
-    for number, line in _short_lines(path, skipped):
-        if line.strip():
-            try:
-                record = json.loads(line, strict=False)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict):
-                yield number, record
-            else:
-                skipped.add("not a JSON object", number)
-
-
-def _text_rows(paths, skipped):
-    """Yield (line number, lines) of aligned text files."""
-    for number, row in enumerate(itertools.zip_longest(*map(_lines, paths)), 1):
-        if None in row:
-            skipped.add("line missing in another file", number)
-        elif any(line is None for _, line in row):
-            skipped.add("field too long", number)
-        else:
-            yield number, [line for _, line in row]
-
-
-def _short_lines(path, skipped):
-    """_lines without those that are None."""
-    for number, line in _lines(path):
-        if line is None:
-            skipped.add("field too long", number)
-        else:
-            yield number, line
-
-
-def _lines(path):
-    """Yield (line number, line without its end). Only "\\n" ends a line, or files with other breaks inside their
-    sentences would fall out of step. Bytes that are not UTF-8 become lone surrogates. A line of MAX_RECORD bytes or
-    more is None, and never wholly in memory."""
-    with _opened(path) as file:
-        for number in itertools.count(1):
-            line = part = file.readline(MAX_RECORD)
-            if not line:
-                return
-            while len(part) == MAX_RECORD:
-                part, line = file.readline(MAX_RECORD) if not part.endswith(b"\n") else b"", None
-            if line is not None:
-                line = line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
-                line = line.removeprefix("\ufeff") if number == 1 else line
-            yield number, line
-
-
-@contextmanager
-def _opened(path):
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-# The cache
+CACHE_FORMAT = 2
+FILES = ("tokens.bin", "index.bin", *(f"{split}.bin" for split in SPLITS))
+DAY = 24 * 60 * 60  # seconds
+LEFT_BEHIND, UNUSED = 1 * DAY, 30 * DAY  # the age at which the files of a killed build and a cache are removed
+SHARE = 1 << 21  # rows among which repetitions are sought at a time
 
 
 def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
@@ -306,41 +51,70 @@ def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
 
     limit: usable rows at most; nothing is read beyond them. max_tokens: of the longest pair, with its separator.
     home: by default the checkpoints' own. Raises UserError where the files cannot be read or hold no usable row."""
-    columns = resolve_columns(paths, columns)
-    folder, key = Path(home or checkpoint.home()) / "tokens", _key(paths, columns, tokenizer, limit, max_tokens)
-    corpus = _whole(folder / key)
+    columns, stamps = resolve_columns(paths, columns), [_stamp(path) for path in paths]
+    folder, key = Path(home or checkpoint.home()) / "tokens", _key(stamps, columns, tokenizer, limit, max_tokens)
+    corpus = _whole(folder / key, tokenizer)
     if corpus is not None:
+        with suppress(OSError):
+            os.utime(folder / key)  # for _tidy: it is in use
         return corpus
     folder = _writable(folder)
+    _tidy(folder)
+    shutil.rmtree(folder / key, ignore_errors=True)  # if there, it is damaged
     try:
         with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
             built = Path(temporary) / "built"
             built.mkdir()
-            _build(built, paths, columns, tokenizer, limit, max_tokens)
-            _publish(built, folder / key)
-        return Corpus(folder / key)
+            report, line = _build(built, paths, columns, tokenizer, limit, max_tokens)
+            changed = [path for path, stamp in zip(paths, stamps) if not _still(path, stamp)]
+            report += [f"{path} changed while it was read, up to line {line}: rows may be missing" for path in changed]
+            meta = {"columns": columns, "report": report, "digest": _digest(built, columns)}
+            (built / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+            _publish(built, folder / key, tokenizer)
+        return Corpus(folder / key, tokenizer)
     except OSError as error:
         fault = f"{folder}: the token cache cannot be written: {error.strerror}"
         raise UserError(f"{fault}; make room there, or let MINIGPT_HOME name another folder") from error
 
 
-def _key(paths, columns, tokenizer, limit, max_tokens):
+def _stamp(path):
+    """What tells one state of a file from another without reading it all."""
+    with opened(path) as file:
+        stat, head = os.fstat(file.fileno()), hashlib.sha256(file.read(1 << 16)).hexdigest()
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, head]
+
+
+def _still(path, stamp):
+    """Is the file what it was?"""
+    try:
+        return _stamp(path) == stamp
+    except UserError:  # it is gone
+        return False
+
+
+def _key(stamps, columns, tokenizer, limit, max_tokens):
     """A name for everything that decides what a cache holds."""
-    files = []
-    for path in paths:
-        with _opened(path) as file:
-            stat, start = os.fstat(file.fileno()), hashlib.sha256(file.read(1 << 16)).hexdigest()
-        files.append([os.path.abspath(path), stat.st_size, stat.st_mtime_ns, start])
-    key = hashlib.sha256(json.dumps([CACHE_FORMAT, files, columns, limit, max_tokens]).encode())
+    key = hashlib.sha256(json.dumps([CACHE_FORMAT, stamps, columns, limit, max_tokens]).encode())
     for rank, i in enumerate(tokenizer.ids):
         key.update(f"{i} {tokenizer.encoding.decode_single_token_bytes(rank)}\n".encode())
     return key.hexdigest()[:32]
 
 
-def _whole(directory):
+def _digest(directory, columns):
+    """A hash of all that a cache holds. Reads it through, a megabyte at a time."""
+    digest = hashlib.sha256(json.dumps(columns).encode())
+    for name in FILES:
+        with open(directory / name, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _whole(directory, tokenizer):
     """The Corpus in `directory`, or None where there is none or it is damaged."""
     try:
-        return Corpus(directory)
+        corpus = Corpus(directory, tokenizer)
+        return corpus if _digest(directory, corpus.columns) == corpus.fingerprint() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -358,100 +132,123 @@ def _writable(folder):
         return Path(temporary)
 
 
-def _publish(built, directory):
+def _tidy(folder):
+    """Remove what killed builds left behind, and caches that were neither made nor opened for long."""
+    for pattern, age in ((".building-*", LEFT_BEHIND), ("[0-9a-f]" * 32, UNUSED)):
+        for directory in folder.glob(pattern):
+            with suppress(OSError):  # another process may be tidying too
+                newest = max(path.stat().st_mtime for path in [directory, *directory.rglob("*")])
+                if time.time() - newest > age:
+                    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _publish(built, directory, tokenizer):
     """Rename a finished cache into its place, unless another process was first: its cache is the same."""
-    if directory.exists() and _whole(directory) is None:
-        directory.rename(built.parent / "damaged")
     try:
         built.rename(directory)
     except OSError:
-        if _whole(directory) is None:
+        if _whole(directory, tokenizer) is None:
             raise
 
 
 def _build(directory, paths, columns, tokenizer, limit, max_tokens):
-    """Write the files of a cache, row by row."""
-    skipped, n_rows, n_tokens, n_bytes = Skipped(), 0, 0, 0
-    small = tokenizer.n_vocab <= 1 << 16
+    """Write a cache's files, row by row. Returns (what there is to report, the line of the last row that is used)."""
+    skipped, n_rows, n_tokens, line = Skipped(), 0, 0, 0
+    directions, kind = list(itertools.permutations(range(len(columns)), 2)), _dtype(tokenizer).char
     bar = tqdm(total=limit, unit=" rows", desc="encoding", disable=not sys.stderr.isatty(), file=sys.stderr)
     with ExitStack() as stack, bar:
-        tokens, text, index, split = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
-        index.write(array("q", [0, 0]))
+        tokens, index, *splits = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
+        hashes = stack.enter_context(tempfile.TemporaryFile(dir=directory))
+        index.write(array("q", [0]))
         for line, texts in read_rows(paths, columns, skipped):
-            ids = [tokenizer.encode(cell) for cell in texts]
+            ids = [tokenizer.encode(text) for text in texts]
             if sum(sorted(map(len, ids))[-2:]) + 1 > max_tokens:  # the row's longest pair, with its separator
                 skipped.add(f"too long (over {max_tokens} tokens)", line)
                 continue
-            for cell_ids, cell in zip(ids, map(str.encode, texts)):
-                tokens.write(array("H" if small else "i", cell_ids))
-                text.write(cell)
-                n_tokens, n_bytes = n_tokens + len(cell_ids), n_bytes + len(cell)
-                index.write(array("q", [n_tokens, n_bytes]))
-            split.write(bytes([SPLITS.index(split_of(next(filter(None, texts))))]))
+            for cell in ids:
+                n_tokens += len(cell)
+                tokens.write(array(kind, cell))
+                index.write(array("q", [n_tokens]))
+            examples = [(n_rows, source, target) for source, target in directions if ids[source] and ids[target]]
+            split = split_of(next(filter(None, texts)))
+            splits[SPLITS.index(split)].write(array("i", itertools.chain(*examples)))
+            hashes.write(array("q", [hash(texts), line]))
             n_rows += 1
             bar.update()
             if n_rows == limit:
                 break
+        repeated = _repeated(hashes, n_rows)
     if not n_rows:
         faults = "; ".join(skipped.report()) or "there is none at all"
         raise UserError(f"{' '.join(map(str, paths))}: no row that can be used: {faults}")
-    sizes = {name: (directory / name).stat().st_size for name in FILES}
-    meta = {"columns": columns, "skipped": skipped.report(), "dtype": "uint16" if small else "int32", "sizes": sizes}
-    (directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    return skipped.report() + repeated, line
+
+
+def _repeated(file, n_rows):
+    """The line to report, if any, of rows whose texts are those of an earlier row. They are used all the same.
+
+    file: (hash, line) of each row, int64. They are compared by shares of all hashes, one share in memory at a time."""
+    n, first, shares = 0, math.inf, n_rows // SHARE + 1
+    for share in range(shares):
+        file.seek(0)
+        parts = [np.empty((0, 2), np.int64)]
+        while len(part := np.frombuffer(file.read(1 << 20), np.int64).reshape(-1, 2)):
+            parts.append(part[part[:, 0] % shares == share])
+        hashes, lines = np.concatenate(parts).T
+        again = np.delete(lines, np.unique(hashes, return_index=True)[1])
+        n, first = n + len(again), min([first, *again[:1]])
+    return [f"{n:,} row{'s' * (n > 1)} repeat{'s' * (n == 1)} an earlier one (first at line {first})"] if n else []
+
+
+def _dtype(tokenizer):
+    return np.dtype(np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.int32)
 
 
 class Corpus:
     """The usable rows of some files, encoded: a view of a cache on disk.
 
-    columns: their names. skipped: a line for each reason for which rows were left out. Rows are in the order of the
-    files, numbered from 0 without the skipped ones."""
+    columns: their names. report: a line for each reason for which rows were left out, and for what else was odd. Rows
+    are in the order of the files, numbered from 0 without those left out."""
 
-    def __init__(self, directory):
-        """Raises OSError, ValueError, KeyError or TypeError where `directory` is not a whole cache."""
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        for name in FILES:
-            if (directory / name).stat().st_size != meta["sizes"][name]:
-                raise ValueError(f"{directory / name} is damaged")
-        self.columns, self.skipped = tuple(meta["columns"]), list(meta["skipped"])
-        dtypes = (meta["dtype"], np.uint8, np.int64, np.uint8)
-        maps = [np.memmap(directory / name, dtype, mode="r") for name, dtype in zip(FILES, dtypes)]
-        self._tokens, self._text, self._index, self._split = map(np.asarray, maps)  # plain arrays slice faster
-        self._index = self._index.reshape(-1, 2)
+    def __init__(self, directory, tokenizer):
+        """Raises OSError, ValueError, KeyError or TypeError where `directory` is not a cache."""
+        meta = read_object(directory / "meta.json")
+        self.columns, self.report = tuple(meta["columns"]), list(meta["report"])
+        self._digest, self._tokenizer = meta["digest"], tokenizer
+        dtypes = (_dtype(tokenizer), np.int64, *[np.int32] * len(SPLITS))
+        self._tokens, self._index, *examples = (_mapped(directory / name, d) for name, d in zip(FILES, dtypes))
+        self._examples = {split: part.reshape(-1, 3) for split, part in zip(SPLITS, examples)}
 
     def __len__(self):
-        return len(self._split)
+        return len(self._index) // len(self.columns)
 
     def fingerprint(self):
         """A short name for all that is in here: the same wherever the files lie."""
-        digest = hashlib.blake2b(digest_size=8)
-        for array in (self._tokens, self._text, self._index, self._split):
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+        return self._digest
 
     def rows(self, split):
-        """The numbers of the rows of "train", "validation" or "test", in order: (n,) int64."""
-        return np.flatnonzero(self._split == SPLITS.index(split))
+        """Yield the numbers of the rows of "train", "validation" or "test", in order."""
+        for row, _ in itertools.groupby(self.examples(split)[:, 0]):
+            yield int(row)
 
     def ids(self, row, column):
         """The tokens of a row in the column of that number: (T,) int64, T = 0 where that side is empty."""
         cell = int(row) * len(self.columns) + int(column)
-        return self._tokens[self._index[cell, 0] : self._index[cell + 1, 0]].astype(np.int64)
+        return self._tokens[self._index[cell] : self._index[cell + 1]].astype(np.int64)
 
     def text(self, row, column):
         """The text of a row in the column of that number, cleaned, "" where that side is empty."""
-        cell = int(row) * len(self.columns) + int(column)
-        return self._text[self._index[cell, 1] : self._index[cell + 1, 1]].tobytes().decode()
+        return self._tokenizer.decode(self.ids(row, column))
 
     def examples(self, split):
         """All pairs of sides that are not empty, each both ways round: (n, 3) int32 of row, source column and target
-        column, in the order of the rows."""
-        C, rows, ends = len(self.columns), self.rows(split), self._index[:, 1]
-        filled = [ends[rows * C + c] < ends[rows * C + c + 1] for c in range(C)]
-        pairs = np.array(list(itertools.permutations(range(C), 2)))  # (C * (C - 1), 2)
-        at, pair = np.nonzero(np.stack([filled[s] & filled[t] for s, t in pairs], axis=1))  # row by row
-        examples = np.empty((len(at), 3), np.int32)
-        examples[:, 0], examples[:, 1:] = rows[at], pairs[pair]
-        return examples
+        column, in the order of the rows. They stay on disk until they are looked at."""
+        return self._examples[split]
+
+
+def _mapped(path, dtype):
+    """The numbers in a file, memory-mapped. A plain array: those slice faster than np.memmap's."""
+    return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype)
 
 
 def sample_rows(rows, n):

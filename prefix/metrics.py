@@ -32,6 +32,7 @@ from nltk.translate.bleu_score import closest_ref_length, sentence_bleu
 from nltk.util import everygrams
 
 BLEU_ORDER, CHRF_ORDER, CHRF_BETA = 4, 6, 2
+RESAMPLES = 1000  # of the sentences, for a paired bootstrap
 
 SETTINGS = {
     "BLEU": "case:mixed|eff:no|tok:13a|smooth:exp",
@@ -129,7 +130,13 @@ def _chrf_from_statistics(sums):
     return 100 * float((1 + CHRF_BETA**2) * P * R / (CHRF_BETA**2 * P + R))
 
 
-def paired_bootstrap(hypotheses_a, hypotheses_b, references, n_resamples=1000, seed=0):
+def exact_match(hypotheses, references):
+    """The share of hypotheses that are a reference, letter by letter, 0 .. 100: the accuracy of a classifier."""
+    found = [hypothesis in refs for hypothesis, refs in _pairs(hypotheses, references)]
+    return 100 * sum(found) / len(found) if found else 0.0
+
+
+def paired_bootstrap(hypotheses_a, hypotheses_b, references, n_resamples=RESAMPLES, seed=0):
     """Would another test set have said the same? (Koehn 2004) Draw as many sentences as there are, with replacement,
     the same for both systems, n_resamples times, and look at BLEU(a) - BLEU(b) in each draw.
 

@@ -1,22 +1,24 @@
-"""Every usable row of a file is read as it was written, every other is counted, and the cache is what the file says."""
+"""The token cache is what the files say, is made anew where anything changed, and tells once what it left out."""
 
-import csv
 import json
 import os
 import random
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from minigpt import Tokenizer, UserError
 from minigpt.splits import split_of
 from minigpt.tokenizer import END_OF_TEXT, byte_characters
 from prefix import data
-from prefix.data import Skipped, read_rows, resolve_columns
+from prefix import rows as reading
 
-quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -30,29 +32,11 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture
-def write(tmp_path):
-    """write(name, str or bytes) -> the path."""
-
-    def write(name, content):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
-
-
-@pytest.fixture
 def load(tmp_path, tokenizer):
     """data.load with the byte tokenizer, and a cache of this test's own."""
     return lambda paths, columns=None, tokenizer=tokenizer, **options: data.load(
         paths, columns, tokenizer, home=tmp_path / "home", **options
     )
-
-
-def read(*paths, columns=None):
-    """(rows, what was skipped) of whole files."""
-    skipped = Skipped()
-    return list(read_rows(paths, columns, skipped)), skipped.report()
 
 
 def texts_of(corpus):
@@ -63,299 +47,7 @@ def skips(n, reason, line):
     return [f"{n} row{'s' * (n != 1)} skipped: {reason} (first at line {line})"]
 
 
-PAIRS = [(2, ("one", "un")), (3, ("two", "deux"))]
-
-# The formats
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("a.csv", "en,fr\none,un\ntwo,deux\n"),
-        ("a.CSV", '"en","fr"\n"one","un"\n"two","deux"'),
-        ("a.tsv", "en\tfr\none\tun\ntwo\tdeux\n"),
-        ("a.jsonl", '\n{"en": "one", "fr": "un"}\n{"fr": "deux", "en": "two"}\n'),
-        ("a.ndjson", '\n{"en": "one", "fr": "un", "n": 1}\n{"en": "two", "fr": "deux"}\n'),
-    ],
-)
-def test_each_kind_of_table_gives_its_rows_and_their_lines(write, name, content):
-    assert read(write(name, content)) == (PAIRS, [])
-
-
-def test_text_files_are_columns_side_by_side(write):
-    english, french = write("a.en", "zero\none\ntwo"), write("b.fr", "zéro\nun\ndeux\n")
-    assert read(english, french, columns=["x", "y"]) == ([(1, ("zero", "zéro")), *PAIRS], [])
-    assert resolve_columns([english, french]) == ("en", "fr")
-
-
-@pytest.mark.parametrize("name, mark", [("a.csv", ","), ("a.tsv", "\t")])
-def test_columns_may_stand_anywhere_in_the_header(write, name, mark):
-    path = write(name, "id fr x en\n1 un ? one\n2 deux ? two\n".replace(" ", mark))
-    assert read(path, columns=["en", "fr"]) == (PAIRS, [])
-    assert resolve_columns([path]) == ("id", "fr")
-
-
-def test_columns_without_a_name_are_never_the_default(write):
-    assert resolve_columns([write("a.csv", ",en, fr ,de\n0,one,un,eins\n")]) == ("en", "fr")
-
-
-def test_the_keys_of_json_objects_are_gathered_until_all_columns_are_there(write):
-    path = write("a.jsonl", '{"en": "one"}\n{"fr": "un", "en": "one"}\n{"de": "eins", "fr": "un"}\n')
-    assert resolve_columns([path]) == ("en", "fr")
-    assert resolve_columns([path], ["de", "en"]) == ("de", "en")
-
-
-def test_a_json_number_is_a_text_and_null_is_none(write):
-    objects = ['{"tweet": "good", "label": 1}', '{"tweet": "bad", "label": null}', '{"tweet": "?", "label": false}']
-    expected = [(1, ("good", "1")), (3, ("?", "false"))]
-    assert read(write("a.jsonl", "\n".join(objects))) == (expected, skips(1, "empty side", 2))
-
-
-def test_quotes_hold_commas_quotes_and_newlines(write):
-    path = write("a.csv", 'en,fr\n"a, ""b""","c\n\nd"\n5" disk,"e"\n')
-    assert read(path) == ([(2, ('a, "b"', "c d")), (5, ('5" disk', "e"))], [])
-
-
-def test_a_tsv_has_no_quotes(write):
-    assert read(write("a.tsv", 'en\tfr\n"one\tun"\n')) == ([(2, ('"one', 'un"'))], [])
-
-
-def test_a_newline_inside_quotes_is_a_space(write):
-    assert read(write("a.csv", 'en,fr\n" one\r\n\r\ntwo ",x\n'))[0] == [(2, ("one two", "x"))]
-
-
-@pytest.mark.parametrize("mark", ["\r", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029", "\r\u2028\v"])
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
-def test_every_other_line_break_is_a_space_and_ends_no_row(write, name, mark):
-    row = {"csv": f'a{mark}b,"c"', "tsv": f"a{mark}b\tc", "jsonl": f'{{"en": "a{mark}b", "fr": "c"}}'}[name[2:]]
-    header = {"csv": "en,fr", "tsv": "en\tfr", "jsonl": ""}[name[2:]]
-    assert read(write(name, f"{header}\n{row}\n")) == ([(2, ("a b", "c"))], [])
-
-
-def test_other_spaces_stay(write):
-    assert read(write("a.csv", "en,fr\n« a\u00a0»  b,c\u202f!\n"))[0] == [(2, ("« a\u00a0»  b", "c\u202f!"))]
-
-
-@pytest.mark.parametrize("name, mark", [("a.csv", ","), ("a.tsv", "\t")])
-def test_a_byte_order_mark_and_windows_line_ends_do_not_count(write, name, mark):
-    path = write(name, f"\ufeffen{mark}fr\r\none{mark}un\r\ntwo{mark}deux\r\n")
-    assert read(path, columns=["en", "fr"]) == (PAIRS, [])
-
-
-def test_text_files_and_json_lines_may_have_them_too(write):
-    assert read(write("a.en", "\ufeffone\r\n"), write("a.fr", "un\n")) == ([(1, ("one", "un"))], [])
-    assert read(write("a.jsonl", '\ufeff{"en": "one", "fr": "un"}\r\n')) == ([(1, ("one", "un"))], [])
-
-
-@pytest.mark.parametrize("name, mark", [("a.csv", ","), ("a.tsv", "\t")])
-def test_blank_lines_do_not_count(write, name, mark):
-    assert read(write(name, f"\nen{mark}fr\n\n  \none{mark}un\n\n")) == ([(5, ("one", "un"))], [])
-
-
-# The rows that cannot be used
-
-BAD_ROWS = {
-    "wrong number of fields": [b"one,un,1", b"one", b'"one,un"'],
-    "empty side": [b"one,", b",un", b" ,un", b",", b'"\n",un'],
-    "bad encoding": [b"one,\xff", b"\xe9t\xe9,x", b"\xed\xa0\x80,x"],
-    "NUL byte": [b"one,\0", b'"\0one",un'],
-    "quotes do not match": [b'"one,un', b'"one"x,un', b'one,"un', b'"one" ,un'],
-    "field too long": [b"one," + b"x" * 100_001, b'one,"%b"' % (b"x" * 200_000), b"y" * 3_000_000, b'"' * 3_000_001],
-}
-bad_rows = [(reason, row) for reason, rows in BAD_ROWS.items() for row in rows]
-
-
-@pytest.mark.parametrize("reason, row", bad_rows, ids=lambda value: str(value)[:24])
-def test_a_bad_row_of_a_csv_is_counted_and_the_others_are_read(write, reason, row):
-    if reason == "quotes do not match":  # what stands behind it has quotes too, or would be inside them
-        path = write("a.csv", b'en,fr\none,un\n%b\n"two","deux"\n%b\n"two","deux"\n' % (row, row))
-        expected = [(2, ("one", "un")), (4, ("two", "deux")), (6, ("two", "deux"))]
-    else:
-        path = write("a.csv", b"en,fr\none,un\n%b\ntwo,deux\n%b\n" % (row, row))
-        expected = [(2, ("one", "un")), (4 + row.count(b"\n"), ("two", "deux"))]
-    assert read(path) == (expected, skips(2, reason, 3))
-
-
-@pytest.mark.parametrize("reason", [reason for reason in BAD_ROWS if reason != "quotes do not match"])
-def test_a_bad_row_of_a_tsv_is_counted_and_the_others_are_read(write, reason):
-    for row in [row for row in BAD_ROWS[reason] if b'"' not in row]:
-        path = write("a.tsv", b"en,fr\none,un\n%b\ntwo,deux\n".replace(b",", b"\t") % row.replace(b",", b"\t"))
-        assert read(path) == ([(2, ("one", "un")), (4, ("two", "deux"))], skips(1, reason, 3))
-
-
-@pytest.mark.parametrize(
-    "row, reason",
-    [
-        (b'{"en": "one"', "not a JSON object"),
-        (b'["one", "un"]', "not a JSON object"),
-        (b"[" * 100_000, "not a JSON object"),
-        (b'{"en": ' + b"9" * 5000 + b"}", "not a JSON object"),
-        (b'{"en": "one"}', "empty side"),
-        (b'{"en": "one", "fr": "\\u0000"}', "NUL byte"),
-        (b'{"en": "one", "fr": "\0"}', "NUL byte"),
-        (b'{"en": "one", "fr": "\\ud800"}', "bad encoding"),
-        (b'{"en": "one", "fr": "\xff"}', "bad encoding"),
-        (b'{"en": "one", "fr": "' + b"x" * 100_001 + b'"}', "field too long"),
-        (b'{"en": "one", "fr": "' + b"x" * 3_000_000 + b'"}', "field too long"),
-    ],
-    ids=lambda x: str(x)[:30],
-)
-def test_a_bad_line_of_json_is_counted_and_the_others_are_read(write, row, reason):
-    good = b'{"en": "one", "fr": "un"}'
-    assert read(write("a.jsonl", b"\n".join([good, row, good]))) == (
-        [(1, ("one", "un")), (3, ("one", "un"))],
-        skips(1, reason, 2),
-    )
-
-
-def test_a_bad_line_of_a_text_file_leaves_the_others_side_by_side(write):
-    english = write("a.en", b"one\n\n\xff\n" + b"x" * 3_000_000 + b"\nfive\nsix\nseven\n")
-    french = write("a.fr", b"un\ndeux\ntrois\nquatre\ncinq\n")
-    rows, report = read(english, french)
-    assert rows == [(1, ("one", "un")), (5, ("five", "cinq"))]
-    assert report == [
-        *skips(1, "empty side", 2),
-        *skips(1, "bad encoding", 3),
-        *skips(1, "field too long", 4),
-        *skips(2, "line missing in another file", 6),
-    ]
-
-
-def test_a_quote_that_never_closes_costs_one_row(write):
-    good = [f"good {i},bon {i}" for i in range(3000)]
-    path = write("a.csv", "\n".join(["en,fr", '"never,closed', *good, '"nor,this']))
-    rows, report = read(path)
-    assert [",".join(texts) for _, texts in rows] == good and rows[0][0] == 3
-    assert report == skips(2, "quotes do not match", 2)
-
-
-def test_rows_whose_outer_quotes_were_stripped_are_counted_one_by_one(write):
-    path = write("a.csv", "en,fr\n" + 'one","un\n' * 999 + "one,un\n")  # each opens a quote that the next one closes
-    assert read(path) == ([(1001, ("one", "un"))], skips(999, "quotes do not match", 2))
-
-
-def test_with_three_columns_a_row_may_lack_one(write):
-    path = write("a.csv", "en,fr,de\none,un,eins\ntwo,,zwei\nthree,,\n,quatre,vier\n")
-    rows, report = read(path, columns=["en", "fr", "de"])
-    assert [texts for _, texts in rows] == [("one", "un", "eins"), ("two", "", "zwei"), ("", "quatre", "vier")]
-    assert report == skips(1, "empty side", 4)
-
-
-def test_counts_are_written_with_separators():
-    skipped = Skipped()
-    for line in range(17, 12017):
-        skipped.add("empty side", line)
-    skipped.add("NUL byte", 3)
-    assert skipped.report() == [
-        "12,000 rows skipped: empty side (first at line 17)",
-        "1 row skipped: NUL byte (first at line 3)",
-    ]
-
-
-# Mistakes
-
-
-@pytest.mark.parametrize(
-    "name, content, columns, message",
-    [
-        ("a.csv", "en,fr\na,b\n", ["en", "de"], "a.csv: has no column 'de'; its columns are 'en', 'fr'"),
-        ("a.tsv", "en\tfr\na\tb\n", ["xx", "fr"], "a.tsv: has no column 'xx'; its columns are 'en', 'fr'"),
-        ("a.jsonl", '{"en": 1, "fr": 2}', ["en", "de"], "a.jsonl: has no column 'de'; its columns are 'en', 'fr'"),
-        ("a.csv", "en,en,fr\na,b,c\n", ["en", "fr"], "a.csv: has the column 'en' twice"),
-        ("a.csv", "en,fr\na,b\n", ["en", "en"], "different names"),
-        ("a.csv", "en,fr\na,b\n", ["en"], "2 to 31 columns are needed, not 1: 'en'"),
-        ("a.csv", "text\na\n", None, "2 to 31 columns are needed, not 1: 'text'"),
-        ("a.csv", ",".join(map(str, range(40))), list(map(str, range(32))), "2 to 31 columns are needed, not 32"),
-        ("a.csv", "", None, "the file is empty"),
-        ("a.csv", '"en,fr\na,b\n', None, "line 1: expected a header.*quotes do not match"),
-        ("a.csv", "en,fr\na,b\n".encode("utf-16"), ["en", "fr"], "line 1: expected a header.*in UTF-8"),
-        ("a.csv", "x" * 2_000_000, None, "line 1: expected a header.*field too long"),
-        ("a.jsonl", "nothing\n", None, "2 to 31 columns are needed, not 0: none"),
-        ("a.jsonl", r'{"\ud800": 1, "b": 2}', None, "different names in UTF-8"),
-        ("a.txt", "a\n", None, "expected one .csv, .tsv, .jsonl, .ndjson file, or two or more text files"),
-        ("a", "a\n", None, "expected one .csv"),
-    ],
-)
-def test_a_mistake_about_columns_is_told_in_one_line(write, name, content, columns, message):
-    path = write(name, content)
-    for mistaken in (lambda: resolve_columns([path], columns), lambda: read(path, columns=columns)):
-        with pytest.raises(UserError, match=message) as error:
-            mistaken()
-        assert "\n" not in str(error.value) and len(str(error.value)) < 700
-
-
-def test_text_files_need_a_name_each(write):
-    paths = [write("a.txt", "a"), write("b.txt", "b")]
-    with pytest.raises(UserError, match="different names"):
-        resolve_columns(paths)
-    with pytest.raises(UserError, match="2 text files, but 3 columns"):
-        resolve_columns(paths, ["en", "fr", "de"])
-    assert resolve_columns(paths, ["en", "fr"]) == ("en", "fr")
-
-
-def test_files_that_are_not_there_or_do_not_go_together_are_told(write, tmp_path):
-    table = write("a.csv", "en,fr\na,b\n")
-    for paths, message in [
-        ([tmp_path / "no.csv"], "no.csv: no such file"),
-        ([tmp_path], "not a regular file"),
-        ([table, table], "expected one .csv"),
-        ([table, write("b.fr", "b")], "expected one .csv"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            resolve_columns(paths)
-
-
-def test_a_file_that_may_not_be_read_is_told(write, monkeypatch):
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(data, "open", refuse, raising=False)  # root, who runs tests in containers, may read any file
-    with pytest.raises(UserError, match="a.csv: cannot be read: Permission denied"):
-        resolve_columns([write("a.csv", "en,fr\na,b\n")])
-
-
-# What holds for any file
-
-LINE_BREAKS = "\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029"
-words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0" + LINE_BREAKS))
-sides = words.map(str.strip).filter(bool)
-
-
-@quick
-@given(pairs=st.lists(st.tuples(sides, sides), max_size=8))
-def test_any_pairs_that_csv_writes_are_read_back(pairs, tmp_path):
-    with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("en", "fr"), *pairs])
-    rows, report = read(tmp_path / "a.csv")
-    assert [texts for _, texts in rows] == pairs and report == []
-
-
-PIECES = [b'"', b'""', b",", b"\t", b"\n", b"\r", b"a", b"\xff", b"\0", b"{", b'{"a":"b","c":"d"}', b"\n\n", b" "]
-heads = st.sampled_from([b"", b"en,fr\n", b"en\tfr\n", b'{"a": "b", "c": 1}\n'])
-tails = st.binary() | st.lists(st.sampled_from(PIECES)).map(b"".join)
-
-
-@quick
-@given(head=heads, tail=tails)
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
-def test_bytes_of_any_kind_are_read_or_told(name, head, tail, tmp_path):
-    (tmp_path / name).write_bytes(head + tail)
-    try:
-        rows, _ = read(tmp_path / name)
-    except UserError:
-        return
-    assert all(len(texts) == 2 and all(texts) for _, texts in rows)
-
-
-def test_a_file_that_is_cut_while_it_is_read_has_fewer_rows(write):
-    path = write("a.csv", "en,fr\n" + "one,un\n" * 100_000)
-    rows = read_rows([path], None, Skipped())
-    next(rows)
-    os.truncate(path, 1000)
-    assert 0 < len(list(rows)) < 99_999
-
-
-# The cache
+# A corpus
 
 TABLE = "en,fr\n" + "".join(f"sentence {i},phrase {i}\n" for i in range(300))
 
@@ -363,7 +55,7 @@ TABLE = "en,fr\n" + "".join(f"sentence {i},phrase {i}\n" for i in range(300))
 def test_a_corpus_holds_the_texts_and_their_tokens(write, load, tokenizer):
     corpus = load([write("a.csv", "en,fr\nOù ça ?,\u00e9t\u00e9\n,x\n two ,deux\n")])
     assert texts_of(corpus) == [("Où ça ?", "été"), ("two", "deux")] and corpus.columns == ("en", "fr")
-    assert corpus.skipped == skips(1, "empty side", 3)
+    assert corpus.report == skips(1, "empty side", 3)
     for row, texts in enumerate(texts_of(corpus)):
         for column, text in enumerate(texts):
             assert corpus.ids(row, column).tolist() == tokenizer.encode(text)
@@ -398,7 +90,7 @@ def test_examples_are_all_directions_in_the_order_of_the_file(write, load):
 
 def test_rows_of_all_splits_are_all_rows_each_by_its_first_text(write, load):
     corpus = load([write("a.csv", TABLE)])
-    splits = {split: corpus.rows(split).tolist() for split in ("train", "validation", "test")}
+    splits = {split: list(corpus.rows(split)) for split in ("train", "validation", "test")}
     assert sorted(sum(splits.values(), [])) == list(range(300)) and all(splits.values())
     assert all(split_of(corpus.text(row, 0)) == split for split, rows in splits.items() for row in rows)
 
@@ -406,7 +98,7 @@ def test_rows_of_all_splits_are_all_rows_each_by_its_first_text(write, load):
 def test_an_empty_split_has_no_rows_and_no_examples(write, load):
     corpus = load([write("a.csv", "en,fr\none,un\n")])
     empty = next(split for split in ("train", "test") if split != split_of("one"))
-    assert corpus.rows(empty).shape == (0,) and corpus.examples(empty).shape == (0, 3)
+    assert list(corpus.rows(empty)) == [] and corpus.examples(empty).shape == (0, 3)
 
 
 def test_the_split_depends_on_neither_order_nor_limit_nor_file(write, load):
@@ -431,7 +123,7 @@ def test_a_pair_too_long_for_the_model_is_skipped(write, load):
     path = write("a.csv", "en,fr,de\n123,4567,\n123,45678,\n12345,,678\n1234567,8,\n")
     corpus = load([path], ["en", "fr", "de"], max_tokens=8)
     assert texts_of(corpus) == [("123", "4567", "")]
-    assert corpus.skipped == skips(3, "too long (over 8 tokens)", 3)
+    assert corpus.report == skips(3, "too long (over 8 tokens)", 3)
 
 
 def test_a_file_without_usable_rows_is_an_error_that_lists_the_reasons(write, load, tmp_path):
@@ -443,11 +135,11 @@ def test_a_file_without_usable_rows_is_an_error_that_lists_the_reasons(write, lo
 
 
 def test_a_limit_reads_no_further_than_it_needs(write, load, monkeypatch):
-    numbers, lines = [], data._lines
-    monkeypatch.setattr(data, "_lines", lambda path: (numbers.append(line[0]) or line for line in lines(path)))
+    numbers, lines = [], reading._lines
+    monkeypatch.setattr(reading, "_lines", lambda path: (numbers.append(line[0]) or line for line in lines(path)))
     corpus = load([write("a.csv", "en,fr\n" + "one,un\n,\n" * 5000)], limit=1500)
     assert len(corpus) == 1500 and max(numbers) == 1 + 2 * 1500 - 1
-    assert corpus.skipped == ["1,499 rows skipped: empty side (first at line 3)"]
+    assert corpus.report[:1] == ["1,499 rows skipped: empty side (first at line 3)"]
 
 
 def test_a_limit_counts_usable_rows(write, load):
@@ -463,10 +155,117 @@ def encoded(tokenizer, monkeypatch):
     return texts
 
 
+# What is told
+
+
+def test_every_fault_of_a_file_is_told_once_with_its_first_line_and_the_rest_is_used(write, load):
+    lines = [
+        b"\xef\xbb\xbffr,id,en\r",  # 1, after a byte-order mark
+        b"un,1,one\r",
+        b'"deux\n\ntrois, \xc3\xa9t\xc3\xa9",2,"two\r\n\r\nthree, ""four"""\r',  # 3 to 7
+        b"short,row",  # 8
+        b"a,row,too,long",
+        b",3,empty",  # 10
+        b"empty,4, ",
+        b"\xff,5,not UTF-8",  # 12
+        b"nul,6,\0",  # 13
+        b'"un" deux,7,"one"',  # 14
+        b"x" * 1_100_000 + b",8,x",
+        b"cinquante" * 50 + b",9,fifty",  # 16
+        b"un,10,one",  # 17, as in line 2
+        b'"never closed,11,x',
+        b"last,12,line",
+    ]
+    path = write("a.csv", b"\n".join(lines))
+    for _ in range(2):  # made, and read again
+        corpus = load([path], ["en", "fr"])
+        assert texts_of(corpus) == [
+            ("one", "un"),
+            ('two three, "four"', "deux trois, été"),
+            ("one", "un"),
+            ("line", "last"),
+        ]
+        assert corpus.report == [
+            *skips(2, "wrong number of fields", 8),
+            *skips(2, "empty side", 10),
+            *skips(1, "bad encoding", 12),
+            *skips(1, "NUL byte", 13),
+            *skips(2, "quotes do not match", 14),
+            *skips(1, "field too long", 15),
+            *skips(1, "too long (over 384 tokens)", 16),
+            "1 row repeats an earlier one (first at line 17)",
+        ]
+
+
+@pytest.mark.parametrize("share", [data.SHARE, 7])
+def test_rows_that_repeat_an_earlier_one_are_counted_and_kept(write, load, monkeypatch, share):
+    monkeypatch.setattr(data, "SHARE", share)
+    pairs = [f"sentence {i},phrase {i}\n" for i in range(100)]
+    corpus = load([write("a.csv", "en,fr\n" + "".join(pairs[:60] + pairs[50:60] + ["sentence 1,x\n"] + pairs[20:]))])
+    assert len(corpus) == 60 + 10 + 1 + 80
+    assert corpus.report == ["50 rows repeat an earlier one (first at line 62)"]
+
+
+def append(path):
+    with open(path, "a") as file:
+        file.write("late,tard\n" * 5000)
+
+
+@pytest.fixture
+def while_read(tokenizer, monkeypatch):
+    """A function: set what happens once, when the first text of a file is encoded."""
+
+    def set_change(change):
+        due, encode = [change], tokenizer.encode
+
+        def encode_after(text):
+            while due:
+                due.pop()()
+            return encode(text)
+
+        monkeypatch.setattr(tokenizer, "encode", encode_after)
+
+    return set_change
+
+
+@pytest.mark.parametrize("change", [append, lambda path: os.truncate(path, 50_000), lambda path: path.unlink()])
+def test_a_file_that_changes_while_it_is_read_is_told_and_what_was_read_is_used(write, load, while_read, change):
+    path = write("a.csv", "en,fr\n" + "".join(f"one {i},un {i}\n" for i in range(5000)))
+    while_read(lambda: change(path))
+    corpus = load([path])
+    assert texts_of(corpus)[:2] == [("one 0", "un 0"), ("one 1", "un 1")]
+    told = f"{path} changed while it was read, up to line {1 + len(corpus)}: rows may be missing"
+    assert [line for line in corpus.report if "changed" in line] == [told]
+
+
+def test_a_file_that_changed_while_it_was_read_is_read_anew_the_next_time(write, load, while_read):
+    path = write("a.csv", "en,fr\none,un\n")
+    while_read(lambda: write("a.csv", "en,fr\ntwo,deux\nthree,trois\n"))
+    assert len(load([path])) < 3
+    corpus = load([path])
+    assert texts_of(corpus) == [("two", "deux"), ("three", "trois")] and corpus.report == []
+
+
+# The cache on disk
+
+
+def test_memory_does_not_grow_with_the_file(write, load):
+    def peak_of(n):
+        path = write(f"{n}.csv", "en,fr\n" + f"{'x' * 100},{'y' * 100}\n" * n)
+        tracemalloc.start()
+        for corpus in (load([path]), load([path])):  # made, and read again
+            assert len(corpus) == n and sum(len(corpus.examples(split)) for split in data.SPLITS) == 2 * n
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert peak_of(3000) < peak_of(10) + 500_000
+
+
 def test_a_file_is_encoded_once(write, load, encoded):
     path = write("a.csv", TABLE + ",\n")
     first, again = load([path]), load([path])
-    assert len(encoded) == 600 and texts_of(first) == texts_of(again) and first.skipped == again.skipped != []
+    assert len(encoded) == 600 and texts_of(first) == texts_of(again) and first.report == again.report != []
     assert (first.examples("train") == again.examples("train")).all()
 
 
@@ -496,17 +295,29 @@ def damages():
         yield f"{name} is gone", lambda cache, name=name: (cache / name).unlink()
         yield f"{name} is cut", lambda cache, name=name: os.truncate(cache / name, 1)
         yield f"{name} is empty", lambda cache, name=name: os.truncate(cache / name, 0)
-    for content in ("null", "[]", "{}", '{"sizes": 1}', '{"columns": ["en", "fr"], "sizes": {}}'):
-        yield f"meta.json is {content}", lambda cache, content=content: (cache / "meta.json").write_text(content)
+        yield f"{name} has another byte", lambda cache, name=name: overwrite(cache / name)
+    rest = '"report": [], "digest": "0123456789abcdef"}'
+    for content in ("null", "[]", "{}", "[" * 100_000, '{"columns": 2, ' + rest, '{"columns": [], ' + rest):
+        name = f"meta.json is {content:.20}"
+        yield name, lambda cache, content=content: (cache / "meta.json").write_text(content)
+
+
+def overwrite(path):
+    """Change a byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x55
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", [d for _, d in damages()], ids=[name for name, _ in damages()])
 def test_a_damaged_cache_is_made_anew(write, load, tmp_path, damage):
     path = write("a.csv", TABLE)
-    before = texts_of(load([path]))
+    before = load([path])
+    texts, examples = texts_of(before), before.examples("train").tolist()
     (cache,) = (tmp_path / "home" / "tokens").iterdir()
     damage(cache)
-    assert texts_of(load([path])) == before
+    after = load([path])
+    assert (texts_of(after), after.examples("train").tolist()) == (texts, examples)
     assert list((tmp_path / "home" / "tokens").iterdir()) == [cache]
 
 
@@ -533,12 +344,88 @@ def test_a_second_builder_uses_the_cache_of_the_first(write, load, tmp_path, mon
     path, build = write("a.csv", TABLE), data._build
 
     def build_twice(*arguments):
-        build(*arguments)
+        result = build(*arguments)
         monkeypatch.setattr(data, "_build", build)
         load([path])  # another process, done before this one
+        return result
 
     monkeypatch.setattr(data, "_build", build_twice)
     assert len(load([path])) == 300 and len(list((tmp_path / "home" / "tokens").iterdir())) == 1
+
+
+BUILDER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from minigpt import Tokenizer
+from prefix import data
+
+build = data._build
+
+def build_and_wait(*arguments):
+    result = build(*arguments)
+    print("built", flush=True)
+    sys.stdin.readline()
+    return result
+
+data._build = build_and_wait
+corpus = data.load([sys.argv[2]], None, Tokenizer.from_pretrained("demo"), home=sys.argv[3])
+print(len(corpus), corpus.fingerprint(), corpus.text(299, 1), flush=True)
+"""
+
+
+def test_two_processes_may_build_a_cache_at_once_even_where_one_was_damaged(write, tmp_path):
+    path, home = write("a.csv", TABLE), tmp_path / "home"
+    demo = Tokenizer.from_pretrained("demo")
+    data.load([path], None, demo, home=home)
+    overwrite(next((home / "tokens").iterdir()) / "tokens.bin")
+    command = [sys.executable, "-c", BUILDER, str(ROOT), str(path), str(home)]
+    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.stdout.readline() for process in both] == ["built\n"] * 2
+    assert len(list((home / "tokens").glob(".building-*"))) == 2
+    for process in both:  # now neither has published, and both are about to
+        process.stdin.write("\n")
+        process.stdin.flush()
+    first, second = (process.communicate(timeout=60)[0] for process in both)
+    assert first == second and first.startswith("300 ") and first.endswith(" phrase 299\n")
+    assert len(list((home / "tokens").iterdir())) == 1
+    assert data.load([path], None, demo, home=home).fingerprint() in first
+
+
+def test_what_a_killed_build_left_behind_is_removed_when_it_is_a_day_old(write, load, tmp_path):
+    folder = tmp_path / "home" / "tokens"
+    old, fresh, at_work = (folder / f".building-{name}" for name in ("old", "fresh", "at-work"))
+    for directory in (old, fresh, at_work):
+        (directory / "built").mkdir(parents=True)
+        (directory / "built" / "tokens.bin").write_bytes(b"1234")
+    for path in (old / "built" / "tokens.bin", old / "built", old, at_work):  # one is old, but its file is written to
+        age(path, days=1.1)
+    load([write("a.csv", TABLE)])
+    assert not old.exists() and fresh.exists() and at_work.exists()
+
+
+def test_a_cache_that_nobody_opens_for_a_month_is_removed(write, load, tmp_path, encoded):
+    folder = tmp_path / "home" / "tokens"
+    unused, used = write("a.csv", TABLE), write("b.csv", TABLE)
+    for path in (unused, used):
+        load([path])
+    for path in [*folder.iterdir(), *folder.glob("*/*")]:
+        age(path, days=31)
+    (folder / "another-folder").mkdir()
+    age(folder / "another-folder", days=31)
+    load([used])
+    assert len(list(folder.iterdir())) == 3
+    load([write("c.csv", TABLE)])
+    assert len(list(folder.iterdir())) == 3 and (folder / "another-folder").exists()
+    encoded.clear()
+    load([used])
+    assert encoded == []
+    load([unused])
+    assert len(encoded) == 600
+
+
+def age(path, days):
+    then = time.time() - days * 24 * 60 * 60
+    os.utime(path, (then, then))
 
 
 def test_a_home_that_cannot_be_written_is_replaced_for_now(write, tmp_path, tokenizer, capsys):
