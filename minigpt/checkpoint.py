@@ -5,25 +5,24 @@ memory, on its device and in its dtype; there is never a second copy of the mode
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shlex
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minigpt.config import PUBLISHED
 from minigpt.errors import UserError
-from minigpt.files import replacing
+from minigpt.files import FLOATS, open_tensors, read_object, replacing
 
 DEMO = Path(__file__).parent / "demo"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FILES = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "vocab.json", "merges.txt"]
-DTYPES = ("F32", "F16", "BF16")  # as safetensors calls them
 HEAD = "lm_head.weight"
 
 
@@ -32,7 +31,7 @@ def find(name):
     $MINIGPT_HOME, then through huggingface_hub (its cache, else its download). Raises UserError with what to do."""
     if name == "demo":
         return DEMO
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     if name not in PUBLISHED:
         raise UserError(f"--model {name}: no such directory, and not one of demo, {', '.join(PUBLISHED)}")
@@ -69,7 +68,8 @@ def home():
     return Path(os.environ.get("MINIGPT_HOME", "~/.cache/minigpt")).expanduser()
 
 
-def _repository(name):
+def repository(name):
+    """What the hub calls a published checkpoint."""
     return f"distilbert/{name}" if name == "distilgpt2" else f"openai-community/{name}"
 
 
@@ -77,7 +77,7 @@ def _command(name):
     """The shell command that puts a published checkpoint where `find` looks first."""
     files = f"config.json {WEIGHTS} vocab.json merges.txt"
     target = shlex.quote(str(home() / name))
-    return f"pip install huggingface_hub && hf download {_repository(name)} {files} --local-dir {target}"
+    return f"pip install huggingface_hub && hf download {repository(name)} {files} --local-dir {target}"
 
 
 def _from_hub(name, download):
@@ -86,7 +86,7 @@ def _from_hub(name, download):
     except ImportError:
         return None
     try:
-        path = huggingface_hub.snapshot_download(_repository(name), allow_patterns=FILES, local_files_only=not download)
+        path = huggingface_hub.snapshot_download(repository(name), allow_patterns=FILES, local_files_only=not download)
     except Exception as error:  # the library's own errors and those of the network below it are many
         if download:
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -95,20 +95,42 @@ def _from_hub(name, download):
     return Path(path)
 
 
+def check_size(config, directory):
+    """Refuse a config.json that promises far more than the weights hold, before time or memory is spent on it."""
+    with _opened(directory) as files:
+        tensors, size = sum(len(file.keys()) for file in files.values()), sum(path.stat().st_size for path in files)
+    if config.n_layer > tensors or config.n_params > size:  # a number takes two bytes or more
+        raise UserError(
+            f"{directory}: config.json says {config.n_layer:,} layers and {config.n_params:,} parameters, "
+            f"but the weights are {tensors:,} tensors in {size:,} bytes"
+        )
+
+
+@torch.no_grad()
 def load_weights(model, directory, device, dtype):
     """Fill `model` (its parameters may be on the meta device) from `directory`. Every tensor is checked: missing,
-    unexpected, of another shape or type are UserErrors that name it. Sets model.fingerprint."""
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(_open(path)) for path in _weight_files(Path(directory))}
+    unexpected, of another shape or type, not finite are UserErrors that name it. Sets model.fingerprint."""
+    with _opened(directory) as files:
         sources = _match(files, dict(model.named_parameters()))
-        model.to(dtype).to_empty(device=device)  # in this order: what is taken on the device is of `dtype`
-        parameters, samples = dict(model.named_parameters()), {}
+        for module in model.modules():  # not by to_empty, for which torch imports a second's worth of sympy
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
+        parameters, samples, peaks = dict(model.named_parameters()), {}, []
         for name, (path, stored) in sources.items():
             tensor = files[path].get_tensor(stored)
             samples[name] = sample(tensor)
-            with torch.no_grad():
-                parameters[name].copy_(tensor)
+            parameters[name].copy_(tensor)
+            peaks.append(parameters[name].norm(torch.inf))  # the largest size, or NaN where there is one
+        finite = torch.stack(peaks).isfinite().tolist()  # the one wait for the device
+        for path, stored in itertools.compress(sources.values(), [not good for good in finite]):
+            check_finite(path, stored, files[path].get_tensor(stored))
+            raise UserError(f"{path}: tensor {stored} has numbers too large for {dtype}: use --dtype float32")
     model.fingerprint = fingerprint(samples)
+
+
+def check_finite(path, name, tensor):
+    if not tensor.isfinite().all():
+        raise UserError(f"{path}: tensor {name} has numbers that are not finite (NaN or infinity)")
 
 
 def sample(tensor):
@@ -125,30 +147,29 @@ def fingerprint(samples):
     return digest.hexdigest()[:16]
 
 
+@contextmanager
+def _opened(directory):
+    """{path: open safetensors file} of all weights in a directory."""
+    with ExitStack() as stack:
+        yield {path: stack.enter_context(open_tensors(path)) for path in _weight_files(Path(directory))}
+
+
 def _weight_files(directory):
     """The safetensors files of a checkpoint: one, or the shards that the index names."""
     if (directory / WEIGHTS).exists():
         return [directory / WEIGHTS]
     if not (directory / INDEX).exists():
         raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
-    try:
-        weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(map(str, weight_map.values())))
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / INDEX}: expected a JSON object with a weight_map of tensor: file") from error
+    weight_map = read_object(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{directory / INDEX}: expected a JSON object with a weight_map of tensor: file")
+    shards = sorted(set(map(str, weight_map.values())))
     if not shards:
         raise UserError(f"{directory / INDEX}: its weight_map names no file")
     for shard in shards:
-        if Path(shard).name != shard or not (directory / shard).is_file():
+        if Path(shard).name != shard or not os.path.isfile(directory / shard):
             raise UserError(f"{directory / INDEX}: names the file {shard!r}, which is not beside it")
     return [directory / shard for shard in shards]
-
-
-def _open(path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 def _match(files, wanted):
@@ -175,8 +196,8 @@ def _match(files, wanted):
 def _check_tensor(path, stored, info, parameter):
     if parameter is None:
         raise UserError(f"{path}: unexpected tensor {stored}")
-    if info.get_dtype() not in DTYPES:
-        raise UserError(f"{path}: tensor {stored} is {info.get_dtype()}, expected one of {', '.join(DTYPES)}")
+    if info.get_dtype() not in FLOATS:
+        raise UserError(f"{path}: tensor {stored} is {info.get_dtype()}, expected one of {', '.join(FLOATS)}")
     shape, expected = list(info.get_shape()), list(parameter.shape)
     if shape != expected:
         raise UserError(f"{path}: tensor {stored} has shape {shape}, config.json says {expected}")

@@ -4,11 +4,10 @@ Only what changes the mathematics is kept. Settings that this model does not imp
 that a checkpoint either gives the logits it was trained to give or does not load at all.
 """
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from minigpt.errors import UserError
+from minigpt.files import read_object
 
 # Every name that transformers writes for the tanh approximation, the exact form, and the rest we have.
 ACTIVATIONS = {
@@ -29,6 +28,9 @@ ONLY = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
+
+
+MAX_SIZE = 2**31 - 1  # of any one dimension
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,13 @@ class GPTConfig:
     def mlp_dim(self):
         return self.n_inner or 4 * self.n_embd
 
+    @property
+    def n_params(self):
+        """How many numbers the model has: what config.json promises, to be held against the weights."""
+        C, M = self.n_embd, self.mlp_dim
+        block = (2 * C) + (3 * C * C + 3 * C) + (C * C + C) + (2 * C) + (C * M + M) + (M * C + C)
+        return (self.vocab_size + self.n_positions) * C + self.n_layer * block + 2 * C
+
     @classmethod
     def from_dict(cls, settings):
         """The config in a checkpoint's config.json, given as a dict. Raises UserError on what we do not implement."""
@@ -76,15 +85,10 @@ class GPTConfig:
     @classmethod
     def from_file(cls, path):
         """Read config.json. Raises UserError naming the file when it is not a GPT-2's."""
-        path = Path(path)
+        settings = read_object(path)
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise UserError("expected a JSON object")
             return cls.from_dict(settings)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:  # json's errors and UserError are both ValueErrors
+        except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
     def to_dict(self):
@@ -92,8 +96,8 @@ class GPTConfig:
 
 
 def _check_positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name} must be a positive whole number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_SIZE:
+        raise UserError(f"{name} must be a whole number from 1 to {MAX_SIZE:,}, not {value!r}")
 
 
 PUBLISHED = {

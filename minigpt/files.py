@@ -1,25 +1,159 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and files from strangers: read only as far as they keep to their format.
 
+A safetensors file is a length (8 bytes), a JSON header of that length with the shape, type and place of every tensor,
+and the tensors. The library checks that they lie one after another and fill the file; nothing in it is code.
+"""
+
+import json
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from minigpt.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+TEMPORARY = ".tmp"  # the end of the names of files that are being written
+MAX_TEXT = 1 << 24  # bytes of a JSON file, a merge list or a safetensors header: sixteen times gpt2's vocabulary
+FLOATS = ("F32", "F16", "BF16")  # as safetensors calls them
+NOT_WEIGHTS = {
+    b"version https://git-lfs": "a git LFS pointer in place of the file: fetch it with `git lfs pull`",
+    b"<": "a web page in place of the file: download it again",
+    b"PK": "a zip or a pickle of torch.save, which could run code: only safetensors are read",
+    b"\x80": "a pickle, which could run code: only safetensors are read",
+}
 
 
 @contextmanager
 def replacing(path):
-    """Yield the path of a temporary file in the same folder; on a clean exit it is flushed and renamed to `path`.
+    """Yield the path of a temporary file in the same folder; on a clean exit it is flushed to the disk and renamed to
+    `path`, so that there is always the old file or the new one, whole, even if the machine dies in between.
 
-    On an error the temporary file is removed and whatever `path` was before stays as it was."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+    On an error the temporary file is removed and whatever `path` was before stays as it was. A full disk, or a folder
+    that cannot be written or is gone, is a UserError."""
+    target = Path(os.path.realpath(path))  # of a symbolic link, so that it stays one
+    if target.exists() and not (target.is_file() or target.is_dir()):  # a device or a pipe, such as /dev/stdout
+        yield target
+        return
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(TEMPORARY, f".{target.name}.", target.parent)
+        os.close(handle)
         yield Path(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        os.replace(temporary, target)
+        with suppress(OSError):  # not every system can flush a folder
+            flush(target.parent)
+    except BaseException as error:
+        if temporary:
+            with suppress(OSError):
+                os.unlink(temporary)
+        if isinstance(error, (OSError, SafetensorError)):
+            reason = getattr(error, "strerror", None) or str(error).rpartition("error: ")[2]  # safetensors says more
+            raise UserError(f"{path}: cannot be written: {reason}") from error
         raise
+
+
+def flush(path):
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files of programs that were killed inside `replacing`."""
+    for path in Path(folder).glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path):
+    """Inside, no other process gets this lock: it is on a file, which is made where it is missing and stays. It ends
+    with the process, however that ends. Raises UserError where another process has it."""
+    with open(path, "ab") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{path}: another process is at work there: wait for its end, or stop it") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def read_text(path):
+    """The text of a small UTF-8 file."""
+    with _regular(path) as file:
+        content = file.read(MAX_TEXT + 1)
+    if len(content) > MAX_TEXT:
+        raise UserError(f"{path}: larger than {MAX_TEXT:,} bytes, which is no such file of a GPT-2")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}{_instead(content)}") from error
+
+
+def read_object(path):
+    """The dict in a small JSON file. Python's extensions to JSON and keys that stand twice are refused."""
+    text = read_text(path)
+    try:
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}{_instead(text.encode())}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
+    return value
+
+
+def open_tensors(path):
+    """safetensors' safe_open, for torch. Reads no more than the header, and that only if it may be one."""
+    with _regular(path) as file:
+        start, size = file.read(64), os.fstat(file.fileno()).st_size
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or length > min(size - 8, MAX_TEXT):
+        found = f"{size:,} bytes cannot hold a header of {length:,}" if size >= 8 else f"it has {size} bytes"
+        raise UserError(f"{path}: not a safetensors file: {found}{_instead(start)}")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from error
+
+
+@contextmanager
+def _regular(path):
+    """An open file, but no pipe or device, on which reading may never end."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path}: not a regular file")
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def _instead(content):
+    """What a file seems to be that is not what it should be, for the end of a message."""
+    kinds = [kind for start, kind in NOT_WEIGHTS.items() if content.lstrip().startswith(start)]
+    return f" ({kinds[0]})" if kinds else ""
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _unique(pairs):
+    """The dict of an object's keys and values."""
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return names

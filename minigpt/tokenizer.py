@@ -8,7 +8,7 @@ that stands first in the list is joined, again and again, until no pair is left 
     [46, 127, 117, 6184, 100, 64, 5633]
 """
 
-import json
+import re
 from pathlib import Path
 
 import tiktoken
@@ -16,10 +16,12 @@ import tiktoken
 from minigpt import checkpoint
 from minigpt.config import GPTConfig
 from minigpt.errors import UserError
+from minigpt.files import read_object, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 # Contractions, runs of letters, of digits, of anything else, each with the space before it (Radford et al. 2019, 2.2).
 PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+LONGEST_BLANK = 100_000  # characters; at a million tiktoken panics
 
 
 class Tokenizer:
@@ -71,12 +73,15 @@ class Tokenizer:
         return cls(encoding, [vocab[token] for token in tokens])
 
     def encode(self, text):
-        """Text -> list of ids. Text is text: "<|endoftext|>" in it is ordinary characters."""
+        """Text -> list of ids. Text is text: "<|endoftext|>" in it is ordinary characters, and a lone surrogate, which
+        UTF-8 cannot say, is U+FFFD. Raises UserError for a run of white space that tiktoken's pattern cannot match."""
+        if len(text) > LONGEST_BLANK and max(map(len, re.findall(r"\s+", text)), default=0) > LONGEST_BLANK:
+            raise UserError(f"a text has more than {LONGEST_BLANK:,} spaces in a row")
         return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
 
     def decode(self, ids):
-        """Ids -> text; bytes that are not UTF-8 become U+FFFD."""
-        return self.encoding.decode([self.rank[int(i)] for i in ids], errors="replace")
+        """Ids -> text; bytes that are not UTF-8 become U+FFFD, ids of no token (a padded vocabulary has some) nothing."""
+        return self.encoding.decode([self.rank[int(i)] for i in ids if int(i) in self.rank], errors="replace")
 
 
 def byte_characters():
@@ -87,13 +92,8 @@ def byte_characters():
 
 
 def _read_vocab(path):
-    try:
-        vocab = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON vocabulary: {error}") from error
-    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+    vocab = read_object(path)
+    if not all(type(i) is int for i in vocab.values()):
         raise UserError(f"{path}: expected a JSON object of token: id")
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise UserError(f"{path}: the ids are not 0 .. {len(vocab) - 1}, each once")
@@ -107,6 +107,8 @@ def _read_ranks(path, vocab):
         for token in (left, right):
             if token not in ranks:
                 raise UserError(f"{path}: line {number}: {token!r} is neither a byte nor made by a line above")
+        if left + right == END_OF_TEXT:
+            raise UserError(f"{path}: line {number}: makes {END_OF_TEXT}, which no text may encode to")
         if left + right in ranks:
             raise UserError(f"{path}: line {number}: {left + right!r} is made by a line above, too")
         if left + right not in vocab:
@@ -117,12 +119,7 @@ def _read_ranks(path, vocab):
 
 def _read_merges(path):
     """Yield (line number, left, right) for each merge, in order."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error}") from error
+    lines = read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
