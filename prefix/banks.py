@@ -1,4 +1,4 @@
-"""Banks of slots: the only thing that training moves (Li & Liang 2021, section 4, without their MLP).
+"""Banks of slots: the only thing that training moves (Li & Liang 2021, section 4; their MLP is in reparam.py).
 
 A bank is one key and one value for each of its slots, in every layer and head of a frozen GPT-2:
 
@@ -6,25 +6,29 @@ A bank is one key and one value for each of its slots, in every layer and head o
 
 Banks are numbered in order; bit b of a token's mask opens bank b to it. Their masters are float32, cast to the
 model's dtype where they are used (in attention). A bank can be drawn at random, read off a text (the keys and values
-that the model itself computes for some tokens), learned, saved and loaded.
+that the model itself computes for some tokens), placed where no text looks, learned, saved and loaded.
 """
 
 import json
+import math
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from minigpt.attention import Layout, Slots
-from minigpt.checkpoint import fingerprint, sample
-from minigpt.errors import UserError
-from minigpt.files import replacing
+from minigpt.attention import Layout, Slots, attend
+from minigpt.checkpoint import check_finite, fingerprint, sample
+from minigpt.config import GPTConfig
+from minigpt.errors import UserError, visible
+from minigpt.files import FLOATS, open_tensors, replacing
 from minigpt.generate import Cache, prefill
 
 FORMAT = "minigpt-prefix/1"
 MAX_BANKS = 31
+MAX_NAME = 100  # characters
+MAX_SLOTS = 1 << 16  # of a bank: far more than any context has positions
 RANDOM_STD = 0.5
+QUIET_MARGIN = 6.0  # e to the power of it: what text gets of the attention for each part that all slots get together
 
 
 class Banks(nn.Module):
@@ -38,6 +42,11 @@ class Banks(nn.Module):
         super().__init__()
         if len(banks) > MAX_BANKS:
             raise UserError(f"{len(banks)} banks are more than the {MAX_BANKS} that a token's mask holds")
+        for name, (key, _) in banks.items():
+            if not 0 < len(name) <= MAX_NAME or visible(name) != name:
+                raise UserError(f"a bank's name has 1 to {MAX_NAME} characters, no control character: not {name!r:.99}")
+            if key.size(2) > MAX_SLOTS:
+                raise UserError(f"{key.size(2):,} slots in bank {name} are more than {MAX_SLOTS:,}")
         self.names = list(banks)
         self.key = nn.ParameterList(nn.Parameter(key.float()) for key, _ in banks.values())
         self.value = nn.ParameterList(nn.Parameter(value.float()) for _, value in banks.values())
@@ -64,6 +73,17 @@ class Banks(nn.Module):
         return cls(banks).to(model.device)
 
     @classmethod
+    def zero_effect(cls, model, ids, layout, names, prefix_len, seed=0):
+        """Slots that leave the model as it is, nearly: values of zero, and keys that next to no query of its own looks
+        at, with noise that tells the slots apart. ids (N,), packed as `layout` says: the sentences that the queries are
+        read off. A wider margin is quieter but learns more slowly: at 10, gradients sink below AdamW's epsilon."""
+        keys = quiet_keys(model, ids, layout, QUIET_MARGIN + math.log(max(1, len(names) * prefix_len))).cpu()
+        generator = torch.Generator().manual_seed(seed)
+        shape = (*keys.shape[:2], prefix_len, keys.size(-1))
+        draw = lambda: keys[:, :, None] + RANDOM_STD * torch.randn(shape, generator=generator)
+        return cls({name: (draw(), torch.zeros(shape)) for name in names}).to(model.device)
+
+    @classmethod
     def reading(cls, model, name, ids):
         """One bank that stands for `ids` exactly: text after it gives the logits that it gives after the tokens."""
         return cls({name: read_text(model, ids)}, position_offset=len(ids))
@@ -72,6 +92,10 @@ class Banks(nn.Module):
     def prefix_len(self):
         """Slots of each bank, in order."""
         return [key.size(2) for key in self.key]
+
+    def pairs(self):
+        """(key, value) of each bank, as attention sees them now."""
+        return list(zip(self.key, self.value))
 
     def mask(self, names):
         """The bits of these banks together. Raises UserError for a name that is not here."""
@@ -82,7 +106,7 @@ class Banks(nn.Module):
 
     def slots(self):
         """All banks one after another, as attention takes them; it casts them to the model's dtype."""
-        key, value = torch.cat(list(self.key), dim=2), torch.cat(list(self.value), dim=2)
+        key, value = (torch.cat(side, dim=2) for side in zip(*self.pairs()))
         numbers = torch.arange(len(self.names), dtype=torch.int32)
         bank = numbers.repeat_interleave(torch.tensor(self.prefix_len)).to(key.device)  # (S,)
         return Slots(key, value, bank)
@@ -98,7 +122,7 @@ class Banks(nn.Module):
     def save(self, path, model):
         """Write the prefix file (DESIGN section 3), whole or not at all."""
         tensors = {}
-        for name, key, value in zip(self.names, self.key, self.value):
+        for name, (key, value) in zip(self.names, self.pairs()):
             tensors[f"{name}.key"] = key.detach().cpu().contiguous()
             tensors[f"{name}.value"] = value.detach().cpu().contiguous()
         metadata = {
@@ -115,34 +139,54 @@ class Banks(nn.Module):
     @classmethod
     def load(cls, path, model):
         """Read a prefix file made for `model`. Raises UserError naming both bases where they differ."""
-        metadata = read_metadata(path)
-        theirs, ours = metadata["base"], base_of(model)
+        theirs, ours = read_metadata(path)["base"], base_of(model)
         if theirs != ours:
             raise UserError(f"{path} was trained on {describe(theirs)}; this model is {describe(ours)}")
-        config, banks = model.config, {}
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
+        return cls.read(path).to(model.device)
+
+    @classmethod
+    def read(cls, path):
+        """Read a prefix file as it is, whatever its base, onto the CPU."""
+        metadata, banks = read_metadata(path), {}
+        try:
+            config = GPTConfig.from_dict(metadata["base"]["config"])
+        except UserError as error:
+            raise UserError(f"{path}: its base: {error}") from error
+        if metadata["position_offset"] >= config.n_positions:
+            raise UserError(f"{path}: text would start past the {config.n_positions} positions of its base")
+        slots = [config.n_layer, config.n_head, metadata["prefix_len"], config.head_dim]
+        with open_tensors(path) as file:
+            wanted = {f"{bank}.{side}" for bank in metadata["banks"] for side in ("key", "value")}
+            if wanted != set(file.keys()):
+                odd = min(wanted ^ set(file.keys()))
+                raise UserError(f"{path}: {'unexpected tensor' if odd not in wanted else 'no tensor'} {odd}")
             for bank in metadata["banks"]:
-                pair = []
-                for tensor in (f"{bank}.key", f"{bank}.value"):
-                    if tensor not in names:
-                        raise UserError(f"{path}: tensor {tensor} is missing")
-                    shape = file.get_slice(tensor).get_shape()
-                    expected = [config.n_layer, config.n_head, shape[2] if len(shape) == 4 else "any", config.head_dim]
-                    if shape != expected:
-                        raise UserError(f"{path}: tensor {tensor} has shape {shape}, expected {expected}")
-                    pair.append(file.get_tensor(tensor))
-                banks[bank] = pair
-        return cls(banks, metadata["position_offset"], metadata["training"]).to(model.device)
+                banks[bank] = [_slots(path, file, f"{bank}.{side}", slots) for side in ("key", "value")]
+                if banks[bank][0].shape != banks[bank][1].shape:
+                    raise UserError(f"{path}: bank {bank} has other keys than values: the shapes differ")
+        return cls(banks, metadata["position_offset"], metadata["training"])
+
+    @classmethod
+    def joined(cls, parts):
+        """The banks of several prefix files of one base, as one. parts: [(path, Banks)]. Raises UserError where they
+        disagree on position_offset, or where two have a bank of the same name."""
+        first, one = parts[0]
+        banks, owner = {}, {}
+        for path, part in parts:
+            if part.position_offset != one.position_offset:
+                offsets = f"{part.position_offset} in {path}, {one.position_offset} in {first}"
+                raise UserError(f"prefixes go together only where text starts at the same position: {offsets}")
+            for name, key, value in zip(part.names, part.key, part.value):
+                if name in banks:
+                    raise UserError(f"bank {name!r} is there twice, in {owner[name]} and in {path}: leave one out")
+                banks[name], owner[name] = (key.data, value.data), path
+        return cls(banks, one.position_offset, one.training_record)
 
 
 def read_metadata(path):
     """The header of a prefix file, checked: base, banks, prefix_len, position_offset, training."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable prefix file: {error}") from error
+    with open_tensors(path) as file:
+        metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a prefix file: format is {metadata.get('format')!r}, expected {FORMAT!r}")
     try:
@@ -152,16 +196,32 @@ def read_metadata(path):
             isinstance(header["base"]["config"], dict)
             and isinstance(header["base"]["fingerprint"], str)
             and isinstance(header["training"], dict)
+            and isinstance(header["training"].get("data", []), list)
+            and all(isinstance(path, str) for path in header["training"].get("data", []))
             and isinstance(header["banks"], list)
             and all(isinstance(bank, str) for bank in header["banks"])
             and 0 < len(set(header["banks"])) == len(header["banks"])
-            and header["prefix_len"] >= 0 <= header["position_offset"]
+            and 0 <= header["prefix_len"] <= MAX_SLOTS
+            and 0 <= header["position_offset"]
         )
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged header: {error!r}") from error
     if not valid:
         raise UserError(f"{path}: damaged header: a field is not of its type")
     return header
+
+
+def _slots(path, file, name, most):
+    """One tensor of a prefix file, float32. most: its shape, but for the number of slots, which may be less."""
+    info = file.get_slice(name)
+    shape, dtype = info.get_shape(), info.get_dtype()
+    if len(shape) != 4 or shape[2] > most[2] or [*shape[:2], shape[3]] != [*most[:2], most[3]]:
+        raise UserError(f"{path}: tensor {name} has shape {shape}, expected {most}")
+    if dtype not in FLOATS:
+        raise UserError(f"{path}: tensor {name} is {dtype}, expected one of {', '.join(FLOATS)}")
+    tensor = file.get_tensor(name)
+    check_finite(path, name, tensor)
+    return tensor
 
 
 def base_of(model):
@@ -186,3 +246,35 @@ def read_text(model, ids):
     cache = Cache(model, seats=1, capacity=len(ids))
     prefill(model, cache, [0], [ids])
     return cache.key[:, 0].float(), cache.value[:, 0].float()
+
+
+@torch.no_grad()
+def quiet_keys(model, ids, layout, margin):
+    """For every layer and head, a key that its queries score at least `margin` below all of their text together
+    (the log of the sum of exp(score)), as far as one key can -> (n_layer, n_head, head_dim), float32."""
+    keys, n_head = [], model.config.n_head
+    future = torch.ones(layout.longest, layout.longest, dtype=torch.bool, device=ids.device).triu(1)
+
+    def look(i, qkv):
+        q, k, _ = layout.to_grid(qkv.float()).unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
+        q = q / math.sqrt(q.size(-1))  # (B, n_head, T, head_dim)
+        text = (q @ k.transpose(-2, -1)).masked_fill(future, -torch.inf).logsumexp(dim=-1)  # (B, n_head, T)
+        q, text = (layout.to_row(x.transpose(1, 2)).transpose(0, 1) for x in (q, text))  # (n_head, N, ...)
+        keys.append(smallest_below(q, text - margin))
+        return attend(qkv, n_head, layout, how=model.attention)
+
+    model.run(model.embed(ids, layout.position), look)
+    return torch.stack(keys)
+
+
+def smallest_below(q, ceiling, steps=20):
+    """q (n_head, N, head_dim), ceiling (n_head, N) -> the k (n_head, head_dim) that has the least
+    sum of max(0, q . k - ceiling)² + |k|². Newton's method, which is least squares over the queries that k still
+    misses, again and again until they stay the same (Chapelle 2007, section 2.3)."""
+    missed = torch.ones_like(ceiling)
+    eye = torch.eye(q.size(-1), device=q.device)
+    for _ in range(steps):
+        a = (q * missed[..., None]).transpose(-2, -1)  # (n_head, head_dim, N)
+        k = torch.linalg.solve(a @ q + eye, a @ ceiling[..., None])  # (n_head, head_dim, 1)
+        missed = ((q @ k)[..., 0] > ceiling).float()
+    return k[..., 0]

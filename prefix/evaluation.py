@@ -11,20 +11,25 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from minigpt.errors import UserError
-from minigpt.splits import TEST, VALIDATION
+from minigpt.splits import SPLITS, TEST, VALIDATION
 from prefix import metrics
 from prefix.data import sample_rows
 from prefix.few_shot import draw_examples, few_shot, prompt_text
 from prefix.translation import translate
 
+MAX_CHOICES = 1000  # texts of a column among which an answer can be chosen
+REFERENCES_SHOWN = 3  # of a sentence that has more
+
 
 @dataclass
 class Score:
-    """One system's result on one set of sentences. empty and cut count outputs; seconds is for all of them."""
+    """One system's result on one set of sentences. exact: the share of outputs, 0 .. 100, that are a reference. empty
+    and cut count outputs; seconds is for all of them."""
 
     bleu: float
     chrf: float
     sentence_bleu: float
+    exact: float
     empty: int
     cut: int
     seconds: float
@@ -32,33 +37,85 @@ class Score:
 
 def rows_to_read(split, limit):
     """How many usable rows of a file hold about `limit` of `split` (None: all): a split is a share of the rows."""
-    share = {"test": TEST, "validation": VALIDATION, "train": 1 - TEST - VALIDATION}[split]
+    share = {"test": TEST, "validation": VALIDATION, "train": 1 - TEST - VALIDATION, "all": 1}[split]
     return None if limit is None else math.ceil(1.25 * limit / share) + 1000
 
 
-def compare(model, tokenizer, banks, corpus, split, limit, shots, draws, seed=0, beams=1, batch_size=32):
-    """Evaluate every direction between the corpus's columns -> a list of dicts, one per direction."""
-    examples = corpus.examples(split)
-    directions = sorted({(int(s), int(t)) for _, s, t in examples}, key=lambda d: (d[1], d[0]))
+def compare(
+    model,
+    tokenizer,
+    banks,
+    corpus,
+    split,
+    limit,
+    shots,
+    draws,
+    seed=0,
+    beams=1,
+    batch_size=32,
+    wanted=None,
+    together=False,
+    choices=None,
+    training=None,
+):
+    """Evaluate the directions between the corpus's columns -> a list of dicts, one per direction.
+
+    split: one of minigpt.splits.SPLITS, or "all". wanted: the directions, as pairs of names (None: all there are).
+    together: rows with the same source are one sentence with several references. choices: the texts that an answer may
+    be; [] stands for those that the training split has in the target column. training: the corpus whose training split
+    gives the k-shot examples and these choices, by default this one; its columns may be in another order."""
+    examples, training, columns = examples_of(corpus, split), training or corpus, corpus.columns
+    directions = sorted(np.unique(examples[:, 1:], axis=0).tolist(), key=lambda d: (d[1], d[0]))
+    directions = [(s, t) for s, t in directions if wanted is None or (columns[s], columns[t]) in wanted]
     if not directions:
         raise UserError(f"none of the {len(corpus)} usable pairs falls into the {split} split: give more data")
     reports = []
     for source, target in directions:
-        here = examples[(examples[:, 1] == source) & (examples[:, 2] == target)]
-        rows = [row for row, _, _ in (here if limit is None else sample_rows(here, limit))]
-        sources = [corpus.text(row, source) for row in rows]
-        references = [corpus.text(row, target) for row in rows]
-        names = corpus.columns[source], corpus.columns[target]
+        names = columns[source], columns[target]
+        rows = examples[(examples[:, 1] == source) & (examples[:, 2] == target), 0]
+        sources, references = sentences(corpus, rows, source, target, limit, together)
+        answers = None if choices is None else choices or labels(training, names[1])
         drawn = []
         for draw in range(draws):
-            pairs = draw_examples(corpus, source, target, shots, seed + draw)
-            answer = lambda: few_shot(model, tokenizer, pairs, sources, *names, batch_size=batch_size)
+            pairs = draw_examples(training, *map(training.columns.index, names), shots, seed + draw)
+            answer = lambda: few_shot(model, tokenizer, pairs, sources, *names, batch_size=batch_size, choices=answers)
             drawn.append((*timed(references, answer), prompt_text(pairs, *names)))
-        outputs, score = timed(
-            references, lambda: translate(model, tokenizer, banks, sources, *names, batch_size=batch_size, beams=beams)
-        )
+        options = {"batch_size": batch_size, "beams": beams, "choices": answers}
+        outputs, score = timed(references, lambda: translate(model, tokenizer, banks, sources, *names, **options))
         reports.append(report(names, sources, references, outputs, score, drawn))
     return reports
+
+
+def examples_of(corpus, split):
+    """The corpus's examples (n, 3) in a split or, for "all", in any of them, in the order of the rows."""
+    if split != "all":
+        return corpus.examples(split)
+    examples = np.concatenate([corpus.examples(name) for name in SPLITS])
+    return examples[np.argsort(examples[:, 0], kind="stable")]
+
+
+def sentences(corpus, rows, source, target, limit, together):
+    """The texts to translate, at most `limit` of them, and for each its reference or, with `together`, the list of the
+    references of all rows with that source."""
+    if not together:
+        rows = rows if limit is None else sample_rows(rows, limit)
+        return [corpus.text(row, source) for row in rows], [corpus.text(row, target) for row in rows]
+    references = {}
+    for row in rows:
+        references.setdefault(corpus.text(row, source), []).append(corpus.text(row, target))
+    sources = list(references)
+    if limit is not None:
+        sources = [sources[i] for i in sample_rows(np.arange(len(sources)), limit)]
+    return sources, [references[text] for text in sources]
+
+
+def labels(corpus, name):
+    """The texts that the training split has in a column, in order. Raises UserError where there are too many."""
+    column = corpus.columns.index(name)
+    texts = sorted({corpus.text(row, column) for row in corpus.rows("train")} - {""})
+    if not 0 < len(texts) <= MAX_CHOICES:
+        raise UserError(f"--choices: {len(texts):,} different texts in column {name!r}, not 1 to {MAX_CHOICES:,}")
+    return texts
 
 
 def timed(references, answer):
@@ -71,6 +128,7 @@ def timed(references, answer):
         bleu=metrics.corpus_bleu(texts, references),
         chrf=metrics.chrf(texts, references),
         sentence_bleu=metrics.mean_sentence_bleu(texts, references),
+        exact=metrics.exact_match(texts, references),
         empty=sum(not text for text in texts),
         cut=sum(not result.finished for result in results),
         seconds=round(seconds, 2),
@@ -107,22 +165,23 @@ def table(report, shots):
     """One direction as lines of text."""
     n = report["sentences"]
     lines = [f"{report['source']} -> {report['target']}, {n} sentence{'s' * (n != 1)}"]
-    lines.append(f"  {'':10}{'BLEU':>14}{'chrF':>14}{'sentence BLEU':>16}{'empty':>8}{'cut':>6}{'seconds':>9}")
+    head = f"{'BLEU':>14}{'chrF':>14}{'sentence BLEU':>16}{'exact %':>14}{'empty':>8}{'cut':>6}{'seconds':>9}"
+    lines.append(f"  {'':10}{head}")
     lines.append(_line("prefix", report["prefix"]))
     if report["few_shot"]:
         mean, spread = report["few_shot"]["mean"], report["few_shot"]["spread"]
         lines.append(_line(f"{shots}-shot", mean, spread))
-        if mean["bleu"] > 0:
+        if mean["bleu"] >= 0.1:
             lines.append(f"  prefix over {shots}-shot: {report['prefix']['bleu'] / mean['bleu']:.1f}x BLEU")
-        lines.append(_difference(**report["few_shot"]["difference"]))
+        lines.append("  " + difference(**report["few_shot"]["difference"]))
     return lines
 
 
-def _difference(delta, interval, p):
+def difference(delta, interval, p):
+    """What metrics.paired_bootstrap found, in words."""
     verdict = f"significant at p = {p:.2g}" if p < 0.05 else f"not significant (p = {p:.2g})"
-    return (
-        f"  prefix minus the first draw: {delta:+.2f} BLEU (95 %: {interval[0]:+.2f} to {interval[1]:+.2f}), {verdict}"
-    )
+    around = f"95 % of {metrics.RESAMPLES:,} resamples: {interval[0]:+.2f} to {interval[1]:+.2f}"
+    return f"prefix minus the first draw: {delta:+.2f} BLEU ({around}), {verdict}"
 
 
 def _line(name, score, spread=None):
@@ -131,7 +190,7 @@ def _line(name, score, spread=None):
         return f"{score[metric]:.2f}{around}"
 
     counts = f"{score['empty']:8.0f}{score['cut']:6.0f}{score['seconds']:9.1f}"
-    return f"  {name:10}{cell('bleu'):>14}{cell('chrf'):>14}{cell('sentence_bleu'):>16}{counts}"
+    return f"  {name:10}{cell('bleu'):>14}{cell('chrf'):>14}{cell('sentence_bleu'):>16}{cell('exact'):>14}{counts}"
 
 
 def examples(report, n, shots):
@@ -139,7 +198,11 @@ def examples(report, n, shots):
     lines = []
     for i in range(min(n, report["sentences"])):
         lines.append(f"  {report['source']:>10}  {report['sources'][i]}")
-        lines.append(f"  {'reference':>10}  {report['references'][i]}")
+        references = report["references"][i]
+        references = [references] if isinstance(references, str) else references
+        lines += [f"  {'reference':>10}  {text}" for text in references[:REFERENCES_SHOWN]]
+        if len(references) > REFERENCES_SHOWN:
+            lines.append(f"  {'':10}  (and {len(references) - REFERENCES_SHOWN} more references)")
         if report["few_shot"]:
             lines.append(f"  {f'{shots}-shot':>10}  {report['few_shot']['outputs'][0][i]}")
         lines += [f"  {'prefix':>10}  {report['outputs'][i]}", ""]

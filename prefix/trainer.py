@@ -10,32 +10,37 @@ sees follows from the seed and s alone, so a run can stop after any step and go 
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from minigpt.attention import Slots
 from minigpt.errors import UserError
-from minigpt.files import replacing
+from minigpt.files import flush, open_tensors, replacing
 from minigpt.loss import nll_sum
 from prefix import distributed
 from prefix.banks import base_of
+from prefix.command import notice, out_of_memory
 from prefix.data import sample_rows
 from prefix.translation import pack, separator
 
 VALIDATION_EXAMPLES = 1000  # at most: enough to choose the best prefix by
+MAX_BATCH = 1 << 20  # examples, whose list is in memory
 BAD_STEPS = 10  # in a row, and the run gives up
 FIRST_SCALE = 8.0  # of the summed loss in float16
+SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]+)?s")  # such as 60s, between saves
 MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}  # on a CPU small, for the sake of its caches
 
 
@@ -48,10 +53,28 @@ class Settings:
     batch_size: int = 64  # examples per optimizer step
     warmup: int = 20  # steps
     eval_every: int = 50  # steps; 0: never
-    save_every: int = 50  # steps
+    save_every: int | str = 50  # steps; or seconds, such as "60s"
     seed: int = 0
     clip: float = 1.0  # the largest norm of the slots' gradient
+    slot_dropout: float = 0.0  # the probability that a slot is absent from a step
+    label_smoothing: float = 0.0  # the share of a target that goes to the whole vocabulary, in training
     micro_batch_tokens: int | None = None  # tokens in memory at a time; None: by MICRO_BATCH_TOKENS
+
+    def __post_init__(self):
+        """Raises UserError for what no option would take: settings may come from a file."""
+        whole = {"steps": 1, "batch_size": 1, "warmup": 0, "eval_every": 0, "seed": 0, "micro_batch_tokens": 1}
+        if not isinstance(self.save_every, str) or not SECONDS.fullmatch(self.save_every):
+            whole["save_every"] = 1
+        for name, least in whole.items():
+            value, most = getattr(self, name), MAX_BATCH if name == "batch_size" else 2**63 - 1
+            if value is None and name == "micro_batch_tokens":
+                continue
+            if type(value) is not int or not least <= value <= most:
+                raise UserError(f"{name} must be a whole number from {least} to {most:,}, not {value!r}")
+        for name, most in {"lr": 1e9, "clip": 1e9, "slot_dropout": 0.99, "label_smoothing": 0.99}.items():
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= most:
+                raise UserError(f"{name} must be a number from 0 to {most:g}, not {value!r}")
 
 
 @dataclass
@@ -75,7 +98,8 @@ class Trainer:
             raise UserError(f"none of the {len(corpus)} usable pairs falls into the training split: give more data")
         frozen = [name for name, p in model.named_parameters() if p.requires_grad]
         assert not frozen, f"the base model must be frozen, but {frozen[0]} requires a gradient"
-        self.optimizer = torch.optim.AdamW(banks.parameters(), lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        self.trained = [p for p in banks.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
         self.micro_batch_tokens = settings.micro_batch_tokens or MICRO_BATCH_TOKENS[model.device.type]
         self.half = model.dtype == torch.float16
         self.scale = (
@@ -84,9 +108,10 @@ class Trainer:
         self.step = self.tokens = self.skipped = self.bad = self.good = 0
         self.best = math.inf
         self.seconds = 0.0
+        self.saved_step, self.saved_at, self.newest_is_cut = None, -math.inf, False
         self.stop, self.stopped = [], False  # the signals received; whether all processes agreed to stop
         self.worker, self.upcoming = ThreadPoolExecutor(1), None
-        self.epoch_order = lru_cache(1)(self.epoch_order)  # the worker asks for the same epoch again and again
+        self.epoch = self.order = None  # the epoch that examples_of is in, and its order
 
     def run(self):
         """Train to settings.steps, validating and saving on the way. Returns False if a signal ended it early."""
@@ -95,24 +120,21 @@ class Trainer:
         bar = tqdm(
             total=s.steps, initial=self.step, unit="step", disable=not (first and sys.stderr.isatty()), file=sys.stderr
         )
-        with stop_signals() as self.stop, bar, open(self.out / "metrics.jsonl" if first else os.devnull, "a") as log:
+        with stop_signals() as self.stop, bar:
             if self.step == 0:
+                (self.out / "last").mkdir(exist_ok=True)
                 self.save()  # from here on there is something to go on from
             while self.step < s.steps and not self.stopped:
                 record = self.optimizer_step()
                 self.seconds = record["seconds"] = round(time.monotonic() - began, 3)
-                _write_line(log, record)
+                self.log(record)
                 bar.set_postfix_str(
                     f"loss {record['loss']:.3f}, {self.tokens / self.seconds:,.0f} tokens/s", refresh=False
                 )
                 bar.update()
-                if (
-                    s.eval_every
-                    and (self.step % s.eval_every == 0 or self.step == s.steps)
-                    and len(self.validation_set)
-                ):
-                    self.validate(log, bar)
-                if self.step % s.save_every == 0 or self.step == s.steps or self.stopped:
+                due = s.eval_every and (self.step % s.eval_every == 0 or self.step == s.steps)
+                better = due and len(self.validation_set) and self.validate(bar)
+                if better or self.save_is_due() or self.step == s.steps or self.stopped:
                     self.save()
         if not (self.out / "prefix.safetensors").exists() or not (s.eval_every and len(self.validation_set)):
             self.keep_prefix(None)  # nothing was validated: the newest slots are what there is
@@ -125,7 +147,7 @@ class Trainer:
             group["lr"] = lr
         prepared = self.take_prepared()
         loss = self.backward(prepared)
-        norm = torch.nn.utils.clip_grad_norm_(self.banks.parameters(), self.settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
         loss, norm = float(loss), float(norm)  # the one wait for the device: metrics.jsonl shows these numbers
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
@@ -152,19 +174,46 @@ class Trainer:
     def backward(self, prepared):
         """Gradients of the mean loss over all targets of a step, however it is cut into micro-batches or dealt out to
         processes. Returns the loss."""
-        total = torch.zeros((), device=self.model.device)
+        total = self.add_up_batches(prepared)
+        if total is None:
+            total = self.add_up_batches(self.cut_smaller(prepared))
+        if total is None:
+            raise UserError(
+                f"step {prepared.step + 1}: out of memory, also with micro-batches of {self.micro_batch_tokens:,} tokens: "
+                "lower --micro-batch-tokens, set --checkpoint-activations, or, for long pairs, lower --max-tokens"
+            )
         stop = torch.full_like(total, bool(self.stop))
-        for p in self.banks.parameters():
-            p.grad = torch.zeros_like(p)
-        for batch in prepared.batches:
-            loss = self.nll(batch)
-            (loss * self.scale).backward()  # by a power of two, which 16 bits hold exactly
-            total += loss.detach()
-        grads = [p.grad for p in self.banks.parameters()]
+        grads = [p.grad for p in self.trained]
         torch._foreach_div_(grads, self.scale * prepared.targets)
         distributed.add_up([total, stop, *grads])
         self.stopped = bool(self.stop if distributed.world() == 1 else stop)  # all processes stop after the same step
         return total / prepared.targets
+
+    def add_up_batches(self, prepared):
+        """Gradients of the summed loss of this process's micro-batches. Returns the sum; None if memory ran out."""
+        total = torch.zeros((), device=self.model.device)
+        for p in self.trained:
+            p.grad = torch.zeros_like(p)
+        try:
+            for batch in prepared.batches:
+                loss = self.nll(batch, self.present(prepared.step), self.settings.label_smoothing)
+                if loss.requires_grad:  # as it does not where all slots are absent
+                    (loss * self.scale).backward()  # by a power of two, which 16 bits hold exactly
+                total += loss.detach()
+            return total
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        return None  # only here, outside, are the activations that the error held on to free again
+
+    def cut_smaller(self, prepared):
+        """The same step in micro-batches of half the size, which stays so from here on."""
+        largest = max(len(batch.ids) for batch in prepared.batches)
+        self.micro_batch_tokens = max(1, min(largest, self.micro_batch_tokens) // 2)
+        self.upcoming = None  # it is cut as this one was
+        say = f"out of memory with micro-batches of {largest:,} tokens: now {self.micro_batch_tokens:,}"
+        tqdm.write(f"step {prepared.step + 1}: {say}", file=sys.stderr)
+        return self.worker.submit(self.prepare, prepared.step).result()
 
     def prepare(self, step):
         """This process's packed micro-batches of a step, on the device."""
@@ -185,12 +234,20 @@ class Trainer:
     def packed(self, examples):
         return pack(examples, self.sep, self.tokenizer.eot, self.model.device)
 
-    def nll(self, batch):
-        """The summed negative log likelihood of a packed batch's targets."""
-        hidden = self.model.hidden(
-            batch.ids, batch.layout, self.banks.slots(), self.banks.position_offset
-        )  # (N, n_embd)
-        return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets)
+    def nll(self, batch, slots=None, smoothing=0.0):
+        """The summed negative log likelihood of a packed batch's targets. slots: by default all of them."""
+        slots = slots or self.banks.slots()
+        hidden = self.model.hidden(batch.ids, batch.layout, slots, self.banks.position_offset)  # (N, n_embd)
+        return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets, smoothing)
+
+    def present(self, step):
+        """The slots that are there in a training step: the same in all its micro-batches and processes."""
+        slots, p = self.banks.slots(), self.settings.slot_dropout
+        if not p:
+            return slots
+        draw = np.random.default_rng((self.settings.seed, step, 1)).random(len(slots.bank))
+        kept = torch.from_numpy(np.flatnonzero(draw >= p)).to(slots.bank.device)
+        return Slots(slots.key[:, :, kept], slots.value[:, :, kept], slots.bank[kept])
 
     def micro_batches(self, examples):
         """Cut examples into groups of like length that fit micro_batch_tokens (a longer example stays alone)."""
@@ -213,7 +270,13 @@ class Trainer:
         return self.encoded(chosen)
 
     def epoch_order(self, epoch):
-        return np.random.default_rng((self.settings.seed, epoch)).permutation(len(self.train_set))
+        """The numbers of all training examples, shuffled: one epoch's in memory, in the smallest type that holds them."""
+        if self.epoch != epoch:
+            self.epoch = self.order = None
+            order = np.arange(len(self.train_set), dtype=np.min_scalar_type(len(self.train_set)))
+            np.random.default_rng((self.settings.seed, epoch)).shuffle(order)
+            self.epoch, self.order = epoch, order
+        return self.order
 
     def encoded(self, rows):
         """(row, source column, target column) each -> (source ids, target ids, source bank, target bank)."""
@@ -234,14 +297,29 @@ class Trainer:
         distributed.add_up([total])
         return float(total) / sum(len(target) + 1 for _, target, _, _ in examples)
 
-    def validate(self, log, bar):
+    def validate(self, bar):
+        """Returns whether these slots are the best so far; if so, they are kept."""
         loss = self.validation_loss()
-        _write_line(log, {"step": self.step, "val_loss": loss})
+        self.log({"step": self.step, "val_loss": loss})
         if distributed.rank() == 0:
             bar.write(f"step {self.step}: validation loss {loss:.4f}", file=sys.stderr)
-        if loss < self.best:
+        better = loss < self.best
+        if better:
             self.best = loss
             self.keep_prefix(loss)
+        return better
+
+    def log(self, record):
+        """Add a line to metrics.jsonl. Numbers that are not finite, as those of a skipped step, are null: JSON has no
+        others. The file is opened anew each time, so that a directory that is gone shows at once."""
+        if distributed.rank() > 0:
+            return
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        try:
+            with open(self.out / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.out / METRICS}: cannot be written: {error.strerror}") from error
 
     def keep_prefix(self, val_loss):
         if distributed.rank() > 0:
@@ -249,52 +327,118 @@ class Trainer:
         self.banks.training_record |= {"step": self.step, "val_loss": val_loss, "settings": asdict(self.settings)}
         self.banks.save(self.out / "prefix.safetensors", self.model)
 
+    def save_is_due(self):
+        every = self.settings.save_every
+        if isinstance(every, str):
+            return time.monotonic() - self.saved_at >= float(every.removesuffix("s"))
+        return self.step % every == 0
+
     def save(self):
-        """Everything needed to go on exactly, in one file: last/state.safetensors."""
+        """Everything needed to go on exactly, in one file: last/state.safetensors. The one before stays beside it, for
+        the case that the newest is cut all the same: by a disk that lied, or by a copy of the run to elsewhere."""
         if distributed.rank() > 0:
             return
-        (self.out / "last").mkdir(exist_ok=True)
+        state, previous = self.state_paths()
         tensors = {f"slots.{name}": p.detach() for name, p in self.banks.named_parameters()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
+        for i, adam in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": value for name, value in adam.items()}
+        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         counts = {name: getattr(self, name) for name in COUNTS}
-        with replacing(self.out / "last" / "state.safetensors") as temporary:
-            tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        with replacing(state) as temporary:
+            if self.step:
+                flush(self.out / METRICS)  # a state never is newer than the lines of its steps
             save_file(tensors, temporary, {"counts": json.dumps(counts), "of": json.dumps(self.identity)})
+            if state.exists() and not self.newest_is_cut:
+                os.replace(state, previous)
+        self.saved_step, self.saved_at, self.newest_is_cut = self.step, time.monotonic(), False
+
+    def can_go_on(self):
+        return any(path.exists() for path in self.state_paths())
+
+    def state_paths(self):
+        return self.out / "last" / "state.safetensors", self.out / "last" / "previous.safetensors"
 
     @cached_property
     def identity(self):
-        """What a run must be going on with: this base and these examples. Read once: it looks at all of them."""
-        return {"model": base_of(self.model), "data": self.corpus.fingerprint()}
+        """What a run must be going on with: this base, these examples, and the settings that decide its numbers, all of
+        them by name. Read once: it looks at all examples."""
+        base, settings = base_of(self.model), asdict(self.settings)
+        names = settings.keys() - {"steps", "save_every", "micro_batch_tokens"}
+        return {
+            "data": self.corpus.fingerprint(),
+            "model": base["fingerprint"],
+            **{f"model's {name}": value for name, value in base["config"].items()},
+            **{name: settings[name] for name in sorted(names)},
+            "position_offset": self.banks.position_offset,
+        }
 
     def resume(self):
-        """Take up the state that save() wrote in self.out."""
-        path = self.out / "last" / "state.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                counts, of = (json.loads(file.metadata()[name]) for name in ("counts", "of"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            slots = {name: tensors[f"slots.{name}"] for name, _ in self.banks.named_parameters()}
-            self.banks.load_state_dict(slots)
-            for name in COUNTS:
-                setattr(self, name, counts[name])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: cannot resume from it: {error}") from error
-        for what, ours in self.identity.items():
-            if not isinstance(of, dict) or of.get(what) != ours:
-                raise UserError(f"{path}: this run has another {what} than the one at hand, {ours}: {of}")
+        """Take up the newest whole state that save() left in self.out. A run that was killed before its first save has
+        none, and begins. Raises UserError where the state is of another run than the one at hand, saying in what."""
+        if not self.can_go_on() and not _size(self.out / METRICS):
+            return
+        counts, of, tensors = self.newest_state()
+        others = [
+            f"another {name} ({of.get(name)}, here {ours})" for name, ours in self.identity.items() if of.get(name) != ours
+        ]
+        if others:
+            raise UserError(f"{self.out}: this run has {'; '.join(others)}")
+        self.banks.load_state_dict({name: tensors[f"slots.{name}"] for name, _ in self.banks.named_parameters()})
+        for name in COUNTS:
+            setattr(self, name, counts[name])
+        self.saved_step = self.step
         if not self.half:
             self.scale = 1.0
         elif counts["scale"] == 1.0:  # it comes from a run in another dtype
             self.scale = FIRST_SCALE
-        state = {}
+        adam = {}
         for name, tensor in tensors.items():
             if name.startswith("adam."):
                 _, i, part = name.split(".")
-                state.setdefault(int(i), {})[part] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+                adam.setdefault(int(i), {})[part] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
         if distributed.rank() == 0:
-            _keep_lines(self.out / "metrics.jsonl", self.step)
+            _cut_after(self.out / METRICS, self.step)
+
+    def newest_state(self):
+        """What read_state gives for the newer of the two saved states that is whole."""
+        newest, previous = self.state_paths()
+        try:
+            return self.read_state(newest)
+        except UserError as error:
+            try:
+                state = self.read_state(previous)
+            except UserError:
+                raise error from None
+            self.newest_is_cut = True
+            notice(f"{error}; going on from the save before it")
+            return state
+
+    def read_state(self, path):
+        """A saved state: (counts, what it is a state of, tensors by name). Raises UserError for any file that save()
+        did not write for such banks as these, before its tensors are read."""
+        shapes = {f"slots.{name}": list(p.shape) for name, p in self.banks.named_parameters()}
+        adam = {}
+        for i, p in enumerate(self.trained):
+            adam |= {f"adam.{i}.exp_avg": list(p.shape), f"adam.{i}.exp_avg_sq": list(p.shape), f"adam.{i}.step": []}
+        with open_tensors(path) as file:
+            try:
+                there = {name: file.get_slice(name) for name in file.keys()}
+                if any(part.get_dtype() != "F32" for part in there.values()):
+                    raise ValueError("a tensor is not of float32")
+                if {name: part.get_shape() for name, part in there.items()} not in (shapes, shapes | adam):
+                    raise ValueError("its tensors are not those of such banks")
+                counts, of = (json.loads(file.metadata()[name]) for name in ("counts", "of"))
+                if not isinstance(of, dict) or any(type(counts[name]) is not type(getattr(self, name)) for name in COUNTS):
+                    raise ValueError("a count is not of its type")
+                if not all(counts[name] >= 0 for name in COUNTS):
+                    raise ValueError("a count is below 0")
+                tensors = {name: file.get_tensor(name) for name in there}
+                if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                    raise ValueError("a number is not finite")
+                return counts, of, tensors
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+                raise UserError(f"{path}: cannot resume from it: {error}") from error
 
 
 def n_tokens(example):
@@ -303,6 +447,7 @@ def n_tokens(example):
     return len(source) + 1 + len(target)
 
 
+METRICS = "metrics.jsonl"
 COUNTS = ("step", "tokens", "skipped", "bad", "good", "scale", "best", "seconds")
 
 
@@ -324,16 +469,26 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def _write_line(file, record):
-    """Numbers that are not finite, as those of a skipped step, are null: JSON has no others."""
-    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    file.write(json.dumps(record) + "\n")
-    file.flush()
+def _size(path):
+    return path.stat().st_size if path.exists() else 0
 
 
-def _keep_lines(path, step):
-    """Drop the metrics of steps that a killed run made after its last save."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with replacing(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+def _cut_after(path, step):
+    """Cut off the lines of later steps, and one that was not written to its end: what a killed run did after its last
+    save."""
+    kept = 0
+    with open(path, "ab+") as file:
+        file.seek(0)
+        for line in file:
+            if not line.endswith(b"\n") or _step_of(line) > step:
+                break
+            kept += len(line)
+        file.truncate(kept)
+
+
+def _step_of(line):
+    """The step that a line of metrics is of, 0 if it is no such line."""
+    try:
+        return json.loads(line)["step"] + 0
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return 0

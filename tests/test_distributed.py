@@ -36,40 +36,63 @@ trainer = Trainer(model, tokenizer, banks, corpus, Settings(steps=5, lr=0.1, bat
 loss = trainer.backward(trainer.prepare(0))
 if {fail!r} and distributed.rank() == 1:
     raise SystemExit("rank 1 has had enough")
+gradients = torch.cat([p.grad.flatten() for p in banks.parameters()])
 validation = trainer.validation_loss()
 results = distributed.gather([i * i for i in distributed.share(list(range(11)))])
+nll, calls = trainer.nll, []
+
+
+def nll_in_little_memory(*arguments):
+    calls.append(distributed.rank() == 1 and not calls)
+    if calls[-1]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return nll(*arguments)
+
+
+trainer.nll = nll_in_little_memory
+trainer.backward(trainer.prepare(0))
+assert any(calls) == (distributed.rank() == 1)
+repeated = torch.cat([p.grad.flatten() for p in banks.parameters()])
 if distributed.rank() == 0:
-    gradients = torch.cat([p.grad.flatten() for p in banks.parameters()])
-    found = dict(loss=loss, gradients=gradients, validation=validation, results=results)
+    found = dict(loss=loss, gradients=gradients, repeated=repeated, validation=validation, results=results)
     torch.save(found, out / f"{{distributed.world()}}.pt")
 distributed.finish()
 """
 
 
-def run(tmp_path, processes, fail=False):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(root=str(ROOT), out=str(tmp_path), fail=fail))
+def run(folder, processes, fail=False):
+    program = folder / "program.py"
+    program.write_text(PROGRAM.format(root=str(ROOT), out=str(folder), fail=fail))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, str(program)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture
-def pairs(tmp_path):
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A folder with the table pairs.csv."""
+    folder = tmp_path_factory.mktemp("pairs")
     words = "le la chat chien maison mange dort dans avec et une petite grande the cat dog sleeps".split()
     sentence = lambda: " ".join(random.choices(words, k=random.randint(1, 9)))
     rows = [(sentence(), sentence()) for _ in range(800)]  # so many that each split has some
-    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+    with open(folder / "pairs.csv", "w", newline="") as file:
         csv.writer(file).writerows([("en", "fr"), *rows])
+    return folder
 
 
-def test_two_and_three_processes_give_the_gradient_of_one_on_ragged_data(tmp_path, pairs):
+@pytest.fixture(scope="module")
+def found(pairs):
+    """What one, two and three processes find on the same data: {processes: {name: what}}."""
     found = {}
     for processes in (1, 2, 3):
-        done = run(tmp_path, processes)
+        done = run(pairs, processes)
         assert done.returncode == 0, done.stderr
-        found[processes] = torch.load(tmp_path / f"{processes}.pt")
+        found[processes] = torch.load(pairs / f"{processes}.pt")
+    return found
+
+
+def test_two_and_three_processes_give_the_gradient_of_one_on_ragged_data(found):
     for processes in (2, 3):
         torch.testing.assert_close(found[processes]["loss"], found[1]["loss"], rtol=1e-6, atol=0)
         torch.testing.assert_close(found[processes]["gradients"], found[1]["gradients"], rtol=1e-6, atol=1e-9)
@@ -77,7 +100,12 @@ def test_two_and_three_processes_give_the_gradient_of_one_on_ragged_data(tmp_pat
         assert found[processes]["results"] == [i * i for i in range(11)]
 
 
-def test_a_process_that_fails_ends_all_and_its_message_is_shown(tmp_path, pairs):
-    done = run(tmp_path, 2, fail=True)
+def test_a_process_that_runs_out_of_memory_repeats_its_share_while_the_others_wait(found):
+    for processes in (2, 3):
+        torch.testing.assert_close(found[processes]["repeated"], found[1]["gradients"], rtol=1e-6, atol=1e-9)
+
+
+def test_a_process_that_fails_ends_all_and_its_message_is_shown(pairs):
+    done = run(pairs, 2, fail=True)
     assert done.returncode != 0
     assert "rank 1 has had enough" in done.stderr

@@ -1,13 +1,16 @@
 """Training: what moves and by how much, what each step sees, what is written down, and going on after a stop."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
 import signal
 import string
+import time
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -148,7 +151,7 @@ def seen_by_the_model(trainer):
     steps, current = [], []
 
     def note_batch(arguments, _):
-        (batch,) = arguments
+        batch = arguments[0]
         parts = zip(batch.ids.split(batch.layout.lengths), batch.layout.opened.split(batch.layout.lengths))
         current.extend((tuple(ids.tolist()), tuple(opened.tolist())) for ids, opened in parts)
 
@@ -255,7 +258,7 @@ def test_without_warm_up_the_learning_rate_starts_at_its_peak(trainer):
 def spoil(trainer, steps):
     """Make the loss of these steps (1, 2 ...) not finite."""
     nll = trainer.nll
-    trainer.nll = lambda batch: nll(batch) * (float("nan") if trainer.step + 1 in steps else 1.0)
+    trainer.nll = lambda *batch: nll(*batch) * (float("nan") if trainer.step + 1 in steps else 1.0)
 
 
 def test_a_step_that_is_not_finite_leaves_the_slots_alone_and_is_counted(trainer):
@@ -277,6 +280,82 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_and_nine_do_not(trai
     t = trainer("other", steps=2 * BAD_STEPS)
     spoil(t, set(range(3, 2 * BAD_STEPS)))
     with pytest.raises(UserError, match="step 12: 10 steps in a row were not finite.*--lr"):
+        t.run()
+
+
+# Too little memory
+
+
+def short_of_memory(trainer, error, is_too_much):
+    """Have memory run out at the end of the work on some micro-batches. is_too_much(tokens, how manieth). Returns a list
+    that fills with the tokens of these."""
+    nll, failed, seen = trainer.nll, [], []
+
+    def nll_in_little_memory(batch, *arguments):
+        loss = nll(batch, *arguments)
+        seen.append(len(batch.ids))
+        if is_too_much(len(batch.ids), len(seen)):
+            failed.append(len(batch.ids))
+            loss.register_hook(raise_it)
+        return loss
+
+    def raise_it(_):
+        raise error
+
+    trainer.nll = nll_in_little_memory
+    return failed
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_step_that_ran_out_of_memory_is_repeated_once_in_micro_batches_of_half_the_size(trainer, error, capsys):
+    start = slots_of(trainer())
+    t, halved, undisturbed = (trainer(out, start, batch_size=20) for out in ("t", "halved", "undisturbed"))
+    largest = len(undisturbed.prepare(0).batches[0].ids)
+    assert len(undisturbed.prepare(0).batches) == 1
+    failed = short_of_memory(t, error, lambda tokens, _: tokens >= largest)
+    halved.micro_batch_tokens = largest // 2
+    assert t.run() and halved.run() and undisturbed.run()
+    assert failed[0] == largest and t.micro_batch_tokens <= largest // 2
+    assert f"step 1: out of memory with micro-batches of {largest} tokens: now {largest // 2}" in capsys.readouterr().err
+    assert len(failed) == 1 and without_seconds(t) == without_seconds(halved)
+    assert same(slots_of(t), slots_of(halved))
+    ours, theirs = metrics(t)[0][0], metrics(undisturbed)[0][0]
+    for name in ("loss", "grad_norm"):  # another cut adds up in another order
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+def test_gradients_of_the_attempt_that_ran_out_of_memory_do_not_count(trainer):
+    start = slots_of(trainer())
+    _, expected = gradients_of_a_step(trainer("a", start, batch_size=20, micro_batch_tokens=60))
+    t = trainer("b", start, batch_size=20, micro_batch_tokens=60)
+    n = len(t.prepare(0).batches)
+    failed = short_of_memory(t, OUT_OF_MEMORY[0], lambda _, number: number == n)  # all but the last are done
+    _, found = gradients_of_a_step(t)
+    assert n > 1 and len(failed) == 1
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_memory_that_runs_out_again_is_an_error_that_says_which_options_to_lower(trainer):
+    t = trainer(batch_size=20)
+    start = slots_of(t)
+    failed = short_of_memory(t, OUT_OF_MEMORY[1], lambda *_: True)
+    with pytest.raises(UserError, match="step 1: out of memory.*--micro-batch-tokens.*--checkpoint-activations"):
+        t.run()
+    assert len(failed) == 2 and same(slots_of(t), start)
+
+
+def test_another_error_in_a_step_is_not_taken_for_too_little_memory(trainer):
+    t = trainer()
+    short_of_memory(t, RuntimeError("shapes do not match"), lambda *_: True)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
         t.run()
 
 
@@ -314,6 +393,14 @@ def test_the_order_follows_from_the_seed_alone(trainer):
     first = order("a", seed=5)
     assert order("b", seed=5, lr=0.3, warmup=5, micro_batch_tokens=30) == first
     assert order("c", seed=6) != first
+
+
+def test_an_epoch_is_numpys_permutation_and_one_of_them_is_in_memory(trainer):
+    t = trainer(seed=5)
+    for epoch in (0, 1, 0):
+        order = t.epoch_order(epoch)
+        assert order.tolist() == np.random.default_rng((5, epoch)).permutation(len(t.train_set)).tolist()
+        assert order.itemsize == 1 and t.epoch_order(epoch) is order
 
 
 def test_three_columns_are_three_banks_and_six_directions(load, trainer):
@@ -418,7 +505,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_save(trainer, tmp_path):
         log.write('{"step": 12, "lo')  # it died while it wrote
     resumed = trainer("copy", **LONG)  # other slots, until it resumes
     resumed.resume()
-    assert resumed.step == (killed - 1) // 5 * 5  # saved after a step, and before the first
+    assert (killed - 1) // 5 * 5 <= resumed.step < killed  # saved every 5 steps, and after a best validation
     assert resumed.run()
     assert_same_run(resumed, whole)
 
@@ -445,15 +532,41 @@ def test_a_run_that_goes_on_remembers_its_best_validation(trainer):
     assert more.best == 1.0 and same(saved_prefix(more), best)
 
 
-def test_a_state_that_is_missing_or_damaged_is_an_error_that_names_it(trainer):
-    with pytest.raises(UserError, match="state.safetensors"):
-        trainer().resume()
+def test_where_the_newest_state_is_cut_or_missing_a_run_goes_on_from_the_one_before(trainer, capsys):
+    start = slots_of(trainer())
+    whole, cut = trainer("whole", start, **LONG), trainer("cut", start, **LONG)
+    assert whole.run() and cut.run()
+    path = cut.out / "last" / "state.safetensors"
+    content = path.read_bytes()
+    for size in (None, 0, 7, 100, int(torch.randint(len(content), ()))):
+        path.unlink(missing_ok=True)
+        if size is not None:
+            path.write_bytes(content[:size])
+        resumed = trainer("cut", **LONG)  # other slots, until it resumes
+        resumed.resume()
+        assert resumed.step == 10 and "state.safetensors" in capsys.readouterr().err
+        assert resumed.run()
+        assert_same_run(resumed, whole)
+
+
+def test_where_no_state_is_whole_there_is_an_error_that_names_the_newest(trainer):
     t = trainer()
     t.run()
-    path = t.out / "last" / "state.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    for path in (t.out / "last").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="state.safetensors"):
         trainer().resume()
+    shutil.rmtree(t.out / "last")  # and yet there are lines of steps
+    with pytest.raises(UserError, match="state.safetensors"):
+        trainer().resume()
+
+
+def test_a_run_that_was_killed_before_its_first_save_begins(trainer):
+    t = trainer()
+    start = slots_of(t)
+    t.resume()
+    assert t.step == 0 and same(slots_of(t), start)
+    assert t.run()
 
 
 def test_a_run_does_not_go_on_with_another_base_or_other_data(tokenizer, load, trainer):
@@ -462,6 +575,38 @@ def test_a_run_does_not_go_on_with_another_base_or_other_data(tokenizer, load, t
         trainer(model=random_model(tokenizer)).resume()
     with pytest.raises(UserError, match="another data"):
         trainer(corpus=load(random_rows("train", 20))).resume()
+
+
+@pytest.mark.parametrize("name, value", [("lr", 0.07), ("batch_size", 9), ("seed", 3), ("warmup", 0), ("eval_every", 2)])
+def test_a_run_does_not_go_on_with_a_setting_that_changes_its_numbers_and_says_which(trainer, name, value):
+    trainer().run()
+    other = trainer(**{name: value})
+    start = slots_of(other)
+    with pytest.raises(UserError, match=rf"this run has another {name} \(.*, here {value}\)$"):
+        other.resume()
+    assert same(slots_of(other), start) and other.step == 0
+
+
+def test_a_run_goes_on_with_other_steps_saves_and_micro_batches(trainer):
+    trainer().run()
+    more = trainer(steps=7, save_every="1s", micro_batch_tokens=40)
+    more.resume()
+    assert more.run() and more.step == 7
+
+
+def test_a_run_saves_every_so_many_steps_or_seconds(trainer, monkeypatch):
+    now = itertools.count(0, 0.25)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    for every in (1, 2, 5, "1s", "2.5s"):
+        t = trainer(f"every {every}", steps=12, save_every=every)
+        saved, steps = [], 12
+        watch(t, "save", lambda *_: saved.append((t.step, t.saved_at)))
+        assert t.run()
+        if isinstance(every, int):
+            assert [step for step, _ in saved] == [0, *range(every, steps, every), steps]
+        else:
+            waits = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(saved[:-1])]
+            assert all(float(every[:-1]) <= wait <= float(every[:-1]) + 1 for wait in waits) and len(waits) > 1
 
 
 def test_the_state_of_another_shape_is_an_error(model, tokenizer, corpus, trainer):

@@ -1,0 +1,206 @@
+"""Where slots start, what moves them, how many there are, and how many pairs they learn from: loss and BLEU after
+equal steps.
+
+    python tests/benchmarks/methods.py --data tatoeba.en-fr.tsv           all tables, three seeds
+    python tests/benchmarks/methods.py --tables start --seeds 1           one of them, quickly
+
+Every run trains on the demo checkpoint as train.py does, keeping the slots that are best on the training file's own
+validation split. What is reported is measured on sentences of --data that neither the base nor the slots have seen:
+the loss on pairs of its validation split, BLEU (greedy, both directions) on pairs of its test split, both with sides
+under 60 characters. Each way to start gets the learning rate that is best for it after as many steps (seed 0, that
+loss). Results go to a file of JSON lines as they come; a table that was interrupted goes on from there.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, which has a train.py of its own
+
+from common import circumstances
+
+import train
+from minigpt import GPT, Tokenizer
+from prefix import command, data, metrics
+from prefix.banks import Banks
+from prefix.data import sample_rows
+from prefix.reparam import Reparametrised
+from prefix.rows import Skipped, read_rows
+from prefix.trainer import Settings, Trainer
+from prefix.translation import translate
+
+LONGEST = 60  # characters of either side, of the sentences that are reported on
+RATES = {"slots": [0.03, 0.1, 0.3], "network": [0.001, 0.003, 0.01]}
+INITS = ["text", "random", "zero-effect"]
+LENGTHS = [1, 2, 5, 10, 20, 50, 100]
+PAIRS = [100, 300, 1000, None]  # None: all
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser.add_argument("--data", default=str(command.DEMO_CORPUS), help="held-out sentences (the sample corpus)")
+    parser.add_argument("--train-data", default=str(command.DEMO_CORPUS), help="training pairs (the sample corpus)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--sentences", type=int, default=200, help="for BLEU, in each direction")
+    parser.add_argument("--dtype", choices=list(command.DTYPES), default="float32")
+    parser.add_argument("--results", type=Path, default=Path("methods.jsonl"))
+    return parser.parse_args()
+
+
+class Bench:
+    """Trains and measures a prefix for each spec that it is asked for, once."""
+
+    def __init__(self, args):
+        self.args = args
+        self.model = GPT.from_pretrained("demo", dtype=command.DTYPES[args.dtype])
+        self.tokenizer = Tokenizer.from_pretrained("demo")
+        self.corpus = data.load([args.train_data], ("en", "fr"), self.tokenizer, max_tokens=256)
+        short = short_pairs(args.data, args.results.parent)
+        held_out = data.load([short], ("en", "fr"), self.tokenizer, max_tokens=256)
+        self.validation_set = sample_rows(held_out.examples("validation"), 1000)
+        rows = sample_rows(np.array(list(held_out.rows("test"))), args.sentences)
+        self.held_out, self.texts = held_out, [[held_out.text(row, column) for row in rows] for column in (0, 1)]
+        lines = args.results.read_text().splitlines() if args.results.exists() else []
+        self.done = {json.dumps(line["spec"]): line for line in map(json.loads, lines)}
+
+    def run(self, **spec):
+        """A line of results: spec, loss, seconds, and bleu of fr -> en and en -> fr. lr, init and so on as options of
+        train.py; pairs: how many to learn from; plain: the network as Li and Liang have it, without a start."""
+        a = self.args
+        common = dict(steps=a.steps, batch_size=a.batch_size, dtype=a.dtype, sentences=a.sentences)
+        default = dict(init="text", reparam=False, plain=False, lr=0.1, prefix_len=10, pairs=None, seed=0)
+        spec = default | dict(slot_dropout=0.0, label_smoothing=0.0) | spec | common
+        key = json.dumps(spec)
+        if key not in self.done:
+            began = time.monotonic()
+            with tempfile.TemporaryDirectory() as out:
+                result = {"spec": spec} | self.measure(self.trained(spec, Path(out)))
+            result["seconds"] = round(time.monotonic() - began, 1)
+            with open(a.results, "a") as file:
+                file.write(json.dumps(result) + "\n")
+            self.done[key] = result
+            print(key, {name: value for name, value in result.items() if name != "spec"}, file=sys.stderr, flush=True)
+        return self.done[key]
+
+    def trained(self, spec, out):
+        options = dict(steps=spec["steps"], lr=spec["lr"], batch_size=spec["batch_size"], warmup=spec["steps"] // 20)
+        options |= {name: spec[name] for name in ("seed", "slot_dropout", "label_smoothing")}
+        settings = Settings(**options, eval_every=max(1, spec["steps"] // 6))
+        config = {name: spec[name] for name in ("init", "reparam", "prefix_len")} | {"settings": options}
+        banks = train.start(config, self.model, self.tokenizer, self.corpus)
+        if spec["plain"]:
+            banks = as_in_the_paper(banks, spec["seed"])
+        trainer = Trainer(self.model, self.tokenizer, banks, self.corpus, settings, out)
+        if spec["pairs"]:
+            trainer.train_set = trainer.train_set[: 2 * spec["pairs"]]  # each pair is there in both directions
+        trainer.run()
+        return Banks.load(out / "prefix.safetensors", self.model)
+
+    def measure(self, banks):
+        with tempfile.TemporaryDirectory() as out:
+            trainer = Trainer(self.model, self.tokenizer, banks, self.held_out, Settings(steps=1, lr=0.0), out)
+            trainer.validation_set = self.validation_set
+            result = {"loss": trainer.validation_loss()}
+        texts = dict(zip(("en", "fr"), self.texts))
+        for source, target in (("fr", "en"), ("en", "fr")):
+            outputs = translate(self.model, self.tokenizer, banks, texts[source], source, target, batch_size=64)
+            result[f"{source} -> {target}"] = metrics.corpus_bleu([output.text for output in outputs], texts[target])
+        return result
+
+    def best_rate(self, **spec):
+        """The learning rate with the least loss, of those that suit what is trained."""
+        return min(RATES["network" if spec.get("reparam") else "slots"], key=lambda lr: self.run(**spec, lr=lr)["loss"])
+
+    def row(self, **spec):
+        """Mean and standard deviation over the seeds -> {"loss": (mean, sd), ...}, with the spec."""
+        results = [self.run(**spec, seed=seed) for seed in range(self.args.seeds)]
+        around = lambda values: (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+        return spec | {name: around([r[name] for r in results]) for name in ("loss", "fr -> en", "en -> fr")}
+
+
+def short_pairs(path, folder):
+    """A copy, in this folder, of the rows of a table whose sides in English and French are both short."""
+    short = folder / f"short-{Path(path).stem}.csv"
+    if not short.exists():
+        with open(short, "w", newline="", encoding="utf-8") as file:
+            rows = (row for _, row in read_rows([path], ("en", "fr"), Skipped()))
+            csv.writer(file).writerows([["en", "fr"], *(row for row in rows if max(map(len, row)) < LONGEST)])
+    return str(short)
+
+
+def as_in_the_paper(banks, seed):
+    """The network alone: slots start where its random weights put them."""
+    empty = {name: [torch.zeros_like(side) for side in pair] for name, pair in zip(banks.names, banks.pairs())}
+    banks = Reparametrised(Banks(empty), seed).to(banks.key[0].device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        banks.network[-1].reset_parameters()
+    return banks
+
+
+# The tables
+
+
+def starts(bench):
+    """Where the slots start, and whether they are moved through a network."""
+    rows = []
+    for reparam, init in itertools.product((False, True), INITS):
+        spec = dict(init=init, reparam=reparam)
+        lr = bench.best_rate(**spec)
+        rows.append(bench.row(**spec, lr=lr) | {"name": f"{init}{', --reparam' * reparam}"})
+    lr = bench.best_rate(reparam=True, plain=True)
+    rows.append(bench.row(reparam=True, plain=True, lr=lr) | {"name": "the network alone, as in the paper"})
+    lr = bench.best_rate(init="text", reparam=False)
+    for option in ("slot_dropout", "label_smoothing"):
+        rows.append(bench.row(**{option: 0.1}, lr=lr) | {"name": f"text, --{option.replace('_', '-')} 0.1"})
+    return "--init", rows
+
+
+def lengths(bench):
+    """How many slots a bank has."""
+    lr = bench.best_rate(init="text", reparam=False)
+    return "--prefix-len", [bench.row(prefix_len=n, lr=lr) | {"name": str(n)} for n in LENGTHS]
+
+
+def amounts(bench):
+    """How many pairs there are to learn from."""
+    lr = bench.best_rate(init="text", reparam=False)
+    everything = len(bench.corpus.examples("train")) // 2
+    return "pairs", [bench.row(pairs=n, lr=lr) | {"name": f"{n or everything:,}"} for n in PAIRS]
+
+
+TABLES = {"start": starts, "length": lengths, "pairs": amounts}
+
+
+def markdown(title, rows):
+    lines = [f"| {title} | --lr | held-out loss | BLEU fr → en | BLEU en → fr |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = ["{:.4f} ± {:.4f}".format(*row["loss"])]
+        cells += ["{:.1f} ± {:.1f}".format(*row[name]) for name in ("fr -> en", "en -> fr")]
+        lines.append(f"| {row['name']} | {row['lr']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    args = parse_arguments()
+    bench, found = Bench(args), {}
+    for name in args.tables:
+        title, found[name] = TABLES[name](bench)
+        print(f"{TABLES[name].__doc__}\n\n{markdown(title, found[name])}\n", flush=True)
+    print(json.dumps({"tables": found, **circumstances("cpu")}))
+
+
+if __name__ == "__main__":
+    main()

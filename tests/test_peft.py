@@ -1,0 +1,292 @@
+"""An adapter of peft's prefix tuning and a bank are the same numbers: the same logits, gradients, text, and bits."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import train
+import translate
+from minigpt import GPT, UserError, checkpoint
+from minigpt.generate import Prompt, generate
+from prefix import peft as interchange
+from prefix.banks import Banks
+from prefix.peft import export_bank, import_bank
+
+P = 3  # slots
+
+
+@pytest.fixture
+def base(reference, tmp_path):
+    """transformers' GPT-2, and the same weights here."""
+    theirs = reference()
+    return theirs, GPT.from_pretrained(tmp_path)
+
+
+def random_banks(model, position_offset=P):
+    banks = Banks.random(model.config, ["en", "fr"], P, seed=int(torch.randint(1 << 30, ())))
+    banks.position_offset = position_offset
+    return banks
+
+
+def adapter_of(theirs, directory):
+    from peft import PeftModel  # takes seconds: only for those who ask
+
+    return PeftModel.from_pretrained(theirs, directory)
+
+
+def test_an_exported_bank_has_the_logits_and_the_slot_gradients_of_peft(base, tmp_path):
+    theirs, model = base
+    banks = random_banks(model)
+    export_bank(banks, "fr", tmp_path / "adapter")
+    adapter = adapter_of(theirs, tmp_path / "adapter")
+    weight = adapter.prompt_encoder["default"].embedding.weight.requires_grad_()
+    ids = torch.randint(100, (2, 9))
+    logits = [banks.logits(model, ids, open=["fr"]), adapter(input_ids=ids).logits]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    ours, peft = (F.cross_entropy(x[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") for x in logits)
+    key, value = torch.autograd.grad(ours, [banks.key[1], banks.value[1]])
+    (rows,) = torch.autograd.grad(peft, weight)
+    assert rows.abs().max() > 0.1
+    torch.testing.assert_close(interchange.to_rows(key, value), rows, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bank_for_text_at_position_0_has_other_logits_in_peft(base, tmp_path):
+    theirs, model = base
+    banks = random_banks(model, position_offset=0)
+    export_bank(banks, "fr", tmp_path / "adapter")
+    ids = torch.randint(100, (2, 9))
+    logits = adapter_of(theirs, tmp_path / "adapter")(input_ids=ids).logits
+    assert not torch.allclose(banks.logits(model, ids, open=["fr"]), logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("position_offset", [0, P, 7])
+def test_there_and_back_every_bit_and_the_position_are_kept(base, tmp_path, position_offset):
+    _, model = base
+    banks = random_banks(model, position_offset)
+    export_bank(banks, "fr", tmp_path / "adapter")
+    back = import_bank(tmp_path / "adapter", "français", model)
+    assert back.names == ["français"] and back.position_offset == position_offset
+    assert torch.equal(back.key[0], banks.key[1]) and torch.equal(back.value[0], banks.value[1])
+
+
+def test_a_bank_read_off_text_stands_for_that_text_in_peft_too(base, tmp_path):
+    theirs, model = base
+    text, ids = torch.randint(100, (1, 5)), torch.randint(100, (1, 8))
+    export_bank(Banks.reading(model, "text", text[0].tolist()), "text", tmp_path / "adapter")
+    together = theirs(torch.cat([text, ids], dim=1)).logits[:, 5:]
+    logits = adapter_of(theirs, tmp_path / "adapter")(input_ids=ids).logits
+    torch.testing.assert_close(logits, together, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_an_adapter_trained_in_peft_writes_the_same_text_here(base, tmp_path, projection):
+    from peft import PrefixTuningConfig, get_peft_model
+
+    theirs, model = base
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=projection, encoder_hidden_size=16
+    )
+    adapter = get_peft_model(theirs, config)
+    ids = torch.randint(100, (2, 6))
+    before = adapter(input_ids=ids).logits.detach()
+    optimizer = torch.optim.AdamW([p for p in adapter.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(5):
+        adapter(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter.save_pretrained(tmp_path / "adapter")
+    bank = import_bank(tmp_path / "adapter", "fr", model)
+    assert bank.position_offset == P
+    logits = adapter(input_ids=ids).logits
+    assert not torch.allclose(logits, before, atol=0.1)
+    torch.testing.assert_close(bank.logits(model, ids, open=["fr"]), logits, rtol=1e-4, atol=1e-4)
+    ours = generate(model, [Prompt(row, 7, [1] * 6) for row in ids.tolist()], [], bank.slots(), P)
+    options = dict(max_new_tokens=7, do_sample=False, pad_token_id=0)
+    written = adapter.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[:, 6:].tolist()
+    assert [result.ids for result in ours] == written
+
+
+def test_the_tensor_and_its_order_are_what_peft_reads(base, tmp_path):
+    _, model = base
+    banks = random_banks(model)
+    export_bank(banks, "en", tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert set(tensors) == {"prompt_embeddings"}
+    rows = tensors["prompt_embeddings"].view(P, 2 * 2, 4, 8)  # (prefix_len, 2 * n_layer, n_head, head_dim)
+    for layer in range(2):
+        assert torch.equal(rows[:, 2 * layer], banks.key[0][layer].transpose(0, 1))
+        assert torch.equal(rows[:, 2 * layer + 1], banks.value[0][layer].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    "model, name",
+    [("gpt2-xl", "openai-community/gpt2-xl"), ("distilgpt2", "distilbert/distilgpt2"), ("/my", "/my"), ([], None)],
+)
+def test_an_adapter_names_its_base_as_transformers_does(base, tmp_path, model, name):
+    banks = random_banks(base[1])
+    banks.training_record = {"model": model}
+    export_bank(banks, "en", tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == name
+
+
+# The commands
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo checkpoint, and two runs of one step on it, whose texts start at 0 and behind the slots."""
+    place = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIGPT_HOME", str(place / "home"))
+        for name, offset in (("run", "0"), ("like-peft", "prefix")):
+            options = ["--steps", "1", "--batch-size", "2", "--limit", "40", "--eval-every", "0", "--device", "cpu"]
+            options += ["--model", "demo", "--prefix-len", "4", "--position-offset", offset, "--out", place / name]
+            patch.setattr("sys.argv", ["train.py", *map(str, options)])
+            train.main()
+    return place
+
+
+@pytest.mark.parametrize(
+    "name, offset, said",
+    [
+        ("run", 0, "at position 0 here but at 4 in peft, so logits there will differ; train with --position-offset"),
+        ("like-peft", 4, "at position 4 in both: peft gives the same logits"),
+    ],
+)
+def test_an_export_says_whether_peft_gives_the_same_and_an_import_undoes_it(run, demo, tmp_path, name, offset, said):
+    code, out, err = run(interchange, "export", demo / name, "--bank", "fr", "--out", tmp_path / "fr")
+    assert (code, out, err.count("\n")) == (0, "", 1) and said in err
+    config = json.loads((tmp_path / "fr" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(checkpoint.DEMO)
+    options = ["--bank", "fr", "--model", "demo", "--out", tmp_path / "new" / "fr.safetensors"]
+    code, out, err = run(interchange, "import", tmp_path / "fr", *options)
+    assert (code, out) == (0, "") and f"4 slots; text starts at position {offset}" in err
+    trained, back = (Banks.read(path) for path in (demo / name / "prefix.safetensors", options[-1]))
+    assert torch.equal(trained.key[1], back.key[0]) and torch.equal(trained.value[1], back.value[0])
+    assert back.position_offset == trained.position_offset == offset
+    assert back.training_record == {"model": "demo"}
+
+
+@pytest.mark.parametrize("name", ["run", "like-peft"])
+def test_banks_that_were_in_peft_translate_together_as_the_run_that_they_came_from(run, demo, tmp_path, name):
+    prefixes = []
+    for bank in ("en", "fr"):
+        assert run(interchange, "export", demo / name, "--bank", bank, "--out", tmp_path / bank)[0] == 0
+        prefixes += ["--prefix", tmp_path / f"{bank}.safetensors"]
+        options = ["--bank", bank, "--model", "demo", "--out", prefixes[-1]]
+        assert run(interchange, "import", tmp_path / bank, *options)[0] == 0
+    texts = ["Il pleut.", "Tom est parti hier."]
+    code, out, _ = run(translate, *texts, *prefixes)
+    assert code == 0 and out == run(translate, *texts, "--prefix", demo / name)[1] != ""
+
+
+def test_a_run_like_peft_keeps_its_positions_when_it_goes_on(run, demo, tmp_path):
+    shutil.copytree(demo / "like-peft", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["position_offset"] == 4
+    assert run(train, "--resume", tmp_path / "run", "--steps", 2)[0] == 0
+    assert Banks.read(tmp_path / "run" / "prefix.safetensors").position_offset == 4
+
+
+def test_more_slots_than_positions_leave_no_room_for_text(run, tmp_path):
+    options = ["--model", "demo", "--prefix-len", 254, "--position-offset", "prefix", "--out", tmp_path / "run"]
+    code, out, err = run(train, *options)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "too few for text" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["export", "RUN", "--bank", "de", "--out", "new"], "no bank 'de' in this prefix: it has en, fr"),
+        (["export", "nothing", "--bank", "fr", "--out", "new"], "nothing: no prefix file there"),
+        (["export", "RUN", "--bank", "fr", "--out", "."], "--out .: already there"),
+        (["import", "nothing", "--bank", "fr", "--model", "demo", "--out", "new"], "nothing/adapter_config.json"),
+        (["import", "RUN", "--bank", "fr", "--out", "new"], "--model"),
+        (["import", "RUN", "--bank", "fr", "--model", "nothing", "--out", "new"], "--model nothing"),
+        (["banish"], "'banish'"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, demo, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(interchange, *[demo / "run" if x == "RUN" else x for x in arguments])
+    assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# Adapters from strangers
+
+
+def set_config(**settings):
+    def damage(directory):
+        path = directory / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+    return damage
+
+
+def write_config(text):
+    return lambda directory: (directory / "adapter_config.json").write_text(text)
+
+
+def set_tensor(change, name="prompt_embeddings", **metadata):
+    def damage(directory):
+        rows = load_file(directory / "adapter_model.safetensors")["prompt_embeddings"]
+        save_file({name: change(rows).contiguous()}, directory / "adapter_model.safetensors", metadata)
+
+    return damage
+
+
+def cut_short(directory):
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def leave_a_pickle(directory):
+    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (write_config("{"), "adapter_config.json: not JSON"),
+        (write_config("[" * 100_000), "adapter_config.json: not JSON"),
+        (write_config("[]"), "adapter_config.json: expected a JSON object"),
+        (set_config(peft_type="LORA"), "peft_type is 'LORA'; only PREFIX_TUNING has slots"),
+        (set_config(num_layers=48), "num_layers is 48, but 2 in this model"),
+        (set_config(num_attention_heads=2), "num_attention_heads is 2, but 4 in this model"),
+        (set_config(token_dim=None), "token_dim is None, but 32 in this model"),
+        (set_tensor(lambda rows: rows, name="embedding.weight"), "expected prompt_embeddings.* found embedding.weight"),
+        (set_tensor(lambda rows: rows[:, :-1]), r"shape \[3, 127\], expected \[prefix length, 128\]"),
+        (set_tensor(lambda rows: rows[:0]), r"shape \[0, 128\]"),
+        (set_tensor(lambda rows: rows[0]), r"shape \[128\]"),
+        (set_tensor(lambda rows: rows.double()), "prompt_embeddings is F64, expected one of F32, F16, BF16"),
+        (set_tensor(lambda rows: rows / 0), "not finite"),
+        (set_tensor(lambda rows: rows, position_offset="-1"), "position_offset is '-1'"),
+        (set_tensor(lambda rows: rows, position_offset="1" * 5000), "position_offset is '11"),
+        (set_tensor(lambda rows: rows, position_offset="16"), "start at 16, past the 16 positions"),
+        (set_tensor(lambda rows: rows.repeat(6, 1)), "start at 18, past the 16 positions"),
+        (cut_short, "adapter_model.safetensors: not a"),
+        (leave_a_pickle, "adapter_model.bin is a pickle, which could run code"),
+    ],
+)
+def test_what_is_no_adapter_for_this_model_is_told_in_one_line(base, tmp_path, damage, words):
+    _, model = base
+    export_bank(random_banks(model), "fr", tmp_path / "adapter")
+    damage(tmp_path / "adapter")
+    with pytest.raises(UserError, match=words) as error:
+        import_bank(tmp_path / "adapter", "fr", model)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_in_16_bits_is_read_as_it_is(base, tmp_path):
+    _, model = base
+    banks = random_banks(model)
+    export_bank(banks, "fr", tmp_path / "adapter")
+    set_tensor(lambda rows: rows.bfloat16())(tmp_path / "adapter")
+    back = import_bank(tmp_path / "adapter", "fr", model)
+    assert back.position_offset == P and torch.equal(back.key[0], banks.key[1].bfloat16().float())
