@@ -14,7 +14,7 @@ from minigpt.files import replacing
 from minigpt.splits import SPLITS
 from prefix import command, data, distributed, evaluation, metrics, rows
 from prefix.banks import read_metadata
-from prefix.command import notice, whole
+from prefix.command import notice, shown, whole
 from prefix.inspect import look_at
 from prefix.report import write_page
 
@@ -32,7 +32,7 @@ def parse_arguments():
         "--references",
         choices=["one", "all"],
         default="one",
-        help="all: rows with the same source are one sentence, and their targets its references",
+        help="all: rows with the same source are one sentence, their targets its references; reads the whole file",
     )
     parser.add_argument(
         "--choices",
@@ -108,17 +108,17 @@ def main():
     if distributed.rank() > 0:
         return
     for report in reports:
-        print("\n".join(evaluation.table(report, args.shots)), end="\n\n")
+        print(shown("\n".join(evaluation.table(report, args.shots))), end="\n\n")
         if args.show_prompt and report["few_shot"]:
-            print(report["few_shot"]["prompts"][0])
+            print(shown(report["few_shot"]["prompts"][0]))
         if args.examples:
-            print("\n".join(evaluation.examples(report, args.examples, args.shots)))
+            print(shown("\n".join(evaluation.examples(report, args.examples, args.shots))))
     decoding = "likeliest choice" if args.choices is not None else f"beam {args.beam}" if args.beam > 1 else "greedy"
     shots = f"{args.draws} draws of {args.shots} shots"
     settings = f"prefix {' '.join(map(str, prefixes))}, data {' '.join(paths)}, split {args.split}, {decoding}, {shots}"
     references = [refs for report in reports for refs in report["references"]]
     bleu, chrf = (metrics.signature(metric, references) for metric in ("BLEU", "chrF2"))
-    print(f"{settings}\nBLEU {bleu}   chrF2 {chrf}")
+    print(shown(f"{settings}\nBLEU {bleu}   chrF2 {chrf}"))
     print("sentence BLEU: mean of nltk's sentence_bleu on words split at spaces, as the notebook has it")
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "report")}
     settings |= {"prefix": [str(path) for path in prefixes], "model": args.model or trained_on["model"], "data": paths}
@@ -127,7 +127,8 @@ def main():
     if args.json:
         with replacing(args.json) as temporary:
             content = {"settings": settings, "signatures": signatures, "directions": reports}
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of a path that is not UTF-8
     if args.report:
         attention = look_at_first(model, tokenizer, banks, reports[0])
         write_page(args.report, reports, args.shots, args.examples, settings, signatures, attention)

@@ -29,7 +29,7 @@ class _NLL(torch.autograd.Function):
         for i in range(0, len(hidden), CHUNK):
             target = targets[i : i + CHUNK, None]
             logits = (hidden[i : i + CHUNK] @ wte.T).float()  # (CHUNK, vocab_size)
-            logp = logits.log_softmax(dim=-1)
+            logp = torch.log_softmax(logits, dim=-1, out=logits)  # in place: fresh memory costs more than the sums
             loss -= (1 - smoothing) * logp.gather(1, target).sum()
             if smoothing:
                 loss -= smoothing * logp.mean(dim=-1).sum()

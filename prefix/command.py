@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one line for a mistake instead of the usage and a line."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {visible(message)} (--help lists the options)\n")
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def telling_errors():
     """A UserError, a full disk or too little memory becomes one line on standard error and exit code 2; Ctrl-C a quiet
     130. Standard output is UTF-8, as standard input is, whatever the locale says."""
     with suppress(AttributeError):  # a notebook's standard output is no file
-        sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # as paths are read
     try:
         yield
     except BrokenPipeError:  # the reader of our output went away, and what is left in the buffer goes nowhere

@@ -29,7 +29,7 @@ from minigpt.errors import UserError
 from minigpt.files import replacing
 from prefix import command, data, rows
 from prefix.banks import read_metadata
-from prefix.command import whole
+from prefix.command import shown, whole
 from prefix.translation import pack, separator, translate
 
 TEXT_ROWS, TEXT_TOKENS = 1000, 4096  # of the training data, at most: the text whose keys slots are held against
@@ -324,12 +324,12 @@ def main():
     attention = look_at(model, tokenizer, banks, args.text, source, target)
     if args.out:
         draw(panels(attention), args.out)
-    print("\n".join([f"{source} -> {target}: {' '.join(attention.tokens)}", "", *mass_lines(attention)]))
+    print(shown("\n".join([f"{source} -> {target}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
     if args.nearest:
         text = training_text(training_corpus(args, prefixes[0], model, tokenizer, banks), tokenizer, model.device)
         n = min(args.nearest, len(text.ids.unique()))
         found = nearest_tokens(model, banks, text.ids, text.layout, n)
-        print("\n".join(["", *nearest_lines(found, banks, tokenizer)]))
+        print(shown("\n".join(["", *nearest_lines(found, banks, tokenizer)])))
 
 
 def training_corpus(args, path, model, tokenizer, banks):

@@ -54,7 +54,8 @@ VALUES += ["", "0", "F32", "\0", "\ud800", "\x1b[2J\u202e", "../x", "/dev/zero",
 
 def changed_bytes(rng, content):
     if rng.random() < 0.01:
-        return content + (rng.choice(NASTY) * 50_000)[:150_000]
+        nasty = rng.choice(NASTY)
+        return content + nasty * (150_000 // len(nasty))
     for _ in range(rng.randint(1, 3)):
         a = rng.randint(0, len(content))
         b = min(len(content), a + rng.choice([1, 8, len(content)]))

@@ -184,7 +184,8 @@ def test_banks_that_were_in_peft_translate_together_as_the_run_that_they_came_fr
     assert code == 0 and out == run(translate, *texts, "--prefix", demo / name)[1] != ""
 
 
-def test_a_run_like_peft_keeps_its_positions_when_it_goes_on(run, demo, tmp_path):
+def test_a_run_like_peft_keeps_its_positions_when_it_goes_on(run, demo, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIGPT_HOME", str(demo / "home"))
     shutil.copytree(demo / "like-peft", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["position_offset"] == 4
     assert run(train, "--resume", tmp_path / "run", "--steps", 2)[0] == 0

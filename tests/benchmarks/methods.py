@@ -105,7 +105,8 @@ class Bench:
         trainer = Trainer(self.model, self.tokenizer, banks, self.corpus, settings, out)
         if spec["pairs"]:
             trainer.train_set = trainer.train_set[: 2 * spec["pairs"]]  # each pair is there in both directions
-        trainer.run()
+        if not trainer.run():
+            sys.exit("stopped")
         return Banks.load(out / "prefix.safetensors", self.model)
 
     def measure(self, banks):
