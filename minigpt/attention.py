@@ -27,6 +27,13 @@ import torch.nn.functional as F
 KERNELS_FROM = (8, 0)  # compute capability: below it, Triton 3.9 compiles matrix products without tensor cores
 
 
+def upload(x, device):
+    """x on `device`; on its way to a GPU it waits for nothing that runs there, as it would in pageable memory."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 class Layout:
     """How N packed tokens fall into B sentences, and which banks are open at each.
 
@@ -40,12 +47,12 @@ class Layout:
         self.ragged = min(self.lengths) != self.longest
         self.has_open = opened is not None
         opened = torch.zeros(self.n_tokens) if opened is None else opened
-        self.opened = opened.to(self.device, torch.int32)
+        self.opened = upload(opened.to(torch.int32), self.device)
         n = torch.tensor(self.lengths, dtype=torch.int32)
         end = n.cumsum(0, dtype=torch.int32).repeat_interleave(n)  # (N,): the token after each token's sentence
         start = end - n.repeat_interleave(n)  # (N,): the first token of each token's sentence
-        self.start, self.end = start.to(self.device), end.to(self.device)
-        self.position = (torch.arange(self.n_tokens) - start).to(self.device)  # (N,) int64
+        self.start, self.end = upload(start, self.device), upload(end, self.device)
+        self.position = upload(torch.arange(self.n_tokens) - start, self.device)  # (N,) int64
 
     @cached_property
     def cell(self):

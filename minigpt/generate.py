@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minigpt.attention import Layout, attend, attend_cached
+from minigpt.attention import Layout, attend, attend_cached, upload
 from minigpt.errors import UserError
 
 ROUND = 128  # entries of the cache: recorded steps look at multiples of this
@@ -90,7 +90,7 @@ def prefill(model, cache, seats, prompts, opened=None, slots=None, position_offs
 
 def decode(model, cache, ids, opened=None, slots=None, position_offset=0):
     """One more token, ids (B,), for each of the first B seats; opened (B,) masks -> logits (B, vocab_size)."""
-    length = torch.tensor(cache.length[: len(ids)], device=model.device)[:, None]  # (B, 1)
+    length = upload(torch.tensor(cache.length[: len(ids)]), model.device)[:, None]  # (B, 1)
     past = torch.arange(reach(cache, len(ids), 1), device=model.device) <= length  # (B, T)
     logits = extend(model, cache, ids[:, None], length + position_offset, past[:, None], opened, slots)
     return logits[:, 0]
@@ -115,7 +115,7 @@ def extend(model, cache, ids, position, past, opened=None, slots=None):
     ids, position (B, Q); past (B, Q, T): the entries that belong to each one's beginning, its own among them;
     opened (B,) masks -> logits (B, Q, vocab_size)."""
     B, Q = ids.shape
-    entry = torch.tensor(cache.length[:B], device=ids.device)[:, None] + torch.arange(Q, device=ids.device)
+    entry = upload(torch.tensor(cache.length[:B]), ids.device)[:, None] + torch.arange(Q, device=ids.device)
     if slots is not None:
         past = torch.cat([slots.open_to(opened)[:, None].expand(-1, Q, -1), past], dim=-1)  # (B, Q, S + T)
     logits = (replay if records_steps(model.device) else step)(model, cache, slots, ids, position, entry, past)
@@ -221,7 +221,7 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
             last += take(prefill(model, cache, free, ids, opened, slots, position_offset), new)
             _free_seats(cache, seated, last)
         if seated:
-            ids = torch.tensor(last, device=model.device)
+            ids = upload(torch.tensor(last), model.device)
             opened = open_now([prompts[n] for n in seated], slots)
             last = take(decode(model, cache, ids, opened, slots, position_offset), seated)
             _free_seats(cache, seated, last)
@@ -242,7 +242,7 @@ def time_to_seat(waiting, seated, seats):
 
 def open_now(prompts, slots):
     """The masks of the banks that these sentences' new tokens see: (B,), or None without slots."""
-    return None if slots is None else torch.tensor([p.opened[-1] for p in prompts], device=slots.bank.device)
+    return None if slots is None else upload(torch.tensor([p.opened[-1] for p in prompts]), slots.bank.device)
 
 
 def check_prompts(model, prompts, position_offset):

@@ -50,6 +50,8 @@ class Banks(nn.Module):
         self.names = list(banks)
         self.key = nn.ParameterList(nn.Parameter(key.float()) for key, _ in banks.values())
         self.value = nn.ParameterList(nn.Parameter(value.float()) for _, value in banks.values())
+        numbers = torch.arange(len(banks), dtype=torch.int32).repeat_interleave(torch.tensor(self.prefix_len))
+        self.register_buffer("number", numbers, persistent=False)  # (S,), on the device before a step asks for it
         self.position_offset = position_offset
         self.training_record = training or {}
 
@@ -107,9 +109,7 @@ class Banks(nn.Module):
     def slots(self):
         """All banks one after another, as attention takes them; it casts them to the model's dtype."""
         key, value = (torch.cat(side, dim=2) for side in zip(*self.pairs()))
-        numbers = torch.arange(len(self.names), dtype=torch.int32)
-        bank = numbers.repeat_interleave(torch.tensor(self.prefix_len)).to(key.device)  # (S,)
-        return Slots(key, value, bank)
+        return Slots(key, value, self.number)
 
     def logits(self, model, ids, open=()):
         """ids (B, T), with the banks named in `open` open from the first token on -> logits (B, T, vocab_size)."""

@@ -179,8 +179,8 @@ class Trainer:
             total = self.add_up_batches(self.cut_smaller(prepared))
         if total is None:
             raise UserError(
-                f"step {prepared.step + 1}: out of memory, also with micro-batches of {self.micro_batch_tokens:,} tokens: "
-                "lower --micro-batch-tokens, set --checkpoint-activations, or, for long pairs, lower --max-tokens"
+                f"step {prepared.step + 1}: out of memory, also with micro-batches of {self.micro_batch_tokens:,} tokens:"
+                " lower --micro-batch-tokens, set --checkpoint-activations, or, for long pairs, lower --max-tokens"
             )
         stop = torch.full_like(total, bool(self.stop))
         grads = [p.grad for p in self.trained]
@@ -378,11 +378,10 @@ class Trainer:
         if not self.can_go_on() and not _size(self.out / METRICS):
             return
         counts, of, tensors = self.newest_state()
-        others = [
-            f"another {name} ({of.get(name)}, here {ours})" for name, ours in self.identity.items() if of.get(name) != ours
-        ]
+        others = {name: ours for name, ours in self.identity.items() if of.get(name) != ours}
         if others:
-            raise UserError(f"{self.out}: this run has {'; '.join(others)}")
+            found = "; ".join(f"another {name} ({of.get(name)}, here {ours})" for name, ours in others.items())
+            raise UserError(f"{self.out}: this run has {found}")
         self.banks.load_state_dict({name: tensors[f"slots.{name}"] for name, _ in self.banks.named_parameters()})
         for name in COUNTS:
             setattr(self, name, counts[name])
@@ -429,7 +428,7 @@ class Trainer:
                 if {name: part.get_shape() for name, part in there.items()} not in (shapes, shapes | adam):
                     raise ValueError("its tensors are not those of such banks")
                 counts, of = (json.loads(file.metadata()[name]) for name in ("counts", "of"))
-                if not isinstance(of, dict) or any(type(counts[name]) is not type(getattr(self, name)) for name in COUNTS):
+                if any(type(counts[name]) is not type(getattr(self, name)) for name in COUNTS) or type(of) is not dict:
                     raise ValueError("a count is not of its type")
                 if not all(counts[name] >= 0 for name in COUNTS):
                     raise ValueError("a count is below 0")

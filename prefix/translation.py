@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minigpt.attention import Layout
+from minigpt.attention import Layout, upload
 from minigpt.beam import beam_search
 from minigpt.choose import choose, room_for
 from minigpt.errors import UserError
@@ -62,7 +62,8 @@ def pack(examples, sep, eot, device="cpu"):
         targets.append(torch.cat([row[len(source) + 1 :], torch.tensor([eot])]))
         lengths.append(len(row))
     layout = Layout(lengths, torch.tensor(opened), device)
-    return Batch(*(torch.cat(x).to(device) if isinstance(x, list) else x for x in (ids, layout, at, targets)))
+    ids, at, targets = (upload(torch.cat(parts), layout.device) for parts in (ids, at, targets))
+    return Batch(ids, layout, at, targets)
 
 
 @dataclass

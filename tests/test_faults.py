@@ -252,7 +252,9 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(run, begin, whole, tmp_pat
     code, said = run("train", *begin(out), at=("a line is written", 2), signal=number)
     assert code == 128 + number
     stopped, to_do = said.splitlines()[-1].split("; to go on: python train.py ")
-    assert stopped == "stopped after step 3" and content_of(out / "last" / "state.safetensors")[0]["counts"]["step"] == 3
+    assert (
+        stopped == "stopped after step 3" and content_of(out / "last" / "state.safetensors")[0]["counts"]["step"] == 3
+    )
     assert run("train", *shlex.split(to_do))[0] == 0
     assert_same_end(out, whole)
 

@@ -54,7 +54,10 @@ def test_a_folder_that_is_gone_is_an_error_that_names_the_file(tmp_path):
     with pytest.raises(UserError, match="folder/a.txt: cannot be written: No such file"), replacing(folder / "a.txt"):
         pass
     folder.mkdir()
-    with pytest.raises(UserError, match="folder/a.txt: cannot be written: No such file"), replacing(folder / "a.txt") as t:
+    with (
+        pytest.raises(UserError, match="folder/a.txt: cannot be written: No such file"),
+        replacing(folder / "a.txt") as t,
+    ):
         t.unlink()
         folder.rmdir()
     assert not folder.exists()
