@@ -115,14 +115,14 @@ def load_weights(model, directory, device, dtype):
         for module in model.modules():  # not by to_empty, for which torch imports a second's worth of sympy
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
-        parameters, samples, peaks = dict(model.named_parameters()), {}, []
+        parameters, samples, ends = dict(model.named_parameters()), {}, []
         for name, (path, stored) in sources.items():
             tensor = files[path].get_tensor(stored)
             samples[name] = sample(tensor)
             parameters[name].copy_(tensor)
-            peaks.append(parameters[name].norm(torch.inf))  # the largest size, or NaN where there is one
-        finite = torch.stack(peaks).isfinite().tolist()  # the one wait for the device
-        for path, stored in itertools.compress(sources.values(), [not good for good in finite]):
+            ends.append(parameters[name].min() + parameters[name].max())  # NaN or infinite where any number is
+        wrong = (~torch.stack(ends).isfinite()).tolist()  # the one wait for the device
+        for path, stored in itertools.compress(sources.values(), wrong):
             check_finite(path, stored, files[path].get_tensor(stored))
             raise UserError(f"{path}: tensor {stored} has numbers too large for {dtype}: use --dtype float32")
     model.fingerprint = fingerprint(samples)
@@ -211,6 +211,7 @@ def _tie(sources, files):
     other_path, other = sources.setdefault("wte.weight", (path, stored))  # some keep only one of the two names
     head, wte = files[path].get_tensor(stored), files[other_path].get_tensor(other)
     if not torch.equal(head.float(), wte.float()):
+        check_finite(path, stored, head)
         raise UserError(f"{path}: {stored} differs from {other}; only tied heads are implemented")
 
 

@@ -179,8 +179,8 @@ class Trainer:
             total = self.add_up_batches(self.cut_smaller(prepared))
         if total is None:
             raise UserError(
-                f"step {prepared.step + 1}: out of memory, also with micro-batches of {self.micro_batch_tokens:,} tokens:"
-                " lower --micro-batch-tokens, set --checkpoint-activations, or, for long pairs, lower --max-tokens"
+                f"step {prepared.step + 1}: out of memory, also in micro-batches of {self.micro_batch_tokens:,} tokens: "
+                "lower --micro-batch-tokens, set --checkpoint-activations, or, for long pairs, lower --max-tokens"
             )
         stop = torch.full_like(total, bool(self.stop))
         grads = [p.grad for p in self.trained]
