@@ -28,14 +28,18 @@ def parse_arguments():
     command.add_prefix_option(parser)
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
     parser.add_argument("--beam", type=whole(1), default=1, metavar="N", help="beams (1: no beam search)")
-    parser.add_argument("--length-penalty", type=number(-10, 10), metavar="X", help="beams are ranked by log p / length**X (1)")
+    parser.add_argument(
+        "--length-penalty", type=number(-10, 10), metavar="X", help="beams are ranked by log p / length**X (1)"
+    )
     parser.add_argument("--temperature", type=number(0, 100), metavar="X", help="0 takes the likeliest token (default)")
     parser.add_argument("--top-k", type=whole(0), default=0, metavar="N", help="sample among the N likeliest; 0: all")
     parser.add_argument("--top-p", type=number(0, 1, open_low=True), default=1.0, metavar="X")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N")
     parser.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="default: twice the source plus 16")
     parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="sentences decoded at once")
-    parser.add_argument("--choices", nargs="+", metavar="ANSWER", help="answer with the likeliest of these, as to label")
+    parser.add_argument(
+        "--choices", nargs="+", metavar="ANSWER", help="answer with the likeliest of these, as to label"
+    )
     command.add_weights_option(parser)
     command.add_machine_options(parser)
     args = parser.parse_args()
@@ -92,7 +96,9 @@ def main():
             done += len(chunk)
             bar.update(len(chunk))
     if divided:
-        notice(f"{divided} of {done} texts were too long for the model's context: translated in parts, cut at sentence ends")
+        notice(
+            f"{divided} of {done} texts were too long for the model's context: translated in parts, cut at sentence ends"
+        )
     if cut:
         notice(f"{cut} of {done} translations were cut at their token limit (--max-new-tokens)")
     if faults:

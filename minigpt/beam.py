@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from minigpt.attention import upload
 from minigpt.generate import Cache, Generated, Prompt, check_prompts, extend, longest_first, open_now, prefill, reach
 from minigpt.generate import time_to_seat
 
@@ -75,9 +76,9 @@ def beam_search(model, prompts, stop, slots=None, position_offset=0, beams=5, ba
             searches = [search for _, search in seated]
             ids = torch.tensor([[tokens[-1] for tokens in s.beams] for s in searches], device=model.device)
             position = torch.tensor([[s.position] * beams for s in searches], device=model.device) + position_offset
-            seat, beam = torch.arange(len(seated), device=model.device)[:, None], torch.arange(beams, device=model.device)
-            entry = torch.tensor(cache.length[: len(seated)], device=model.device)[:, None] + beam  # (B, beams)
-            belongs[seat, beam, entry] = True
+            beam = torch.arange(beams, device=model.device)
+            entry = upload(torch.tensor(cache.length[: len(seated)]), model.device)[:, None] + beam  # (B, beams)
+            belongs[: len(seated)].scatter_(2, entry[:, :, None], True)
             past = belongs[: len(seated), :, : reach(cache, len(seated), beams)]
             opened = open_now([s.prompt for s in searches], slots)
             choose(extend(model, cache, ids, position, past, opened, slots), 0)

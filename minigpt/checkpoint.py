@@ -120,8 +120,8 @@ def load_weights(model, directory, device, dtype):
             tensor = files[path].get_tensor(stored)
             samples[name] = sample(tensor)
             parameters[name].copy_(tensor)
-            ends.append(parameters[name].min() + parameters[name].max())  # NaN or infinite where any number is
-        wrong = (~torch.stack(ends).isfinite()).tolist()  # the one wait for the device
+            ends.append(torch.stack([parameters[name].min(), parameters[name].max()]))  # NaN where there is one
+        wrong = (~torch.stack(ends).isfinite()).any(dim=1).tolist()  # the one wait for the device
         for path, stored in itertools.compress(sources.values(), wrong):
             check_finite(path, stored, files[path].get_tensor(stored))
             raise UserError(f"{path}: tensor {stored} has numbers too large for {dtype}: use --dtype float32")

@@ -143,7 +143,8 @@ def step(model, cache, slots, ids, position, entry, visible):
 
 def replay(model, cache, slots, *inputs):
     """step() as one launch: recorded as a CUDA graph the first time that inputs have these widths, and replayed from
-    then on, with the same slots. A graph runs all seats: what it writes for free ones is overwritten before it is read."""
+    then on, with the same slots. A graph runs all seats; what it writes for free ones is overwritten before any sentence
+    reads it."""
     B, seats = len(inputs[0]), cache.key.size(1)
     widths = tuple(x.size(-1) for x in inputs)
     if widths not in cache.recorded:
@@ -181,8 +182,8 @@ class Sampler:
                 ranked[:, self.top_k :] = 0
             ranked[ranked.cumsum(dim=-1) - ranked >= self.top_p] = 0  # one stays while those before it hold less
             p = torch.zeros_like(p).scatter_(1, order, ranked)
-        # Each token waits for a time that is exponential with rate p; the first to come has the chance p. The last bits
-        # of p, in which a batch differs from a sentence alone, change that far less often than a place in a sum of all p.
+        # Each token waits for a time that is exponential with rate p: it is the first to come with probability p. The last
+        # bits of p, in which a batch differs from a sentence alone, change that far less often than a place in a sum.
         wait = torch.stack([self._wait(stream, p.size(-1)) for stream in streams]).to(p.device)
         return (p / wait).argmax(dim=-1)
 

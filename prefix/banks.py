@@ -164,7 +164,10 @@ class Banks(nn.Module):
                 banks[bank] = [_slots(path, file, f"{bank}.{side}", slots) for side in ("key", "value")]
                 if banks[bank][0].shape != banks[bank][1].shape:
                     raise UserError(f"{path}: bank {bank} has other keys than values: the shapes differ")
-        return cls(banks, metadata["position_offset"], metadata["training"])
+        try:
+            return cls(banks, metadata["position_offset"], metadata["training"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @classmethod
     def joined(cls, parts):

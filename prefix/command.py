@@ -80,7 +80,7 @@ def add_machine_options(parser):
 
 
 def add_weights_option(parser):
-    parser.add_argument("--weights", choices=["int8"], help="8-bit weights: faster on a CPU, for small batches above all")
+    parser.add_argument("--weights", choices=["int8"], help="8-bit weights: faster on a CPU, for a sentence or two")
 
 
 def add_prefix_option(parser):

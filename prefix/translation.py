@@ -68,8 +68,8 @@ def pack(examples, sep, eot, device="cpu"):
 
 @dataclass
 class Translation:
-    """text: one line. finished: False where it was cut at its limit. fault: why there is none, or None. pieces: how many
-    the source was divided into, because it was too long for the context."""
+    """text: one line. finished: False where it was cut at its limit. fault: why there is none, or None. pieces: into
+    how many the source was divided, because it was too long for the context."""
 
     text: str = ""
     finished: bool = True
@@ -97,8 +97,8 @@ def translate(
 
     source, target: bank names. max_new: tokens of each answer, by default twice the source plus 16; never past the
     context. A text that is too long for the context is divided at sentence ends. first: the number of the first text,
-    for sampling: each draws from a stream of its own. choices: the texts that an answer may be, of which the likeliest is
-    taken. on_text(text so far): called as it grows, if there is one text in one piece and no beam search. Several
+    for sampling: each draws from a stream of its own. choices: the texts that an answer may be, of which the likeliest
+    is taken. on_text(text so far): called as it grows, if there is one text in one piece and no beam search. Several
     processes share the texts out between them, and each returns all results."""
     sees_source, sees_both, sep = banks.mask([source]), banks.mask([source, target]), separator(tokenizer)
     room = model.config.n_positions - banks.position_offset

@@ -1,6 +1,7 @@
 """Files and texts from strangers: read or refused in one line, never run, and harmless on a terminal."""
 
 import ast
+import json
 import os
 import pty
 import random
@@ -9,9 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import fuzz
+from minigpt import UserError
 from minigpt.errors import visible
+from prefix import Banks
 from prefix.command import DEMO_PREFIX, notice, shown
 
 ROOT = Path(__file__).parents[1]
@@ -97,12 +103,95 @@ def test_an_answer_of_translate_cannot_command_a_terminal(terminal):
     stream, read = terminal
     command = ["translate.py", "--prefix", DEMO_PREFIX, "--device", "cpu", "Bonjour", "--choices", "\x1b[2J\u202eoui"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
-    subprocess.run([sys.executable, *command], stdout=stream, stderr=stream, cwd=ROOT, env=environment)
+    subprocess.run([sys.executable, *command], stdout=stream, stderr=stream, cwd=ROOT, env=environment, check=True)
     stream.close()
     assert read().endswith("\\x1b[2J\\u202eoui\r\n")
-    result = subprocess.run([sys.executable, *command], capture_output=True, cwd=ROOT, env=environment)
+    result = subprocess.run([sys.executable, *command], capture_output=True, cwd=ROOT, env=environment, check=True)
     assert result.stdout.decode() == "\x1b[2J\u202eoui\n"
 
 
 def test_newlines_tabs_and_other_writing_systems_are_not_spelled_out():
     assert visible("a\n\tb é 日本語 שלום 👩‍👩‍👧", keep="\n\t") == "a\n\tb é 日本語 שלום 👩‍👩‍👧"
+
+
+# Prefix files
+
+
+MODEL = fuzz.tiny()
+
+
+@pytest.fixture
+def refusal(tmp_path):
+    """A function: a change of a sound prefix file's (tensors, metadata) -> the one line that says why it is refused."""
+    path = tmp_path / "p.safetensors"
+    Banks.random(fuzz.CONFIG, ["en", "fr"], 3).save(path, MODEL)
+    Banks.load(path, MODEL)
+
+    def refusal(change):
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        change(tensors, metadata)
+        save_file(tensors, path, metadata)
+        with pytest.raises(UserError) as caught:
+            Banks.load(path, MODEL)
+        assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value)) < 1100
+        return str(caught.value).removeprefix(f"{path}: ")
+
+    return refusal
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_slot_that_is_not_finite_is_an_error_that_names_its_tensor(refusal, value):
+    reason = refusal(lambda tensors, _: tensors["fr.value"].view(-1)[-1].fill_(value))
+    assert reason == "tensor fr.value has numbers that are not finite (NaN or infinity)"
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 2), (2, 2, 3, 2), (1, 1, 3, 2), (1, 2, 3, 1), (1, 2, 6), (12,), (1, 2, 3, 2, 1)])
+def test_slots_of_another_shape_are_an_error_with_both_shapes(refusal, shape):
+    reason = refusal(lambda tensors, _: tensors.update({"en.key": torch.zeros(shape)}))
+    assert reason == f"tensor en.key has shape {list(shape)}, expected [1, 2, 3, 2]"
+
+
+def test_a_bank_with_fewer_values_than_keys_is_an_error(refusal):
+    assert "the shapes differ" in refusal(lambda tensors, _: tensors.update({"en.key": torch.zeros(1, 2, 2, 2)}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool, torch.float8_e5m2])
+def test_slots_of_another_type_are_an_error(refusal, dtype):
+    reason = refusal(lambda tensors, _: tensors.update({"en.key": tensors["en.key"].to(dtype)}))
+    assert reason.startswith("tensor en.key is ") and reason.endswith("expected one of F32, F16, BF16")
+
+
+def test_a_missing_and_an_unexpected_tensor_are_errors_that_name_it(refusal):
+    assert refusal(lambda tensors, _: tensors.update({"de.key": torch.zeros(1)})) == "unexpected tensor de.key"
+    assert refusal(lambda tensors, _: tensors.pop("de.key") is tensors.pop("fr.key")) == "no tensor fr.key"
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("banks", '["en\\u001b[2J", "fr"]'),
+        ("banks", '["en\\n", "fr"]'),
+        ("banks", '["", "fr"]'),
+        ("banks", json.dumps(["x" * 10_000_000, "fr"])),
+        ("banks", '["en", "en"]'),
+        ("banks", '["en", 3]'),
+        ("banks", "[" * 100_000),
+        ("prefix_len", str(10**6)),
+        ("prefix_len", "-1"),
+        ("position_offset", str(10**30)),
+        ("position_offset", "16"),
+        ("training", '{"data": "/etc/passwd"}'),
+        ("training", '{"data": [3]}'),
+        ("base", "[]"),
+        ("format", "\x1b[2J"),
+    ],
+)
+def test_metadata_that_lies_is_an_error(refusal, name, value):
+    def change(tensors, metadata):
+        if name == "banks" and value.startswith('["') and "," in value:
+            bank = str(json.loads(value)[0])
+            tensors |= {f"{bank}.key": tensors.pop("en.key"), f"{bank}.value": tensors.pop("en.value")}
+        metadata[name] = value
+
+    assert refusal(change)

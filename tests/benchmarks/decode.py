@@ -7,13 +7,14 @@ and values of each sentence's text. With few sentences a step cannot take less t
     cache       2 n_layer d for each token of text so far, of each sentence
 
 "share" is that time, at the rate at which the machine reads a large tensor (measured at the start), over the time
-taken. Prompts are real sentences of different lengths, and every one gets --new tokens, so that all rows do the same work.
-transformers pads on the left; its static cache and torch.compile are tried where that is asked for, and the best counts.
+taken. Prompts are real sentences of different lengths, and every one gets --new tokens, so that all rows do the same
+work. transformers pads on the left; ratios are to its better row, with its own cache or a static one and torch.compile,
+in float32 on a CPU.
 
-    python tests/benchmarks/decode.py                         tokens/s at batches of 1, 8, 32, 128, time to the first token
-    python tests/benchmarks/decode.py --shape gpt2-xl         ... on a GPU
-    python tests/benchmarks/decode.py --what file             a file of 1,000 sentences by prefix, by 3 shots, by 5 beams,
-                                                              the demo checkpoint (or --model) and the demo prefix
+    python tests/benchmarks/decode.py                     tokens/s at batches of 1, 8, 32, 128; time to the first token
+    python tests/benchmarks/decode.py --shape gpt2-xl     ... on a GPU
+    python tests/benchmarks/decode.py --what file         a file of 1,000 sentences by prefix, by 3 shots, by 5 beams,
+                                                          with the demo checkpoint (or --model) and the demo prefix
 
 The last line printed is one JSON object.
 """
@@ -66,7 +67,9 @@ def main():
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Measure the speed of decoding.")
     parser.add_argument("--what", nargs="+", choices=[*PARTS], default=["batches"])
-    parser.add_argument("--shape", choices=[*PUBLISHED], default="gpt2", help="of --what batches; its weights are random")
+    parser.add_argument(
+        "--shape", choices=[*PUBLISHED], default="gpt2", help="of --what batches; its weights are random"
+    )
     parser.add_argument("--model", default="demo", help="of --what file (the demo checkpoint)")
     parser.add_argument("--prefix", default=str(command.DEMO_PREFIX), help="of --what file (the demo prefix)")
     parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else command.DEMO_CORPUS)
@@ -145,7 +148,9 @@ def transformers_batches(args, dtype, static=False):
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     options |= {"cache_implementation": "static"} if static else {}
     if static:
-        model.forward = torch.compile(model.forward, dynamic=False, mode="reduce-overhead" if args.device == "cuda" else None)
+        model.forward = torch.compile(
+            model.forward, dynamic=False, mode="reduce-overhead" if args.device == "cuda" else None
+        )
 
     def run(prompts, new):
         found = model.generate(**left_padded(prompts, args.device), max_new_tokens=new, min_new_tokens=new, **options)
@@ -167,7 +172,10 @@ def load_transformers(directory, device, dtype):
 
 def left_padded(prompts, device):
     longest = max(map(len, prompts))
-    ids, mask = torch.zeros(len(prompts), longest, dtype=torch.int64), torch.zeros(len(prompts), longest, dtype=torch.int64)
+    ids, mask = (
+        torch.zeros(len(prompts), longest, dtype=torch.int64),
+        torch.zeros(len(prompts), longest, dtype=torch.int64),
+    )
     for i, prompt in enumerate(prompts):
         ids[i, longest - len(prompt) :], mask[i, longest - len(prompt) :] = torch.tensor(prompt), 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
@@ -182,10 +190,14 @@ def show_batches(args, rows, rate):
             theirs = [other["cells"][i]["seconds"] for key, other in rows.items()
                       if key.startswith("transformers") and other.get("bytes_per_weight", 0) >= 4 and "cells" in other]  # fmt: skip
             if args.device == "cuda":
-                theirs = [rows["transformers"]["cells"][i]["seconds"]] if "cells" in rows.get("transformers", {}) else []
+                theirs = (
+                    [rows["transformers"]["cells"][i]["seconds"]] if "cells" in rows.get("transformers", {}) else []
+                )
             B, steps = cell["batch"], args.new - 1
             text = steps * (cell["prompt_tokens"] + B * args.new / 2)  # cached tokens read, in all steps
-            least = steps * weights * row["bytes_per_weight"] + text * 2 * c.n_layer * c.n_embd * row["bytes_per_cached"]
+            least = (
+                steps * weights * row["bytes_per_weight"] + text * 2 * c.n_layer * c.n_embd * row["bytes_per_cached"]
+            )
             cell["tokens_per_second"] = B * args.new / cell["seconds"]
             cell["over_transformers"] = min(theirs) / cell["seconds"] if theirs else None
             cell["share_of_bandwidth"] = least / rate / (cell["seconds"] - cell["first"])
@@ -212,7 +224,10 @@ def sentences(args, tokenizer):
 
 
 def our_file(args, way):
-    model, tokenizer = GPT.from_pretrained(args.model, args.device, file_dtype(args)), Tokenizer.from_pretrained(args.model)
+    model, tokenizer = (
+        GPT.from_pretrained(args.model, args.device, file_dtype(args)),
+        Tokenizer.from_pretrained(args.model),
+    )
     banks, (corpus, sources) = Banks.load(args.prefix, model), sentences(args, tokenizer)
     if way == "3 shots":
         pairs = draw_examples(corpus, 1, 0, 3, seed=0)
@@ -228,7 +243,10 @@ def our_file(args, way):
 def transformers_file(args, way):
     """As its users do: batches of 32 sorted by length, padded on the left, until the last sentence of each has ended. Its
     prefix is peft's, with our slots in it, both banks open from the first token on."""
-    model, tokenizer = load_transformers(checkpoint.find(args.model), args.device, str(file_dtype(args)).split(".")[1]), None
+    model, tokenizer = (
+        load_transformers(checkpoint.find(args.model), args.device, str(file_dtype(args)).split(".")[1]),
+        None,
+    )
     tokenizer = Tokenizer.from_pretrained(args.model)
     corpus, sources = sentences(args, tokenizer)
     stop = [tokenizer.eot]
@@ -275,13 +293,18 @@ def file_dtype(args):
 
 
 def show_file(args, rows, _):
-    print(f"\n{args.sentences} sentences of {args.data.name}, {args.model}\n{'':26}seconds  sentences/s  tokens/s  of transformers'")
+    print(
+        f"\n{args.sentences} sentences of {args.data.name}, {args.model}\n{'':26}seconds  sentences/s  tokens/s  of transformers'"
+    )
     for name, row in rows.items():
         if "error" in row:
             print(f"{name:26}{row['error']}")
             continue
         theirs = rows.get(f"transformers, {name.split(', ')[1]}", {}).get("seconds")
-        row |= {"sentences_per_second": args.sentences / row["seconds"], "tokens_per_second": row["tokens"] / row["seconds"]}
+        row |= {
+            "sentences_per_second": args.sentences / row["seconds"],
+            "tokens_per_second": row["tokens"] / row["seconds"],
+        }
         row["over_transformers"] = theirs / row["seconds"] if theirs else None
         print(f"{name:26}{row['seconds']:7.1f}{row['sentences_per_second']:13.1f}{row['tokens_per_second']:10,.0f}"
               f"{row['over_transformers'] or 0:16.2f}x")  # fmt: skip
