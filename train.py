@@ -27,7 +27,7 @@ from prefix.translation import pack, separator
 # The demo's learning rates come from a sweep (tests/benchmarks/RESULTS.md); those of published models are not measured.
 STEPS = {"demo": 300, "published": 2048}
 LR = {
-    "demo": {"text": 0.1, "random": 0.1, "zero-effect": 0.1, "reparam": 0.01},
+    "demo": {"text": 0.1, "random": 0.1, "zero-effect": 0.1, "reparam": 0.003},
     "published": {"text": 0.01, "random": 0.03, "zero-effect": 0.03, "reparam": 0.001},
 }
 INITS = ("text", "random", "zero-effect")

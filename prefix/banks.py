@@ -198,9 +198,7 @@ def read_metadata(path):
         valid = (
             isinstance(header["base"]["config"], dict)
             and isinstance(header["base"]["fingerprint"], str)
-            and isinstance(header["training"], dict)
-            and isinstance(header["training"].get("data", []), list)
-            and all(isinstance(path, str) for path in header["training"].get("data", []))
+            and _is_record(header["training"])
             and isinstance(header["banks"], list)
             and all(isinstance(bank, str) for bank in header["banks"])
             and 0 < len(set(header["banks"])) == len(header["banks"])
@@ -212,6 +210,18 @@ def read_metadata(path):
     if not valid:
         raise UserError(f"{path}: damaged header: a field is not of its type")
     return header
+
+
+def _is_record(training):
+    """Whether a record of training is one whose parts the commands can use: the model, files, columns and limit."""
+    if not isinstance(training, dict):
+        return False
+    limit, texts = training.get("limit"), [training.get("data", []), training.get("columns", [])]
+    return (
+        isinstance(training.get("model"), (str, type(None)))
+        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in texts)
+        and (limit is None or type(limit) is int and limit > 0)
+    )
 
 
 def _slots(path, file, name, most):

@@ -3,10 +3,10 @@
     embedding (banks, prefix_len, n_embd) -> Linear -> tanh (512) -> Linear -> 2 * n_layer * n_embd numbers a slot
 
 What comes out is added to where the slots start. The last layer is zero at first, so that training begins exactly at
---init. All banks share the network and have embeddings of their own: while there are fewer slots than its 512 units, it
-can still give each slot any key and value. For GPT-2 XL it is 80 million numbers: 1.3 GB with their gradients and AdamW's
-moments, and a second network would take as much again. It is needed no longer than training lasts: a prefix file has the
-slots alone.
+--init. All banks share the network and have embeddings of their own: while there are fewer slots than its 512 units,
+it can still give each slot any key and value. For GPT-2 XL it is 80 million numbers: 1.3 GB with their gradients and
+AdamW's moments, and a second network would take as much again. It is needed no longer than training lasts: a prefix
+file has the slots alone.
 """
 
 import torch

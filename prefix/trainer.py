@@ -179,7 +179,7 @@ class Trainer:
             total = self.add_up_batches(self.cut_smaller(prepared))
         if total is None:
             raise UserError(
-                f"step {prepared.step + 1}: out of memory, also in micro-batches of {self.micro_batch_tokens:,} tokens: "
+                f"step {prepared.step + 1}: out of memory, even in micro-batches of {self.micro_batch_tokens:,}: "
                 "lower --micro-batch-tokens, set --checkpoint-activations, or, for long pairs, lower --max-tokens"
             )
         stop = torch.full_like(total, bool(self.stop))
@@ -435,6 +435,8 @@ class Trainer:
                 tensors = {name: file.get_tensor(name) for name in there}
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
                     raise ValueError("a number is not finite")
+                if any((t < 0).any() for name, t in tensors.items() if name.endswith((".step", ".exp_avg_sq"))):
+                    raise ValueError("AdamW's count of steps or mean of squares is below 0")
                 return counts, of, tensors
             except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
                 raise UserError(f"{path}: cannot resume from it: {error}") from error

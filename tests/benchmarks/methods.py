@@ -127,8 +127,13 @@ class Bench:
     def row(self, **spec):
         """Mean and standard deviation over the seeds -> {"loss": (mean, sd), ...}, with the spec."""
         results = [self.run(**spec, seed=seed) for seed in range(self.args.seeds)]
-        around = lambda values: (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+        around = lambda values: [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
         return spec | {name: around([r[name] for r in results]) for name in ("loss", "fr -> en", "en -> fr")}
+
+    def without_slots(self):
+        """The row of the base itself."""
+        result = self.measure(Banks.random(self.model.config, ("en", "fr"), 0))
+        return {"name": "no slots at all", "lr": None} | {name: [value] for name, value in result.items()}
 
 
 def short_pairs(path, folder):
@@ -156,7 +161,7 @@ def as_in_the_paper(banks, seed):
 
 def starts(bench):
     """Where the slots start, and whether they are moved through a network."""
-    rows = []
+    rows = [bench.without_slots()]
     for reparam, init in itertools.product((False, True), INITS):
         spec = dict(init=init, reparam=reparam)
         lr = bench.best_rate(**spec)
@@ -188,9 +193,9 @@ TABLES = {"start": starts, "length": lengths, "pairs": amounts}
 def markdown(title, rows):
     lines = [f"| {title} | --lr | held-out loss | BLEU fr → en | BLEU en → fr |", "|---|---|---|---|---|"]
     for row in rows:
-        cells = ["{:.4f} ± {:.4f}".format(*row["loss"])]
-        cells += ["{:.1f} ± {:.1f}".format(*row[name]) for name in ("fr -> en", "en -> fr")]
-        lines.append(f"| {row['name']} | {row['lr']:g} | {' | '.join(cells)} |")
+        cells = [" ± ".join(f"{x:.4f}" for x in row["loss"])]
+        cells += [" ± ".join(f"{x:.1f}" for x in row[name]) for name in ("fr -> en", "en -> fr")]
+        lines.append(f"| {row['name']} | {row['lr'] or '-'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
