@@ -310,7 +310,7 @@ def closing_line(trainer, model, out):
     skipped = f"; {trainer.skipped} steps were not finite and skipped" if trainer.skipped else ""
     return (
         f"Trained {trained:,} parameters ({share:.2%} of the model) in {trainer.seconds:.0f} s "
-        f"({trainer.tokens / trainer.seconds:,.0f} tokens/s): {good}{skipped}; {out}/prefix.safetensors. "
+        f"({trainer.tokens / max(trainer.seconds, 1e-3):,.0f} tokens/s): {good}{skipped}; {out}/prefix.safetensors. "
         f'Try: python translate.py --prefix {shlex.quote(str(out))} "Bonjour"'
     )
 

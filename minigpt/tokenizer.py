@@ -80,7 +80,7 @@ class Tokenizer:
         return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
 
     def decode(self, ids):
-        """Ids -> text; bytes that are not UTF-8 become U+FFFD, ids of no token (a padded vocabulary has some) nothing."""
+        """Ids -> text; bytes that are not UTF-8 become U+FFFD, ids of no token (a padded model has some) nothing."""
         return self.encoding.decode([self.rank[int(i)] for i in ids if int(i) in self.rank], errors="replace")
 
 

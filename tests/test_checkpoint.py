@@ -276,7 +276,9 @@ def test_a_weight_that_does_not_fit_into_float16_is_an_error_that_says_so(weight
     weights["ln_f.bias"][3] = 1e6
     save_file(weights, tmp_path / WEIGHTS)
     assert_loads(tmp_path, weights, torch.bfloat16)
-    with pytest.raises(UserError, match=r"tensor ln_f.bias has numbers too large for torch.float16: use --dtype float32"):
+    with pytest.raises(
+        UserError, match=r"tensor ln_f.bias has numbers too large for torch.float16: use --dtype float32"
+    ):
         GPT.from_pretrained(tmp_path, dtype=torch.float16)
 
 
@@ -306,7 +308,9 @@ def test_a_directory_without_config_is_an_error(weights, tmp_path):
     assert refusal(tmp_path) == "config.json: No such file or directory"
 
 
-@pytest.mark.parametrize("shard", ["model-00002.safetensors", "../model.safetensors", "/etc/passwd", "..", "", 3, "a\0", "\ud800", "a" * 300])
+@pytest.mark.parametrize(
+    "shard", ["model-00002.safetensors", "../model.safetensors", "/etc/passwd", "..", "", 3, "a\0", "\ud800", "a" * 300]
+)
 def test_an_index_that_names_a_file_that_is_not_beside_it_is_an_error(shard, weights, tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()

@@ -119,7 +119,9 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
 
 def test_what_a_message_quotes_from_a_file_is_harmless_and_short(tmp_path):
     reason = refusal(tmp_path, {"model_type": "\x1b[2J\u202e\n" + "x" * 100_000})
-    assert reason.startswith(r"model_type = '\x1b[2J\u202e\nxxx") and reason.endswith("is not implemented: only 'gpt2' is")
+    assert reason.startswith(r"model_type = '\x1b[2J\u202e\nxxx") and reason.endswith(
+        "is not implemented: only 'gpt2' is"
+    )
     assert len(reason) < 1100
 
 

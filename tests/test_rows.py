@@ -384,7 +384,7 @@ def assert_read_or_refused(paths, limits):
         assert len(texts) == 2 and all(texts) and max(map(len, texts)) <= limits["MAX_FIELD"]
         assert all(text == clean(text) and len(text.splitlines()) == 1 and "\0" not in text for text in texts)
         assert "".join(texts).encode().decode() == "".join(texts)
-    files = [re.findall("[^\n]*\n|[^\n]+", path.read_bytes().decode("utf-8-sig", "replace")) for path in paths]
+    files = [re.findall("[^\n]*\n|[^\n]+", path.read_bytes().decode("utf-8", "replace")) for path in paths]
     starts, n_lines = [line for line, _ in found], max(map(len, files))
     assert starts == sorted(set(starts)) and all(0 < line <= n_lines for line in starts)
     kind, longest = paths[0].suffix, limits.get("MAX_RECORD", math.inf)
@@ -392,7 +392,10 @@ def assert_read_or_refused(paths, limits):
         assert len(found) + counted(skipped) == n_lines
     elif kind != ".csv" or b'"' not in paths[0].read_bytes():  # quotes make one row of several lines
         mark, header = {".csv": ",", ".tsv": "\t", ".jsonl": "{"}[kind], kind != ".jsonl"
-        rows = [line for line in files[0] if line.strip() or mark in line or len(line.encode()) >= longest]
+        first = "\ufeff" if paths[0].read_bytes().startswith(b"\xef\xbb\xbf") else ""
+        shown = [line.removeprefix(first) if i == 0 else line for i, line in enumerate(files[0])]
+        long = [len(line.encode()) >= longest for line in files[0]]
+        rows = [line for line, too_long in zip(shown, long) if line.strip() or mark in line or too_long]
         assert len(found) + counted(skipped) == len(rows) - header
 
 

@@ -146,7 +146,9 @@ def test_a_slot_that_is_not_finite_is_an_error_that_names_its_tensor(refusal, va
     assert reason == "tensor fr.value has numbers that are not finite (NaN or infinity)"
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 4, 2), (2, 2, 3, 2), (1, 1, 3, 2), (1, 2, 3, 1), (1, 2, 6), (12,), (1, 2, 3, 2, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 4, 2), (2, 2, 3, 2), (1, 1, 3, 2), (1, 2, 3, 1), (1, 2, 6), (12,), (1, 2, 3, 2, 1)]
+)
 def test_slots_of_another_shape_are_an_error_with_both_shapes(refusal, shape):
     reason = refusal(lambda tensors, _: tensors.update({"en.key": torch.zeros(shape)}))
     assert reason == f"tensor en.key has shape {list(shape)}, expected [1, 2, 3, 2]"

@@ -155,8 +155,7 @@ def test_a_bad_merge_is_an_error_that_names_file_and_line(line, reason, tmp_path
 def test_an_entry_that_no_merge_makes_is_an_error_that_names_it(tmp_path):
     write(tmp_path, MERGES[:-1])
     assert refusal(tmp_path) == (
-        f"{tmp_path}/vocab.json: does not agree with merges.txt: "
-        "0 entries missing [], 1 that no merge makes ['hello']"
+        f"{tmp_path}/vocab.json: does not agree with merges.txt: 0 entries missing [], 1 that no merge makes ['hello']"
     )
 
 

@@ -175,13 +175,16 @@ def starts(bench):
 
 
 def lengths(bench):
-    """How many slots a bank has."""
+    """How many slots a bank has, for two ways to start, both at the learning rate that is best for the first."""
     lr = bench.best_rate(init="text", reparam=False)
-    return "--prefix-len", [bench.row(prefix_len=n, lr=lr) | {"name": str(n)} for n in LENGTHS]
+    specs = [dict(init=init, prefix_len=n) for init in ("text", "zero-effect") for n in LENGTHS]
+    return "--prefix-len", [
+        bench.row(**spec, lr=lr) | {"name": "{init}, {prefix_len}".format(**spec)} for spec in specs
+    ]
 
 
 def amounts(bench):
-    """How many pairs there are to learn from."""
+    """How many pairs there are to learn from (--init text)."""
     lr = bench.best_rate(init="text", reparam=False)
     everything = len(bench.corpus.examples("train")) // 2
     return "pairs", [bench.row(pairs=n, lr=lr) | {"name": f"{n or everything:,}"} for n in PAIRS]
