@@ -76,14 +76,14 @@ def main():
                 chunk,
                 source,
                 target,
-                args.max_new_tokens,
-                args.batch_size,
-                Sampler(args.temperature, args.top_k, args.top_p, args.seed),
-                args.beam,
-                1.0 if args.length_penalty is None else args.length_penalty,
-                done,
-                args.choices,
-                output.grow if first and sys.stdout.isatty() and len(chunk) == 1 else None,
+                max_new=args.max_new_tokens,
+                batch_size=args.batch_size,
+                sampler=Sampler(args.temperature, args.top_k, args.top_p, args.seed),
+                beams=args.beam,
+                length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
+                first=done,
+                choices=args.choices,
+                on_text=output.grow if first and sys.stdout.isatty() and len(chunk) == 1 else None,
             )
             for line, result in enumerate(results, done + 1):
                 if first:
@@ -155,10 +155,10 @@ def lines_ahead(fd):
     """How many lines a regular file has left to read; None for a pipe or a terminal."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         return None
-    at, lines = os.lseek(fd, 0, os.SEEK_CUR), 0
+    at, lines, last = os.lseek(fd, 0, os.SEEK_CUR), 0, b"\n"
     while block := os.pread(fd, 1 << 20, at):
-        at, lines = at + len(block), lines + block.count(b"\n")
-    return lines
+        at, lines, last = at + len(block), lines + block.count(b"\n"), block[-1:]
+    return lines + (last != b"\n")
 
 
 if __name__ == "__main__":

@@ -164,8 +164,8 @@ def attend_cached(q, key, value, bias, slots=None, how="auto"):
     """Q queries for each of B sentences, over its cached keys and over slots that all sentences share.
 
     q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
-    bias (B, Q, S + T): 0 for the slots, then the cached keys, that count for a query, -inf for others; how: as above
-    -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each sentence."""
+    bias (B, Q, S + T): 0 for the slots, then the cached keys, that count for a query, -inf for others; how: "plain" (as
+    on a GPU) or another word -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each sentence."""
     slots = None if slots is None else slots.to(q.dtype)
     out = (fused_cached if q.device.type == "cpu" and how != "plain" else plain_cached)(q, key, value, bias, slots)
     return out.transpose(1, 2).flatten(2)  # (B, Q, n_embd)

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from minigpt import generate
 from minigpt.attention import upload
-from minigpt.generate import Cache, Generated, Prompt, check_prompts, extend, longest_first, open_now, prefill, reach
-from minigpt.generate import time_to_seat
+from minigpt.generate import Cache, Generated, Prompt
 
 
 @dataclass
@@ -43,56 +43,58 @@ class Search:
 def beam_search(model, prompts, stop, slots=None, position_offset=0, beams=5, batch_size=32, length_penalty=1.0):
     """Prompts -> a list of Generated, in the same order: for each the hypothesis of the highest score.
 
-    stop: ids that end a sentence. batch_size: beams decoded at once, of one sentence at least."""
-    check_prompts(model, prompts, position_offset)
-    results, waiting = [Generated() for _ in prompts], longest_first(prompts)
-    seats = min(max(1, batch_size // beams), len(waiting))
+    stop: ids that end a sentence. batch_size: seats, each for a sentence with all of its beams."""
+    generate.check_prompts(model, prompts, position_offset)
+    results, waiting = [Generated() for _ in prompts], generate.longest_first(prompts)
+    seats = min(max(1, batch_size), len(waiting))
     cache = Cache(model, seats, max((len(p.ids) + p.max_new * beams for p in prompts), default=0))
     belongs = torch.zeros(seats, beams, cache.capacity, dtype=torch.bool, device=model.device)
-    seated = []  # (number, Search) of each seat
+    stop = set(stop)
+    seated, numbers = [], []  # the Search of each seat, and its sentence's number
 
     def choose(logits, first):
         """logits (B, beams, vocab_size) of the seats from `first` on -> their new beams, or what they have found."""
-        parents = _choose([search for _, search in seated[first:]], logits, beams, set(stop), length_penalty)
+        parents = upload(torch.tensor(_choose(seated[first:], logits, stop, length_penalty)), model.device)
         rows = torch.arange(first, len(seated), device=model.device)[:, None]
-        belongs[first : len(seated)] = belongs[rows, torch.tensor(parents, device=model.device)]
+        belongs[first : len(seated)] = belongs[rows, parents]
         for seat in reversed(range(first, len(seated))):
-            number, search = seated[seat]
-            if search.done:
-                results[number] = Generated(*search.finished[0][1:])
-                _leave(cache, belongs, seated, seat)
+            if seated[seat].done:
+                results[numbers[seat]] = Generated(*seated[seat].finished[0][1:])
+                belongs[seat] = belongs[len(seated) - 1]
+                generate.leave(cache, seat, seated, numbers)
 
     while waiting or seated:
-        if time_to_seat(waiting, seated, seats):
-            new = [waiting.popleft() for _ in range(min(len(waiting), seats - len(seated)))]
-            first = len(seated)
-            seated += [(n, Search(prompts[n], [[]] * beams, [0.0] + [-torch.inf] * (beams - 1))) for n in new]
-            opened = None if slots is None else [prompts[n].opened for n in new]
-            free, ids = list(range(first, len(seated))), [prompts[n].ids for n in new]
-            logits = prefill(model, cache, free, ids, opened, slots, position_offset)  # (B, vocab_size)
-            belongs[first : len(seated)] = torch.arange(cache.capacity) < torch.tensor(cache.length)[free, None, None]
-            choose(logits[:, None].expand(-1, beams, -1), first)  # all beams are the same yet: one of them counts
-        if seated:
-            searches = [search for _, search in seated]
-            ids = torch.tensor([[tokens[-1] for tokens in s.beams] for s in searches], device=model.device)
-            position = torch.tensor([[s.position] * beams for s in searches], device=model.device) + position_offset
-            beam = torch.arange(beams, device=model.device)
-            entry = upload(torch.tensor(cache.length[: len(seated)]), model.device)[:, None] + beam  # (B, beams)
-            belongs[: len(seated)].scatter_(2, entry[:, :, None], True)
-            past = belongs[: len(seated), :, : reach(cache, len(seated), beams)]
-            opened = open_now([s.prompt for s in searches], slots)
-            choose(extend(model, cache, ids, position, past, opened, slots), 0)
+        B = len(seated)
+        if generate.time_to_seat(waiting, seated, seats):
+            new, logits = generate.sit_down(model, cache, waiting, prompts, B, slots, position_offset)
+            seated += [Search(prompts[n], [[]] * beams, [0.0] + [-torch.inf] * (beams - 1)) for n in new]
+            numbers += new
+            length = upload(torch.tensor(cache.length[B : len(seated)]), model.device)[:, None, None]
+            belongs[B : len(seated)] = torch.arange(cache.capacity, device=model.device) < length
+            choose(logits[:, None].expand(-1, beams, -1), B)  # all beams are the same yet: one of them counts
+        else:
+            newest = [[tokens[-1] for tokens in search.beams] for search in seated]
+            ids, position = upload(torch.tensor([newest, [[s.position] * beams for s in seated]]), model.device)
+            length = upload(torch.tensor(cache.length[:B]), model.device)[:, None]
+            entry = length + torch.arange(beams, device=model.device)  # (B, beams)
+            belongs[:B].scatter_(2, entry[:, :, None], True)
+            past = belongs[:B, :, : generate.reach(cache, B, beams)]
+            opened = generate.open_now([search.prompt for search in seated], slots)
+            choose(generate.extend(model, cache, ids, position + position_offset, past, opened, slots), 0)
     return results
 
 
-def _choose(searches, logits, beams, stop, length_penalty):
+def _choose(searches, logits, stop, length_penalty):
     """Give each sentence its new beams -> the beam that each of them goes on from: a list of beams for each."""
-    scores = torch.tensor([search.scores for search in searches], device=logits.device)  # (B, beams)
+    scores = upload(torch.tensor([search.scores for search in searches]), logits.device)  # (B, beams)
     logp = logits.float().log_softmax(dim=-1) + scores[:, :, None]
-    best, offer = logp.flatten(1).topk((len(stop) + 1) * beams, dim=1)  # (B, 2 * beams) with one stop token
-    parent, token = offer // logits.size(-1), offer % logits.size(-1)
-    offers = [list(zip(*row)) for row in zip(best.tolist(), parent.tolist(), token.tolist())]
-    return [_advance(search, row, stop, length_penalty) for search, row in zip(searches, offers)]
+    likeliest = logp.flatten(1).topk((len(stop) + 1) * scores.size(1), dim=1)  # (B, 2 * beams) with one stop token
+    best, offer = torch.stack([likeliest.values.double(), likeliest.indices.double()]).tolist()  # one wait, all exact
+    advanced = []
+    for search, best, offer in zip(searches, best, offer):
+        parents, tokens = zip(*(divmod(int(i), logits.size(-1)) for i in offer))
+        advanced.append(_advance(search, list(zip(best, parents, tokens)), stop, length_penalty))
+    return advanced
 
 
 def _advance(search, offers, stop, length_penalty):
@@ -113,13 +115,3 @@ def _advance(search, offers, stop, length_penalty):
     beaten = len(search.finished) == beams and search.scores[0] / length**length_penalty <= search.finished[-1][0]
     search.done = beaten or last
     return [parent for _, parent, _ in going]
-
-
-def _leave(cache, belongs, seated, seat):
-    """Fill a seat whose sentence is done with the last seat's sentence."""
-    end = len(seated) - 1
-    if seat != end:
-        cache.move(end, seat)
-        belongs[seat] = belongs[end]
-    seated[seat] = seated[end]
-    seated.pop()

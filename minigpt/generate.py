@@ -24,13 +24,13 @@ ROUND = 128  # entries of the cache: recorded steps look at multiples of this
 @dataclass
 class Prompt:
     """ids: token ids, at least one. max_new: tokens to generate at most. opened: a bank mask for each id (new tokens
-    keep the last); None: no banks. stream: names the random stream that sampling draws from, an int or a
-    tuple of them."""
+    keep the last); None: no banks. stream: names the random stream that sampling draws from, an int or a tuple of
+    them; None: the prompt's number."""
 
     ids: list
     max_new: int
     opened: list | None = None
-    stream: int | tuple = 0
+    stream: int | tuple | None = None
 
 
 @dataclass
@@ -51,13 +51,18 @@ class Cache:
         self.key = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.value = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.length = [0] * seats  # kept on the host: nothing waits for the device to know it
-        self.capacity = capacity
+        self.seats, self.capacity = seats, capacity
         self.recorded = {}  # CUDA graphs of steps on these very keys and values
 
     def put(self, layer, seat, entry, k, v):
         """k, v (N, n_head, head_dim) of N tokens -> where seat (N,) and entry (N,) say."""
         self.key[layer][seat, :, entry] = k
         self.value[layer][seat, :, entry] = v
+
+    def clear(self, seats):
+        """What lies behind a sentence's end has no weight, but if a float16 that overflowed lies there, 0 * nan is nan."""
+        if self.key.dtype == torch.float16:
+            self.key[:, seats], self.value[:, seats] = 0, 0
 
     def move(self, source, target):
         """The sentence in seat `source` goes to seat `target`."""
@@ -68,9 +73,10 @@ class Cache:
 
 
 def prefill(model, cache, seats, prompts, opened=None, slots=None, position_offset=0):
-    """Run whole prompts (lists of ids) into fresh seats; opened: a list of masks for each -> the logits after the
-    last token of each (B, vocab_size)."""
+    """Run whole prompts (lists of ids) into free seats; opened: a list of masks for each -> the logits after the last
+    token of each (B, vocab_size)."""
     lengths = [len(ids) for ids in prompts]
+    cache.clear(seats)
     masks = None if opened is None else torch.tensor([bit for masks in opened for bit in masks])
     layout = Layout(lengths, masks, model.device)
     ids = torch.tensor([i for ids in prompts for i in ids], device=model.device)  # (N,)
@@ -89,7 +95,8 @@ def prefill(model, cache, seats, prompts, opened=None, slots=None, position_offs
 
 
 def decode(model, cache, ids, opened=None, slots=None, position_offset=0):
-    """One more token, ids (B,), for each of the first B seats; opened (B,) masks -> logits (B, vocab_size)."""
+    """One more token, ids (B,), for each of the first B seats; opened (B,) masks -> logits (B, vocab_size), which on a
+    GPU the next call overwrites."""
     length = upload(torch.tensor(cache.length[: len(ids)]), model.device)[:, None]  # (B, 1)
     past = torch.arange(reach(cache, len(ids), 1), device=model.device) <= length  # (B, T)
     logits = extend(model, cache, ids[:, None], length + position_offset, past[:, None], opened, slots)
@@ -145,26 +152,27 @@ def replay(model, cache, slots, *inputs):
     """step() as one launch: recorded as a CUDA graph the first time that inputs have these widths, and replayed from
     then on, with the same slots. A graph runs all seats; what it writes for free ones is overwritten before any sentence
     reads it."""
-    B, seats = len(inputs[0]), cache.key.size(1)
+    B, seats = len(inputs[0]), cache.seats
     widths = tuple(x.size(-1) for x in inputs)
     if widths not in cache.recorded:
         fixed = [x.new_ones(seats, *x.shape[1:]) for x in inputs]
-        logits = step(model, cache, slots, *inputs)  # outside the graph, for what is set up only once
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            recorded = step(model, cache, slots, *fixed)
-        cache.recorded[widths] = graph, fixed, recorded
-        return logits
+        cache.recorded[widths] = [torch.cuda.CUDAGraph(), fixed, None]
     graph, fixed, logits = cache.recorded[widths]
     for buffer, x in zip(fixed, inputs):
         buffer[:B] = x
-    graph.replay()
+    with torch.cuda.device(model.device):
+        if logits is None:
+            step(model, cache, slots, *fixed)  # outside the graph, for what is set up only once
+            with torch.cuda.graph(graph):
+                logits = step(model, cache, slots, *fixed)
+            cache.recorded[widths][2] = logits
+        graph.replay()
     return logits[:B]
 
 
 class Sampler:
     """Chooses next tokens: the likeliest (temperature 0), or one drawn from softmax(logits / temperature) cut to the
-    top_k likeliest and to the smallest set that holds a share top_p. Each sentence draws from a stream of its own,
+    top_k likeliest and then to the smallest set that holds a share top_p of what is left. Each sentence draws from a stream of its own,
     so that its neighbours do not change it."""
 
     def __init__(self, temperature=0.0, top_k=0, top_p=1.0, seed=0):
@@ -175,22 +183,23 @@ class Sampler:
         """logits (B, vocab_size), the names of the B sentences' streams -> token ids (B,)."""
         if self.temperature == 0:
             return logits.max(dim=-1).indices  # on a CPU three times as fast as argmax
-        p = (logits.float() / self.temperature).softmax(dim=-1)
+        logits = logits.float()
+        p = ((logits - logits.amax(dim=-1, keepdim=True)) / self.temperature).softmax(dim=-1)
         if self.top_k or self.top_p < 1:
             ranked, order = p.sort(dim=-1, descending=True, stable=True)
             if self.top_k:
                 ranked[:, self.top_k :] = 0
+                ranked /= ranked.sum(dim=-1, keepdim=True)
             ranked[ranked.cumsum(dim=-1) - ranked >= self.top_p] = 0  # one stays while those before it hold less
             p = torch.zeros_like(p).scatter_(1, order, ranked)
         # Each token waits for a time that is exponential with rate p: it is the first to come with probability p. The last
         # bits of p, in which a batch differs from a sentence alone, change that far less often than a place in a sum.
-        wait = torch.stack([self._wait(stream, p.size(-1)) for stream in streams]).to(p.device)
-        return (p / wait).argmax(dim=-1)
-
-    def _wait(self, stream, n):
-        if stream not in self.streams:
-            self.streams[stream] = torch.Generator().manual_seed(hash((self.seed, stream)) % 2**63)
-        return torch.empty(n).exponential_(generator=self.streams[stream]).clamp(min=1e-30)
+        wait = torch.empty_like(p)
+        for row, stream in zip(wait, streams):
+            if stream not in self.streams:
+                self.streams[stream] = torch.Generator(p.device).manual_seed(hash((self.seed, stream)) % 2**63)
+            row.exponential_(generator=self.streams[stream])
+        return (p / wait.clamp(min=1e-30)).argmax(dim=-1)
 
 
 @torch.no_grad()
@@ -200,32 +209,28 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
     stop: ids that end a sentence. batch_size: seats. on_token(number, id): called for each new token."""
     sampler, stop = sampler or Sampler(), set(stop)
     check_prompts(model, prompts, position_offset)
-    results = [Generated() for _ in prompts]
-    waiting = longest_first(prompts)
-    seats = min(batch_size, len(waiting))
-    capacity = max((len(p.ids) + p.max_new for p in prompts), default=0)
-    cache = Cache(model, seats, capacity)
+    results, waiting = [Generated() for _ in prompts], longest_first(prompts)
+    seats = min(max(1, batch_size), len(waiting))
+    cache = Cache(model, seats, max((len(p.ids) + p.max_new for p in prompts), default=0))
     seated, last = [], []  # the number of each seat's sentence, and its newest token
 
     def take(logits, numbers):
         """Choose the next token of these sentences; None where one ends."""
-        tokens = sampler(logits, [prompts[n].stream for n in numbers]).tolist()
+        streams = [n if prompts[n].stream is None else prompts[n].stream for n in numbers]
+        tokens = sampler(logits, streams).tolist()
         return [_accept(results[n], prompts[n], token, stop, n, on_token) for n, token in zip(numbers, tokens)]
 
     while waiting or seated:
         if time_to_seat(waiting, seated, seats):
-            new = [waiting.popleft() for _ in range(min(len(waiting), seats - len(seated)))]
-            free = list(range(len(seated), len(seated) + len(new)))
-            ids = [prompts[n].ids for n in new]
-            opened = None if slots is None else [prompts[n].opened for n in new]
-            seated += new
-            last += take(prefill(model, cache, free, ids, opened, slots, position_offset), new)
-            _free_seats(cache, seated, last)
-        if seated:
+            new, logits = sit_down(model, cache, waiting, prompts, len(seated), slots, position_offset)
+            seated, last = seated + new, last + take(logits, new)
+        else:
             ids = upload(torch.tensor(last), model.device)
             opened = open_now([prompts[n] for n in seated], slots)
             last = take(decode(model, cache, ids, opened, slots, position_offset), seated)
-            _free_seats(cache, seated, last)
+        for seat in reversed(range(len(seated))):
+            if last[seat] is None:
+                leave(cache, seat, seated, last)
     return results
 
 
@@ -239,6 +244,24 @@ def longest_first(prompts):
 def time_to_seat(waiting, seated, seats):
     """New sentences sit down a few at a time: a prefill reads all weights, too."""
     return waiting and len(seated) <= seats * 3 // 4
+
+
+def sit_down(model, cache, waiting, prompts, first, slots, position_offset):
+    """Waiting prompts take the seats from `first` on -> (their numbers, the logits after each (B, vocab_size))."""
+    new = [waiting.popleft() for _ in range(min(len(waiting), cache.seats - first))]
+    seats, ids = list(range(first, first + len(new))), [prompts[n].ids for n in new]
+    opened = None if slots is None else [prompts[n].opened for n in new]
+    return new, prefill(model, cache, seats, ids, opened, slots, position_offset)
+
+
+def leave(cache, seat, *lists):
+    """A sentence ends: the last seat's sentence takes its seat, in the cache and in lists of what belongs to seats."""
+    end = len(lists[0]) - 1
+    if seat != end:
+        cache.move(end, seat)
+    for things in lists:
+        things[seat] = things[end]
+        things.pop()
 
 
 def open_now(prompts, slots):
@@ -268,14 +291,3 @@ def _accept(result, prompt, token, stop, number, on_token):
     if on_token:
         on_token(number, token)
     return token if len(result.ids) < prompt.max_new else None
-
-
-def _free_seats(cache, seated, last):
-    """Seats whose newest token is None are done: fill each with the last seat's sentence, in place."""
-    for seat in reversed(range(len(seated))):
-        if last[seat] is None:
-            end = len(seated) - 1
-            if seat != end:
-                cache.move(end, seat)
-            seated[seat], last[seat] = seated[end], last[end]
-            seated.pop(), last.pop()

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 ROWS = 8  # up to so many, torch's product of bfloat16 and 8 bits is the faster; beyond, weights are widened first
+BLOCK = 32  # that product reads whole blocks of so many weights
 
 
 def pack(model):
     """For a model in bfloat16, on a CPU that multiplies it; on others this does nothing."""
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         _replace(model, PackedProjection, PackedEmbedding)
     return model
 
@@ -83,7 +84,7 @@ class Weights8(nn.Module):
 
     def product(self, x):
         """x (N, n_in) in bfloat16 -> (N, n_out)."""
-        if len(x) <= ROWS:
+        if len(x) <= ROWS and x.size(1) % BLOCK == 0:
             return torch._weight_int8pack_mm(x, self.weight, self.scale)
         return x @ self.weight.T.to(x.dtype) * self.scale
 
@@ -105,4 +106,4 @@ class Embedding8(Weights8):
         return F.embedding(ids, self.weight).to(self.scale.dtype) * self.scale[ids][:, None]
 
     def logits(self, hidden):
-        return self.product(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
+        return self.product(hidden.reshape(-1, hidden.size(-1))).view(*hidden.shape[:-1], -1)

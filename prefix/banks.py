@@ -50,8 +50,8 @@ class Banks(nn.Module):
         self.names = list(banks)
         self.key = nn.ParameterList(nn.Parameter(key.float()) for key, _ in banks.values())
         self.value = nn.ParameterList(nn.Parameter(value.float()) for _, value in banks.values())
-        numbers = torch.arange(len(banks), dtype=torch.int32).repeat_interleave(torch.tensor(self.prefix_len))
-        self.register_buffer("number", numbers, persistent=False)  # (S,), on the device before a step asks for it
+        number = torch.arange(len(banks), dtype=torch.int32).repeat_interleave(torch.tensor(self.prefix_len))
+        self.register_buffer("number", number.to(self.key[0].device), persistent=False)  # (S,), of each slot's bank
         self.position_offset = position_offset
         self.training_record = training or {}
 

@@ -29,11 +29,11 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train
 from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
 from minigpt.tokenizer import END_OF_TEXT, byte_characters
 from prefix import Banks, data, peft
 from prefix.rows import Skipped, read_rows
+from prefix.run import FREE, MACHINE, resume_config
 from prefix.trainer import Settings, Trainer
 
 SECONDS, MEMORY = 5, 1 << 29
@@ -216,8 +216,8 @@ def run(folder):
     sound = dict(model="demo", data=["demo"], columns=["en", "fr"], limit=None, max_tokens=384, init="text")
     sound |= dict(prefix_len=10, position_offset=0, settings=vars(Settings(steps=3, lr=0.1)), machine=machine)
     (folder / "config.json").write_text(json.dumps(sound))
-    options = dict.fromkeys([*train.FREE, *train.MACHINE])
-    return ["config.json"], lambda: train.resume_config(SimpleNamespace(resume=folder, **options))
+    options = dict.fromkeys([*FREE, *MACHINE])
+    return ["config.json"], lambda: resume_config(SimpleNamespace(resume=folder, **options))
 
 
 def rows(**files):

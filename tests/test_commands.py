@@ -125,7 +125,7 @@ def test_the_config_of_a_run_is_the_command_with_its_defaults_filled_in(run, pla
 
 def test_without_out_every_run_gets_a_directory_of_its_own_even_in_the_same_second(run, place, monkeypatch):
     times = iter(["now", "now", "now", "later"])
-    monkeypatch.setattr(train.time, "strftime", lambda _: next(times))
+    monkeypatch.setattr("prefix.run.time.strftime", lambda _: next(times))
     for _ in range(2):
         assert run(train, "--model", place / "base", "--data", place / "en-fr.csv", *TRAIN)[0] == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == ["later", "now"]

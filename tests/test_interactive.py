@@ -88,6 +88,7 @@ def test_a_slow_pipe_is_answered_line_by_line():
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
         giving_up = threading.Timer(120, process.kill)
+        giving_up.daemon = True
         giving_up.start()
         for text in ("Il pleut.", "Merci."):
             process.stdin.write(text + "\n")
@@ -110,10 +111,11 @@ def test_lines_are_what_stands_between_newlines_whatever_blocks_they_come_in(mon
 
 
 def test_a_bar_counts_the_lines_that_a_file_has_left(tmp_path):
-    (tmp_path / "lines").write_text("a\nb\nc\n")
-    with open(tmp_path / "lines") as file:
-        os.lseek(file.fileno(), 2, os.SEEK_SET)
-        assert translate.lines_ahead(file.fileno()) == 2
+    for ending in ("", "\n"):
+        (tmp_path / "lines").write_text("a\nb\nc" + ending)
+        with open(tmp_path / "lines") as file:
+            os.lseek(file.fileno(), 2, os.SEEK_SET)
+            assert translate.lines_ahead(file.fileno()) == 2
     reader, writer = os.pipe()
     assert translate.lines_ahead(reader) is None
     os.close(reader), os.close(writer)
@@ -145,8 +147,9 @@ def test_a_sentence_that_cannot_be_cut_is_a_fault_and_the_others_are_translated(
 
 def test_the_length_penalty_is_that_of_the_beams(run, demo):
     text = "Il faut que je te dise quelque chose de très important."
-    _, out, _ = run(translate, *PREFIX, "--beam", 4, "--length-penalty", -4, text)
-    assert out == translate_texts(*demo, [text], "fr", "en", beams=4, length_penalty=-4.0)[0].text + "\n"
+    _, out, _ = run(translate, *PREFIX, "--beam", 4, "--length-penalty", -9, text)
+    short, usual = (translate_texts(*demo, [text], "fr", "en", beams=4, length_penalty=x)[0].text for x in (-9.0, 1.0))
+    assert out == short + "\n" and short != usual
     code, out, err = run(translate, *PREFIX, "--length-penalty", 2, text)
     assert (code, out) == (2, "") and "--length-penalty goes with --beam" in err
 

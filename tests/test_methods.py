@@ -31,7 +31,7 @@ import train
 from minigpt import GPT, Tokenizer
 from minigpt.attention import Slots
 from minigpt.loss import nll_sum
-from prefix import command, data
+from prefix import command, data, run
 from prefix.banks import Banks
 from prefix.reparam import INNER, Reparametrised
 from prefix.trainer import Settings, Trainer
@@ -55,7 +55,7 @@ def quiet(demo):
     """The slots of --init zero-effect there."""
     model, tokenizer, corpus = demo
     config = {"init": "zero-effect", "prefix_len": 10, "settings": {"seed": 0}}
-    return train.start(config, model, tokenizer, corpus)
+    return run.start(config, model, tokenizer, corpus)
 
 
 def sentences(demo, split, n):
@@ -276,19 +276,19 @@ def test_training_smooths_and_drops_and_validation_does_not(trainer):
 
 def config_of(monkeypatch, *options):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "demo", *options])
-    return train.resolve(train.parse_arguments())
+    return run.resolve(train.parse_arguments())
 
 
 def test_every_way_to_start_has_a_learning_rate_of_its_own(monkeypatch):
     for init in ("text", "random", "zero-effect"):
-        assert config_of(monkeypatch, "--init", init)["settings"]["lr"] == train.LR["demo"][init]
-        assert config_of(monkeypatch, "--init", init, "--reparam")["settings"]["lr"] == train.LR["demo"]["reparam"]
+        assert config_of(monkeypatch, "--init", init)["settings"]["lr"] == run.LR["demo"][init]
+        assert config_of(monkeypatch, "--init", init, "--reparam")["settings"]["lr"] == run.LR["demo"]["reparam"]
 
 
 def test_a_run_is_done_and_recorded_with_all_of_these_options(monkeypatch, tmp_path, capsys):
     options = ["--init", "zero-effect", "--reparam", "--slot-dropout", "0.1", "--label-smoothing", "0.2"]
     size = ["--steps", "2", "--batch-size", "2", "--limit", "60", "--device", "cpu"]
-    monkeypatch.setattr(train, "QUERIES", 300)
+    monkeypatch.setattr(run, "QUERIES", 300)
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "demo", *options, *size, "--out", str(tmp_path / "run")])
     train.main()
     config = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -229,3 +229,11 @@ def test_a_file_that_is_no_prefix_is_an_error_that_names_it(tmp_path):
 def test_a_sentence_longer_than_the_context_is_an_error():
     with pytest.raises(UserError, match="context of 48"):
         random_model()(ids(1, 49))
+
+
+def test_slots_and_the_numbers_of_their_banks_are_on_one_device():
+    """Wherever banks come from; "meta" stands for a GPU."""
+    banks = Banks.random(CONFIG, ["en", "fr"], 3).to("meta")
+    joined = Banks.joined([("a", banks), ("b", Banks.random(CONFIG, ["de"], 2).to("meta"))])
+    for slots in (banks.slots(), joined.slots()):
+        assert slots.key.device == slots.bank.device == torch.device("meta")

@@ -15,11 +15,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-import train
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
 from minigpt.attention import Layout
 from minigpt.splits import split_of
-from prefix import data
+from prefix import data, run
 from prefix.banks import Banks
 from prefix.trainer import BAD_STEPS, Settings, Trainer
 
@@ -624,7 +623,7 @@ def test_the_state_of_another_shape_is_an_error(model, tokenizer, corpus, traine
 
 
 def start(model, tokenizer, corpus, init, prefix_len, seed=0):
-    return train.start({"init": init, "prefix_len": prefix_len, "settings": {"seed": seed}}, model, tokenizer, corpus)
+    return run.start({"init": init, "prefix_len": prefix_len, "settings": {"seed": seed}}, model, tokenizer, corpus)
 
 
 def keys_and_values(model, ids):

@@ -233,8 +233,8 @@ def our_file(args, way):
         pairs = draw_examples(corpus, 1, 0, 3, seed=0)
         run = lambda texts: few_shot(model, tokenizer, pairs, texts, "fr", "en")
     else:
-        beams, size = (5, 160) if way == "5 beams" else (1, 32)
-        run = lambda texts: translate(model, tokenizer, banks, texts, "fr", "en", batch_size=size, beams=beams)
+        beams = 5 if way == "5 beams" else 1
+        run = lambda texts: translate(model, tokenizer, banks, texts, "fr", "en", beams=beams)
     run(sources[:2])
     found, seconds = clock(lambda: run(sources), args.device)
     return {"seconds": seconds, "tokens": sum(len(tokenizer.encode(result.text)) for result in found)}

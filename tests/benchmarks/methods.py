@@ -28,9 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, which 
 
 from common import circumstances
 
-import train
 from minigpt import GPT, Tokenizer
-from prefix import command, data, metrics
+from prefix import command, data, metrics, run
 from prefix.banks import Banks
 from prefix.data import sample_rows
 from prefix.reparam import Reparametrised
@@ -99,7 +98,7 @@ class Bench:
         options |= {name: spec[name] for name in ("seed", "slot_dropout", "label_smoothing")}
         settings = Settings(**options, eval_every=max(1, spec["steps"] // 6))
         config = {name: spec[name] for name in ("init", "reparam", "prefix_len")} | {"settings": options}
-        banks = train.start(config, self.model, self.tokenizer, self.corpus)
+        banks = run.start(config, self.model, self.tokenizer, self.corpus)
         if spec["plain"]:
             banks = as_in_the_paper(banks, spec["seed"])
         trainer = Trainer(self.model, self.tokenizer, banks, self.corpus, settings, out)

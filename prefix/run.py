@@ -1,0 +1,173 @@
+"""What a run is made of: its settings as resolved from the command line or read back, its directory, its first slots.
+
+    runs/<name>/    config.json            the settings, resolved: what --resume goes on with
+                    metrics.jsonl          a line for each step and each validation; locked while a run writes here
+                    last/                  everything needed to go on exactly (trainer.py)
+                    prefix.safetensors     the best slots on validation
+"""
+
+import json
+import time
+
+from minigpt import UserError, checkpoint
+from minigpt.files import TEMPORARY, read_object, replacing
+from prefix import command, rows
+from prefix.banks import Banks
+from prefix.reparam import Reparametrised
+from prefix.trainer import METRICS, Settings, n_tokens
+from prefix.translation import pack, separator
+
+# What suits the base: the demo learns in two minutes on a CPU, a published model takes the notebook's 2,048 steps.
+# The demo's learning rates come from a sweep (tests/benchmarks/RESULTS.md); those of published models are not measured.
+STEPS = {"demo": 300, "published": 2048}
+LR = {
+    "demo": {"text": 0.1, "random": 0.1, "zero-effect": 0.1, "reparam": 0.003},
+    "published": {"text": 0.01, "random": 0.03, "zero-effect": 0.03, "reparam": 0.001},
+}
+INITS = ("text", "random", "zero-effect")
+QUERIES = 8192  # tokens that --init zero-effect reads
+# Options that may be new when a run goes on.
+FREE = ("steps", "save_every")
+MACHINE = ("device", "dtype", "attention", "checkpoint_activations", "micro_batch_tokens")
+
+
+
+def resolve(args):
+    """The command with its defaults filled in: what config.json keeps and --resume reads."""
+    check_unused(args.out)
+    name = args.model or checkpoint.default()
+    demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
+    paths = command.data_paths(args.data)
+    steps = args.steps or STEPS["demo" if demo else "published"]
+    settings = Settings(
+        steps=steps,
+        lr=args.lr or LR["demo" if demo else "published"]["reparam" if args.reparam else args.init],
+        batch_size=args.batch_size,
+        warmup=steps // 20 if args.warmup is None else args.warmup,
+        eval_every=max(1, steps // 6) if args.eval_every is None else args.eval_every,
+        save_every=args.save_every or 50,
+        seed=args.seed,
+        slot_dropout=args.slot_dropout,
+        label_smoothing=args.label_smoothing,
+    )
+    return {
+        "model": command.model_name(name),
+        "data": command.data_names(paths),
+        "columns": list(rows.resolve_columns(paths, args.columns)),
+        "limit": args.limit,
+        "max_tokens": args.max_tokens,
+        "init": args.init,
+        "reparam": args.reparam,
+        "prefix_len": args.prefix_len,
+        "position_offset": args.prefix_len if args.position_offset == "prefix" else 0,
+        "settings": vars(settings),
+        "machine": {name: getattr(args, name) for name in MACHINE},
+    }
+
+
+def resume_config(args):
+    """The run's config. What `args` does not say of the machine is as the run began."""
+    path = args.resume / "config.json"
+    config = read_object(path)
+    try:
+        check_config(config)
+        config["settings"] |= {name: value for name in FREE if (value := getattr(args, name))}
+        Settings(**config["settings"] | {"micro_batch_tokens": config["machine"].get("micro_batch_tokens")})
+    except (UserError, TypeError) as error:  # a TypeError: a setting that Settings does not have, or lacks
+        raise UserError(f"{path} is not the config of a run: {error}") from error
+    for name in MACHINE:
+        if getattr(args, name) in ("auto", False, None):
+            setattr(args, name, config["machine"].get(name))
+    return config
+
+
+def check_config(config):
+    """Raises UserError where a run's config is not one that resolve() makes, but for its Settings."""
+    is_whole = lambda value, least: type(value) is int and least <= value < 2**63
+    are_texts = lambda value: isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+    sound = {
+        "model": lambda value: isinstance(value, str),
+        "data": are_texts,
+        "columns": are_texts,
+        "limit": lambda value: value is None or is_whole(value, 1),
+        "max_tokens": lambda value: is_whole(value, 3),
+        "init": lambda value: value in INITS,
+        "reparam": lambda value: value in (None, False, True),
+        "prefix_len": lambda value: is_whole(value, 1),
+        "position_offset": lambda value: is_whole(value, 0),
+        "settings": lambda value: isinstance(value, dict),
+        "machine": lambda value: isinstance(value, dict)
+        and all(value.get(name, "auto") in choices for name, choices in command.CHOICES.items())
+        and value.get("checkpoint_activations", False) in (False, True),
+    }
+    for name, is_sound in sound.items():
+        if name not in config and name != "reparam":
+            raise UserError(f"{name} is missing")
+        if not is_sound(config.get(name)):
+            raise UserError(f"{name} cannot be {config.get(name)!r}")
+
+
+def check_unused(out):
+    """A run never writes over what is there. What one leaves that was killed before it began is nothing: an empty file
+    for the lock, and a temporary one."""
+    nothing = lambda path: path.match(f".*{TEMPORARY}") or (path.name == METRICS and not path.stat().st_size)
+    if out and out.exists() and not all(map(nothing, out.iterdir())):
+        raise UserError(f"--out {out}: the directory is not empty; name another, or go on with --resume {out}")
+
+
+def make_directory(out):
+    """`out`, or a new directory named by the time."""
+    if out:
+        check_unused(out)
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    while True:
+        try:
+            out = command.RUNS / time.strftime("%Y%m%d-%H%M%S")
+            out.mkdir(parents=True)
+            return out
+        except FileExistsError:  # by a run of this same second
+            time.sleep(0.1)
+
+
+def write_config(out, config):
+    with replacing(out / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def start(config, model, tokenizer, corpus):
+    """The slots before the first step: random, read off the corpus's own sentences in each language, or where its
+    pairs do not look; behind the network that moves them, where there is to be one."""
+    names, prefix_len, seed = corpus.columns, config["prefix_len"], config["settings"]["seed"]
+    ids = {name: opening(corpus, column, prefix_len) for column, name in enumerate(names)}
+    if config["init"] == "random":
+        banks = Banks.random(model.config, names, prefix_len, seed)
+    elif config["init"] == "zero-effect":
+        batch = some_pairs(model, tokenizer, corpus)
+        banks = Banks.zero_effect(model, batch.ids, batch.layout, names, prefix_len, seed)
+    else:
+        banks = Banks.from_text(model, ids, prefix_len)
+    return (Reparametrised(banks, seed) if config.get("reparam") else banks).to(model.device)
+
+
+def some_pairs(model, tokenizer, corpus):
+    """The first training pairs, in every direction, packed: QUERIES tokens or a few more."""
+    examples, n = [], 0
+    for row, s, t in corpus.examples("train"):
+        examples.append((corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)))
+        n += n_tokens(examples[-1])
+        if n >= QUERIES:
+            break
+    return pack(examples, separator(tokenizer), tokenizer.eot, model.device)
+
+
+def opening(corpus, column, n):
+    """The first training sentences of a column, until they have n tokens."""
+    ids = []
+    for row in corpus.rows("train"):
+        ids += corpus.ids(row, column).tolist()
+        if len(ids) >= n:
+            break
+    if not ids:
+        raise UserError(f"no training pair has a text in the column {corpus.columns[column]!r}: give more data")
+    return ids[:n]
