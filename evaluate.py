@@ -40,7 +40,14 @@ def parse_arguments():
         metavar="TEXT",
         help="answer with one of these texts; without any, one that training has in the column --to",
     )
-    parser.add_argument("--limit", type=whole(1), default=500, metavar="N", help="sentences in each direction (500)")
+    parser.add_argument(
+        "--limit",
+        type=whole(1),
+        default=500,
+        metavar="N",
+        help="sentences in each direction (500), from the head of the file: no more of it is read than they take, unless"
+        " --references all or --choices needs all of it, or a direction has too few there",
+    )
     parser.add_argument("--shots", type=whole(0), default=3, metavar="K", help="examples in the prompt (3)")
     parser.add_argument(
         "--draws", type=whole(0), default=3, metavar="N", help="draws of these examples (3); 0: no k-shot"
@@ -63,6 +70,8 @@ def parse_arguments():
         args.draws = min(args.draws, 1)  # there is nothing to draw
     if args.choices is not None and (not args.target or args.beam > 1):
         parser.error("--choices goes with --to, the column that they stand for, and without --beam")
+    if args.columns and len(set(args.columns)) < max(2, len(args.columns)):
+        parser.error(f"--columns {' '.join(args.columns)}: name two or more, each of them once")
     if not all(choice.strip() for choice in args.choices or []):
         parser.error("--choices: an answer is empty")
     return args
@@ -73,18 +82,17 @@ def main():
     distributed.start()
     model, tokenizer, banks, prefixes = command.load_with_base(args)
     trained_on, wanted = read_metadata(prefixes[0])["training"], directions(args, banks)
-    paths, columns = rows.columns_for(command.data_paths(args.data or data_of(prefixes)), banks.names, args.columns)
-    together = args.references == "all"
-    n_rows = None if together else evaluation.rows_to_read(args.split, args.limit)
+    files = command.data_paths(args.data or command.data_of(prefixes))
+    paths, columns = rows.columns_for(files, banks.names, args.columns)
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
-    corpus = data.load(paths, columns, tokenizer, n_rows, longest)
+    corpus = read(args, paths, columns, tokenizer, longest, wanted)
     for line in corpus.report:
         notice(line)
     training = corpus if args.split != "all" else None
     if not training and set(command.data_names(paths)) & set(trained_on.get("data", [])):
         notice("--split all: among these sentences are those that the prefix was trained on")
     if not training and (args.draws or args.choices == []):
-        where, names = command.data_paths(data_of(prefixes)), trained_on.get("columns")
+        where, names = command.data_paths(command.data_of(prefixes)), trained_on.get("columns")
         training = data.load(where, names, tokenizer, trained_on.get("limit"), longest)
         if lacking := set(columns) - set(training.columns):
             raise UserError(f"--split all: no column {min(lacking)} in the training text: use --draws 0")
@@ -93,37 +101,26 @@ def main():
         tokenizer,
         banks,
         corpus,
-        args.split,
-        args.limit,
-        args.shots,
-        args.draws,
-        args.seed,
-        args.beam,
-        args.batch_size,
-        wanted,
-        together,
-        args.choices,
-        training,
+        split=args.split,
+        limit=args.limit,
+        shots=args.shots,
+        draws=args.draws,
+        seed=args.seed,
+        beams=args.beam,
+        batch_size=args.batch_size,
+        wanted=wanted,
+        together=args.references == "all",
+        choices=args.choices,
+        training=training,
     )
     if distributed.rank() > 0:
         return
-    for report in reports:
-        print(shown("\n".join(evaluation.table(report, args.shots))), end="\n\n")
-        if args.show_prompt and report["few_shot"]:
-            print(shown(report["few_shot"]["prompts"][0]))
-        if args.examples:
-            print(shown("\n".join(evaluation.examples(report, args.examples, args.shots))))
-    decoding = "likeliest choice" if args.choices is not None else f"beam {args.beam}" if args.beam > 1 else "greedy"
-    shots = f"{args.draws} draws of {args.shots} shots"
-    settings = f"prefix {' '.join(map(str, prefixes))}, data {' '.join(paths)}, split {args.split}, {decoding}, {shots}"
-    references = [refs for report in reports for refs in report["references"]]
-    bleu, chrf = (metrics.signature(metric, references) for metric in ("BLEU", "chrF2"))
-    print(shown(f"{settings}\nBLEU {bleu}   chrF2 {chrf}"))
-    print("sentence BLEU: mean of nltk's sentence_bleu on words split at spaces, as the notebook has it")
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "report")}
     settings |= {"prefix": [str(path) for path in prefixes], "model": args.model or trained_on["model"], "data": paths}
     settings |= {"columns": columns, "device": str(model.device), "dtype": str(model.dtype)}
-    signatures = {"bleu": bleu, "chrf": chrf}
+    references = [refs for report in reports for refs in report["references"]]
+    signatures = {"bleu": metrics.signature("BLEU", references), "chrf": metrics.signature("chrF2", references)}
+    print_results(args, settings, signatures, reports)
     if args.json:
         with replacing(args.json) as temporary:
             content = {"settings": settings, "signatures": signatures, "directions": reports}
@@ -134,6 +131,32 @@ def main():
         write_page(args.report, reports, args.shots, args.examples, settings, signatures, attention)
 
 
+def read(args, paths, columns, tokenizer, longest, wanted):
+    """The Corpus to evaluate on: the head of the files, but all of them where --references or --choices ask what there
+    is altogether, or where rows that lack a column leave the head with too few sentences in a wanted direction."""
+    n_rows = evaluation.rows_to_read(args.split, args.limit)
+    if args.references != "all" and args.choices != []:
+        head = data.load(paths, columns, tokenizer, n_rows, longest)
+        if len(head) < n_rows or evaluation.enough(head, args.split, args.limit, wanted):
+            return head
+    return data.load(paths, columns, tokenizer, None, longest)
+
+
+def print_results(args, settings, signatures, reports):
+    for report in reports:
+        print(shown("\n".join(evaluation.table(report, args.shots))), end="\n\n")
+        if args.show_prompt and report["few_shot"]:
+            print(shown(report["few_shot"]["prompts"][0]))
+        if args.examples:
+            print(shown("\n".join(evaluation.examples(report, args.examples, args.shots))))
+    decoding = "likeliest choice" if args.choices is not None else f"beam {args.beam}" if args.beam > 1 else "greedy"
+    shots = f"{args.draws} draws of {args.shots} shots"
+    prefixes, paths = " ".join(settings["prefix"]), " ".join(settings["data"])
+    print(shown(f"prefix {prefixes}, data {paths}, split {args.split}, {decoding}, {shots}"))
+    print(shown(f"BLEU {signatures['bleu']}   chrF2 {signatures['chrf']}"))
+    print("sentence BLEU: mean of nltk's sentence_bleu on words split at spaces, as the notebook has it")
+
+
 def directions(args, banks):
     """The (source, target) pairs of names that --columns, --from and --to leave."""
     names = args.columns or banks.names
@@ -142,19 +165,8 @@ def directions(args, banks):
     wanted = {(s, t) for s, t in pairs if args.source in (None, s) and args.target in (None, t)}
     if not wanted:
         told = " ".join(f"--{end} {name}" for end, name in (("from", args.source), ("to", args.target)) if name)
-        raise UserError(f"{told}: no direction between {', '.join(names)} is like that")
+        raise UserError(f"{told or 'this prefix'}: no direction between {', '.join(names)} is like that")
     return wanted
-
-
-def data_of(prefixes):
-    """The files that these prefixes were trained on. Raises UserError where they do not say, or differ."""
-    records = [read_metadata(path)["training"].get("data") for path in prefixes]
-    for path, files in zip(prefixes, records):
-        if not files:
-            raise UserError(f"{path} does not say what it was trained on: name the text with --data")
-        if files != records[0]:
-            raise UserError(f"{path} was trained on other text than {prefixes[0]}: name some with --data")
-    return records[0]
 
 
 def look_at_first(model, tokenizer, banks, report):

@@ -6,6 +6,7 @@ and the tensors. The library checks that they lie one after another and fill the
 
 import json
 import os
+import stat
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,19 +36,20 @@ def replacing(path):
     """Yield the path of a temporary file in the same folder; on a clean exit it is flushed to the disk and renamed to
     `path`, so that there is always the old file or the new one, whole, even if the machine dies in between.
 
-    On an error the temporary file is removed and whatever `path` was before stays as it was. A full disk, or a folder
-    that cannot be written or is gone, is a UserError."""
-    target = Path(os.path.realpath(path))  # of a symbolic link, so that it stays one
-    if target.exists() and not (target.is_file() or target.is_dir()):  # a device or a pipe, such as /dev/stdout
-        yield target
+    The new file has the permissions of the old one, or those that the umask leaves. On an error the temporary file is
+    removed and whatever `path` was before stays as it was. A full disk, or a folder that cannot be written or is gone,
+    is a UserError."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        yield Path(path)  # a device or a pipe, such as /dev/stdout; what that links to may not be a path
         return
+    target = Path(os.path.realpath(path))  # of a symbolic link, so that it stays one
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(TEMPORARY, f".{target.name}.", target.parent)
         os.close(handle)
         yield Path(temporary)
         flush(temporary)
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, _mode(target))
         os.replace(temporary, target)
         with suppress(OSError):  # not every system can flush a folder
             flush(target.parent)
@@ -59,6 +61,15 @@ def replacing(path):
             reason = getattr(error, "strerror", None) or str(error).rpartition("error: ")[2]  # safetensors says more
             raise UserError(f"{path}: cannot be written: {reason}") from error
         raise
+
+
+def _mode(path):
+    """The permissions of a file or, where there is none, those that a new one has."""
+    with suppress(FileNotFoundError):
+        return stat.S_IMODE(os.stat(path).st_mode)
+    umask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def flush(path):

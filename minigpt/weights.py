@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minigpt.config import ACTIVATIONS
+
+NOTHING = ("none", [], "")  # what a packed product does to its result
 ROWS = 8  # up to so many, torch's product of bfloat16 and 8 bits is the faster; beyond, weights are widened first
 BLOCK = 32  # that product reads whole blocks of so many weights
 
@@ -21,6 +24,8 @@ def pack(model):
     """For a model in bfloat16, on a CPU that multiplies it; on others this does nothing."""
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         _replace(model, PackedProjection, PackedEmbedding)
+        for block in model.h if ACTIVATIONS[model.config.activation_function] == "gelu_tanh" else ():
+            block.mlp.c_fc.then, block.mlp.activate = ("gelu", [], "tanh"), nn.Identity()  # in the product itself
     return model
 
 
@@ -42,11 +47,11 @@ def _replace(model, projection, embedding):
 class PackedProjection(nn.Module):
     def __init__(self, projection):
         super().__init__()
-        self.weight = _packed(projection.weight.T)
+        self.weight, self.then = _packed(projection.weight.T), NOTHING
         self.register_buffer("bias", projection.bias)
 
     def forward(self, x):
-        return _packed_product(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.then)
 
 
 class PackedEmbedding(nn.Module):
@@ -61,16 +66,12 @@ class PackedEmbedding(nn.Module):
         return F.embedding(ids, self.weight)
 
     def logits(self, hidden):
-        return _packed_product(hidden, self.head, None)
+        return torch.ops.mkldnn._linear_pointwise(hidden, self.head, None, *NOTHING)
 
 
 def _packed(weight):
-    """(n_out, n_in) -> a tensor that only _packed_product understands."""
+    """(n_out, n_in) -> a tensor that only _linear_pointwise understands."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
-
-
-def _packed_product(x, weight, bias):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class Weights8(nn.Module):

@@ -210,3 +210,14 @@ def data_paths(paths):
 def data_names(paths):
     """How a run records its files: absolute, but the sample corpus by its name, wherever the project lies."""
     return ["demo" if Path(path).resolve() == DEMO_CORPUS.resolve() else str(Path(path).resolve()) for path in paths]
+
+
+def data_of(prefixes):
+    """The files that these prefixes were trained on. Raises UserError where they do not say, or differ."""
+    records = [read_metadata(path)["training"].get("data") for path in prefixes]
+    for path, files in zip(prefixes, records):
+        if not files:
+            raise UserError(f"{path} does not say what it was trained on: name the text with --data")
+        if files != records[0]:
+            raise UserError(f"{path} was trained on other text than {prefixes[0]}: name some with --data")
+    return records[0]

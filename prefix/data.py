@@ -11,7 +11,7 @@ The cache of R rows in C columns, whose cell number row * C + column is the text
     tokens.bin    the ids of all cells, one after another: uint16, or int32 where there are more than 65,536 ids
     index.bin     (R * C + 1,) int64: where each cell begins in tokens.bin
     <split>.bin   (n, 3) int32 for each of minigpt.splits.SPLITS: its examples, see Corpus.examples
-    meta.json     the columns, what there is to report of the files, and the hash of all that; written last
+    meta.json     the columns, what there is to report of the files, and the hashes of all that; written last
 
 The ids spell their texts exactly, so the texts themselves are not kept.
 """
@@ -37,9 +37,10 @@ from minigpt import checkpoint
 from minigpt.errors import UserError
 from minigpt.files import read_object
 from minigpt.splits import SPLITS, split_of
+from prefix.command import notice
 from prefix.rows import Skipped, opened, read_rows, resolve_columns
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 FILES = ("tokens.bin", "index.bin", *(f"{split}.bin" for split in SPLITS))
 DAY = 24 * 60 * 60  # seconds
 LEFT_BEHIND, UNUSED = 1 * DAY, 30 * DAY  # the age at which the files of a killed build and a cache are removed
@@ -60,7 +61,6 @@ def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
         return corpus
     folder = _writable(folder)
     _tidy(folder)
-    shutil.rmtree(folder / key, ignore_errors=True)  # if there, it is damaged
     try:
         with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
             built = Path(temporary) / "built"
@@ -69,6 +69,7 @@ def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
             changed = [path for path, stamp in zip(paths, stamps) if not _still(path, stamp)]
             report += [f"{path} changed while it was read, up to line {line}: rows may be missing" for path in changed]
             meta = {"columns": columns, "report": report, "digest": _digest(built, columns)}
+            meta["report_digest"] = _hash(report).hexdigest()
             (built / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
             _publish(built, folder / key, tokenizer)
         return Corpus(folder / key, tokenizer)
@@ -100,9 +101,13 @@ def _key(stamps, columns, tokenizer, limit, max_tokens):
     return key.hexdigest()[:32]
 
 
+def _hash(value):
+    return hashlib.sha256(json.dumps(value).encode())
+
+
 def _digest(directory, columns):
-    """A hash of all that a cache holds. Reads it through, a megabyte at a time."""
-    digest = hashlib.sha256(json.dumps(columns).encode())
+    """A hash of all rows that a cache holds. Reads it through, a megabyte at a time."""
+    digest = _hash(columns)
     for name in FILES:
         with open(directory / name, "rb") as file:
             while part := file.read(1 << 20):
@@ -128,7 +133,7 @@ def _writable(folder):
     except OSError as error:
         temporary = tempfile.mkdtemp(prefix="minigpt-")
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        print(f"{folder} cannot be written ({error.strerror}): caching tokens in {temporary} for now", file=sys.stderr)
+        notice(f"{folder} cannot be written ({error.strerror}): caching tokens in {temporary} for now")
         return Path(temporary)
 
 
@@ -143,12 +148,19 @@ def _tidy(folder):
 
 
 def _publish(built, directory, tokenizer):
-    """Rename a finished cache into its place, unless another process was first: its cache is the same."""
-    try:
-        built.rename(directory)
-    except OSError:
-        if _whole(directory, tokenizer) is None:
-            raise
+    """Rename a finished cache into its place. If there is a whole one, another process was first, and it is the same; a
+    damaged one makes room."""
+    for last in (False, True):
+        try:
+            built.rename(directory)
+            return
+        except OSError:
+            if _whole(directory, tokenizer) is not None:
+                return
+            if last:
+                raise
+        with suppress(OSError):  # another process may be mending it too
+            directory.rename(built.with_name("damaged"))  # to go with the temporary folder
 
 
 def _build(directory, paths, columns, tokenizer, limit, max_tokens):
@@ -215,6 +227,8 @@ class Corpus:
         meta = read_object(directory / "meta.json")
         self.columns, self.report = tuple(meta["columns"]), list(meta["report"])
         self._digest, self._tokenizer = meta["digest"], tokenizer
+        if meta["report_digest"] != _hash(self.report).hexdigest():
+            raise ValueError(f"{directory}: the report is not the one that was written")
         dtypes = (_dtype(tokenizer), np.int64, *[np.int32] * len(SPLITS))
         self._tokens, self._index, *examples = (_mapped(directory / name, d) for name, d in zip(FILES, dtypes))
         self._examples = {split: part.reshape(-1, 3) for split, part in zip(SPLITS, examples)}
@@ -223,7 +237,7 @@ class Corpus:
         return len(self._index) // len(self.columns)
 
     def fingerprint(self):
-        """A short name for all that is in here: the same wherever the files lie."""
+        """A short name for all rows that are in here: the same wherever the files lie, and whatever else is in them."""
         return self._digest
 
     def rows(self, split):

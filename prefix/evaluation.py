@@ -41,11 +41,19 @@ def rows_to_read(split, limit):
     return None if limit is None else math.ceil(1.25 * limit / share) + 1000
 
 
+def enough(corpus, split, limit, wanted):
+    """Has the corpus `limit` sentences of a split, or more, in each wanted direction between its columns?"""
+    ends, columns = examples_of(corpus, split)[:, 1:], corpus.columns
+    pairs = [(columns.index(s), columns.index(t)) for s, t in wanted if {s, t} <= {*columns}]
+    return all((ends == pair).all(axis=1).sum() >= limit for pair in pairs)
+
+
 def compare(
     model,
     tokenizer,
     banks,
     corpus,
+    *,
     split,
     limit,
     shots,
@@ -75,15 +83,22 @@ def compare(
         rows = examples[(examples[:, 1] == source) & (examples[:, 2] == target), 0]
         sources, references = sentences(corpus, rows, source, target, limit, together)
         answers = None if choices is None else choices or labels(training, names[1])
-        drawn = []
-        for draw in range(draws):
-            pairs = draw_examples(training, *map(training.columns.index, names), shots, seed + draw)
-            answer = lambda: few_shot(model, tokenizer, pairs, sources, *names, batch_size=batch_size, choices=answers)
-            drawn.append((*timed(references, answer), prompt_text(pairs, *names)))
-        options = {"batch_size": batch_size, "beams": beams, "choices": answers}
-        outputs, score = timed(references, lambda: translate(model, tokenizer, banks, sources, *names, **options))
-        reports.append(report(names, sources, references, outputs, score, drawn))
+        numbers = [training.columns.index(name) for name in names] if draws else None
+        prompts = [draw_examples(training, *numbers, shots, seed + draw) for draw in range(draws)]
+        options = {"beams": beams, "batch_size": batch_size, "choices": answers}
+        reports.append(one_direction(model, tokenizer, banks, names, sources, references, prompts, **options))
     return reports
+
+
+def one_direction(model, tokenizer, banks, names, sources, references, prompts, beams, batch_size, choices):
+    """Translate `sources` by the prefix and after the pairs of each k-shot prompt -> what `report` makes of it."""
+    options, drawn = {"batch_size": batch_size, "choices": choices}, []
+    for pairs in prompts:
+        answer = lambda: few_shot(model, tokenizer, pairs, sources, *names, **options)
+        drawn.append((*timed(references, answer), prompt_text(pairs, *names)))
+    answer = lambda: translate(model, tokenizer, banks, sources, *names, beams=beams, **options)
+    outputs, score = timed(references, answer)
+    return report(names, sources, references, outputs, score, drawn)
 
 
 def examples_of(corpus, split):

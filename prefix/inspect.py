@@ -28,7 +28,6 @@ from minigpt.attention import attend
 from minigpt.errors import UserError
 from minigpt.files import replacing
 from prefix import command, data, rows
-from prefix.banks import read_metadata
 from prefix.command import shown, whole
 from prefix.translation import pack, separator, translate
 
@@ -321,12 +320,13 @@ def main():
     args = parse_arguments()
     model, tokenizer, banks, prefixes = command.load_with_base(args)
     source, target = command.direction(args, banks)
+    corpus = training_corpus(args, prefixes[0], model, tokenizer, banks) if args.nearest else None
     attention = look_at(model, tokenizer, banks, args.text, source, target)
     if args.out:
         draw(panels(attention), args.out)
     print(shown("\n".join([f"{source} -> {target}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
     if args.nearest:
-        text = training_text(training_corpus(args, prefixes[0], model, tokenizer, banks), tokenizer, model.device)
+        text = training_text(corpus, tokenizer, model.device)
         n = min(args.nearest, len(text.ids.unique()))
         found = nearest_tokens(model, banks, text.ids, text.layout, n)
         print(shown("\n".join(["", *nearest_lines(found, banks, tokenizer)])))
@@ -334,7 +334,7 @@ def main():
 
 def training_corpus(args, path, model, tokenizer, banks):
     """The beginning of what the prefix file at `path` learned from, or of --data."""
-    files = command.data_paths(args.data or read_metadata(path)["training"].get("data"))
+    files = command.data_paths(args.data or command.data_of([path]))
     longest = min(384, model.config.n_positions - banks.position_offset)
     return data.load(*rows.columns_for(files, banks.names), tokenizer, TEXT_ROWS, longest)
 

@@ -98,14 +98,12 @@ def scores(report, shots):
     said = f"<p>{escape(evaluation.difference(**few['difference']))}</p>" if few else ""
     return (
         f'<div class="wide" role="region" tabindex="0" aria-label="{title}"><table><caption>{title}</caption>'
-        f'<thead><tr><td></td>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{said}'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{said}"
     )
 
 
 def _row(name, score, spread=None):
     def cell(metric, value):
-        if value is None:
-            return "-"
         if metric in COUNTS:
             return f"{value:.0f}"
         return f"{value:.2f} ± {spread[metric]:.1f}" if spread else f"{value:.2f}"

@@ -22,7 +22,7 @@ TABLES = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json"}
 MAX_FIELD = 100_000  # characters
 MAX_RECORD, MAX_LINES = 1 << 20, 100  # bytes and lines of one row; a quote still open after them was never closed
 FIRST_OBJECTS = 1000  # of JSON lines: among them a column must turn up
-SHOWN = 100  # columns, where a message lists them
+MOST_KEYS = 100  # of JSON objects, besides those that were asked for
 
 
 class Skipped:
@@ -120,11 +120,11 @@ def _header(records):
 
 def _keys(path, wanted):
     """The keys of the first JSON objects, up to the one by which there are two, and all that are wanted. Of objects
-    with ever new keys, no more than SHOWN of those that nobody asked for."""
+    with ever new keys, no more than MOST_KEYS of those that nobody asked for."""
     keys, wanted = {}, set(wanted or ())
     for _, record in itertools.islice(_objects(path, Skipped()), FIRST_OBJECTS):
         for key in record:
-            if len(keys) < SHOWN or key in wanted:
+            if len(keys) < MOST_KEYS or key in wanted:
                 keys[key] = True
         if len(keys) > 1 and keys.keys() >= wanted:
             break

@@ -579,6 +579,17 @@ def test_a_mistake_in_evaluating_is_one_line_and_exit_code_2(run, place, options
     assert_refused(run(evaluate, "--prefix", place / "run", *options), *words)
 
 
+def test_a_result_may_go_into_a_pipe(run, place):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    options = ["--split", "validation", "--limit", 1, "--draws", 0, "--json", f"/dev/fd/{writer}"]
+    code, _, err = run(evaluate, "--prefix", place / "run", *options)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        text = file.read()
+    assert code == 0 and len(json.loads(text)["directions"]) == 2, err
+
+
 def test_a_split_without_pairs_is_refused(run, place):
     table = write("mine.csv", [("en", "fr"), *random_rows("train", 3)])
     result = run(evaluate, "--prefix", place / "run", "--data", table)
@@ -593,8 +604,10 @@ def test_the_table_says_whether_the_difference_is_significant(better):
     drawn = [(*scored([text.upper() for text in references]), "")]
     report = evaluation.report(("fr", "en"), references, references, *scored(outputs), drawn)
     assert report["few_shot"]["difference"] == metrics.paired_bootstrap(outputs, drawn[0][0], references)
-    table, said = "\n".join(evaluation.table(report, 3)), "significant at p = 0.002" if better else "not significant (p = 1)"
-    assert said in table and "95 % of 1,000 resamples" in table
+    table = "\n".join(evaluation.table(report, 3))
+    assert (
+        "significant at p = 0.002" if better else "not significant (p = 1)"
+    ) in table and "95 % of 1,000 resamples" in table
 
 
 # All of them

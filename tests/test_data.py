@@ -296,10 +296,15 @@ def damages():
         yield f"{name} is cut", lambda cache, name=name: os.truncate(cache / name, 1)
         yield f"{name} is empty", lambda cache, name=name: os.truncate(cache / name, 0)
         yield f"{name} has another byte", lambda cache, name=name: overwrite(cache / name)
-    rest = '"report": [], "digest": "0123456789abcdef"}'
-    for content in ("null", "[]", "{}", "[" * 100_000, '{"columns": 2, ' + rest, '{"columns": [], ' + rest):
+    for changes in ({"report": []}, {"report": ["2 rows skipped"]}, {"report": 2}, {"columns": 2}, {"columns": []}):
+        yield f"meta.json has {changes}", lambda cache, changes=changes: edit(cache / "meta.json", changes)
+    for content in ("null", "[]", "{}", "[" * 100_000):
         name = f"meta.json is {content:.20}"
         yield name, lambda cache, content=content: (cache / "meta.json").write_text(content)
+
+
+def edit(path, changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def overwrite(path):
@@ -311,13 +316,14 @@ def overwrite(path):
 
 @pytest.mark.parametrize("damage", [d for _, d in damages()], ids=[name for name, _ in damages()])
 def test_a_damaged_cache_is_made_anew(write, load, tmp_path, damage):
-    path = write("a.csv", TABLE)
+    path = write("a.csv", TABLE + "empty,\n")
     before = load([path])
     texts, examples = texts_of(before), before.examples("train").tolist()
     (cache,) = (tmp_path / "home" / "tokens").iterdir()
     damage(cache)
     after = load([path])
     assert (texts_of(after), after.examples("train").tolist()) == (texts, examples)
+    assert after.report == skips(1, "empty side", 302) and after.fingerprint() == before.fingerprint()
     assert list((tmp_path / "home" / "tokens").iterdir()) == [cache]
 
 
@@ -351,6 +357,31 @@ def test_a_second_builder_uses_the_cache_of_the_first(write, load, tmp_path, mon
 
     monkeypatch.setattr(data, "_build", build_twice)
     assert len(load([path])) == 300 and len(list((tmp_path / "home" / "tokens").iterdir())) == 1
+
+
+@pytest.mark.parametrize("when", ["_tidy", "_build"])
+def test_a_whole_cache_that_another_process_made_of_a_damaged_one_stays(write, load, tmp_path, monkeypatch, when):
+    path, step = write("a.csv", TABLE), getattr(data, when)
+    load([path])
+    (cache,) = (tmp_path / "home" / "tokens").iterdir()
+    overwrite(cache / "tokens.bin")
+    mended = []
+
+    def mend_first(*arguments):
+        monkeypatch.setattr(data, when, step)
+        load([path])  # another process, after this one found the damage
+        mended.append(cache.stat().st_ino)
+        return step(*arguments)
+
+    monkeypatch.setattr(data, when, mend_first)
+    corpus = load([path])
+    assert [cache.stat().st_ino] == mended and len(corpus) == 300
+    assert list((tmp_path / "home" / "tokens").iterdir()) == [cache]
+
+
+def test_what_there_is_to_report_is_no_part_of_the_fingerprint(write, load):
+    clean, dirty = load([write("a.csv", TABLE)]), load([write("b.csv", TABLE + "empty,\n")])
+    assert clean.report != dirty.report and clean.fingerprint() == dirty.fingerprint()
 
 
 BUILDER = """

@@ -82,6 +82,42 @@ def test_a_pipe_or_a_device_is_written_to_and_stays_what_it_is(tmp_path):
     os.close(reader)
 
 
+def test_a_pipe_that_has_no_name_of_its_own_is_written_to():
+    reader, writer = os.pipe()  # as in `evaluate.py --json /dev/stdout | cat`
+    with replacing(f"/dev/fd/{writer}") as path:
+        path.write_text("new")
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.fixture
+def umask():
+    """A function that sets the umask, until the end of the test."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_new_file_has_the_permissions_that_the_umask_leaves(tmp_path, umask, mask, mode):
+    umask(mask)
+    with replacing(tmp_path / "a.txt") as temporary:
+        assert temporary.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+    assert umask(mask) == mask
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path, umask, mode):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(mode)
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.stat().st_mode & 0o777 == mode and path.read_text() == "new"
+
+
 def test_what_a_killed_program_left_half_written_is_removed_and_nothing_else(tmp_path):
     for name in ("a.txt", ".hidden", "mine.tmp"):
         (tmp_path / name).write_text("stays")

@@ -219,6 +219,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, options, words):
     assert all(word in err for word in words), err
 
 
+@pytest.fixture
+def silent(tmp_path):
+    """A prefix file with the demo's banks, but no record of what they learned from."""
+    model = GPT.from_pretrained("demo")
+    banks = Banks.load(command.DEMO_PREFIX, model)
+    banks.training_record = {}
+    banks.save(tmp_path / "silent.safetensors", model)
+    return tmp_path / "silent.safetensors"
+
+
+def test_text_for_nearest_tokens_must_be_named_where_the_prefix_has_no_record_of_any(run, silent):
+    options = ["--model", "demo", silent, "Il pleut."]
+    code, out, err = run(inspect, *options)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "trained on: name the text with --data" in err
+    code, out, err = run(inspect, *options, "--nearest", 0)
+    assert code == 0 and "nearest token keys" not in out
+    code, out, err = run(inspect, *options, "--data", "demo", "--nearest", 1)
+    assert code == 0 and "nearest token keys" in out, err
+
+
 def test_a_png_without_matplotlib_is_refused_in_one_line(run, monkeypatch):
     monkeypatch.setattr(inspect.importlib.util, "find_spec", lambda name: None)
     code, out, err = run(inspect, command.DEMO, "Bonjour", "--out", "picture.png")

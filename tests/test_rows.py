@@ -368,7 +368,7 @@ PIECES = [
 heads = st.sampled_from([b"", b"en,fr\n", b"en\tfr\n", b"\xef\xbb\xbfx,en,fr\r\n", b'{"a": "b", "c": 1}\n'])
 tails = st.binary() | st.lists(st.sampled_from(PIECES), max_size=60).map(b"".join)
 contents = st.builds(bytes.__add__, heads, tails)
-SMALL = {"MAX_FIELD": 20, "MAX_RECORD": 60, "MAX_LINES": 3, "FIRST_OBJECTS": 3, "SHOWN": 2}
+SMALL = {"MAX_FIELD": 20, "MAX_RECORD": 60, "MAX_LINES": 3, "FIRST_OBJECTS": 3, "MOST_KEYS": 2}
 limits = st.sampled_from([SMALL, {"MAX_FIELD": MAX_FIELD}])
 
 

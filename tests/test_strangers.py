@@ -32,7 +32,7 @@ def test_whatever_is_changed_in_a_file_it_is_read_or_refused_in_one_line(target,
     print(f"seed {seed}")
     outcomes, failure = fuzz.fuzz(target, 100, seed)
     assert failure is None
-    assert sum(outcomes.values()) == 100 and len(outcomes) > 1 or target == "text"
+    assert sum(outcomes.values()) == 100 and (len(outcomes) > 1 or target == "text")
 
 
 def test_the_fuzzer_finds_what_it_is_for(tmp_path, monkeypatch):

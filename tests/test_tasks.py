@@ -148,6 +148,24 @@ def test_some_columns_are_evaluated_on_the_sentences_that_training_held_out(thre
     assert [report["sources"] for report in result["directions"]] == [[row[1] for row in rows]]
 
 
+def test_a_direction_that_the_head_of_a_file_lacks_is_sought_in_all_of_it(three, evaluated, monkeypatch):
+    monkeypatch.setattr(evaluation, "rows_to_read", lambda split, limit: 4)
+    folder, _ = three
+    rows = [[sentence("test"), sentence(), ""] for _ in range(6)]
+    rows += [[sentence("test"), "", sentence()] for _ in range(3)]
+    table = write("sparse.csv", [["en", "fr", "de"], *rows])
+    options = ["--prefix", folder, "--data", table, "--limit", 2, "--draws", 0]
+    result, _, _ = evaluated(*options, "--from", "fr")
+    assert {*result["directions"][0]["sources"]} < {row[1] for row in rows[:4]}  # there, the head is enough
+    result, _, _ = evaluated(*options, "--from", "de")
+    (report,) = result["directions"]
+    assert report["target"] == "en" and len(report["sources"]) == 2
+    assert {*report["sources"]} < {row[2] for row in rows[6:]}
+    result, _, _ = evaluated(*options)
+    ends = [(report["source"], report["target"], report["sentences"]) for report in result["directions"]]
+    assert ends == [("fr", "en", 2), ("de", "en", 2), ("en", "fr", 2), ("en", "de", 2)]
+
+
 def test_a_file_may_lack_a_column_that_has_a_bank(three, evaluated):
     folder, rows = three
     table = write("two.csv", [["de", "fr"], *(row[:0:-1] for row in rows)])
@@ -243,6 +261,19 @@ def test_a_classifier_answers_with_labels_seen_in_training_and_its_accuracy_is_t
     assert not set(free["directions"][0]["outputs"]) <= set(LABELS)
 
 
+def test_the_labels_of_training_are_those_of_the_whole_file(classifier, evaluated, monkeypatch):
+    monkeypatch.setattr(evaluation, "rows_to_read", lambda split, limit: 6)
+    folder, _ = classifier
+    splits = ["train"] * 4 + ["test"] * 2
+    rows = [[sentence(split), label] for label in ("joy", "anger") for split in splits]
+    table, chosen, choose = write("sorted.csv", [["tweet", "label"], *rows]), [], evaluation.translate
+    translate = lambda *args, **options: chosen.append(options["choices"]) or choose(*args, **options)
+    monkeypatch.setattr(evaluation, "translate", translate)
+    options = ["--prefix", folder, "--data", table, "--from", "tweet", "--to", "label", "--limit", 2, "--draws", 0]
+    evaluated(*options, "--choices")
+    assert chosen == [["anger", "joy"]]
+
+
 def test_choices_that_are_named_are_the_only_answers(classifier, evaluated, run):
     folder, rows = classifier
     options = ["--prefix", folder, "--from", "tweet", "--to", "label", "--choices", "joy", "worry about it"]
@@ -286,6 +317,9 @@ def test_a_text_without_room_for_the_longest_choice_is_a_fault(place):
         (evaluate, ["--to", "label", "--beam", 2, "--choices", "joy"], "without --beam"),
         (evaluate, ["--to", "label", "--choices", " "], "an answer is empty"),
         (evaluate, ["--to", "mood"], "no bank 'mood'"),
+        (evaluate, ["--columns", "tweet"], "--columns tweet: name two or more, each of them once"),
+        (evaluate, ["--columns", "tweet", "tweet"], "--columns tweet tweet: name two or more"),
+        (evaluate, ["--columns", "tweet", "label", "tweet"], "--columns tweet label tweet: name two or more"),
         (evaluate, ["--from", "label", "--to", "label"], "--from label --to label: no direction"),
         (evaluate, ["--to", "tweet", "--choices"], "--choices: 12 different texts in column 'tweet', not 1 to 5"),
         (translate, ["x", "--beam", 2, "--choices", "joy"], "--choices does not go with --beam"),

@@ -149,8 +149,8 @@ class AllLogits(Counted):
         targets[batch.at] = batch.targets
         return Batch(batch.ids, batch.layout, None, targets)
 
-    def nll(self, batch):
-        logits = self.model.logits(self.model.hidden(batch.ids, batch.layout, self.banks.slots()))
+    def nll(self, batch, slots, smoothing):
+        logits = self.model.logits(self.model.hidden(batch.ids, batch.layout, slots))
         return F.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED, reduction="sum")
 
 
