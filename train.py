@@ -43,7 +43,7 @@ def parse_arguments():
         default="text",
         help="slots start as keys and values of real sentences, at random, or so that they change nothing (text)",
     )
-    parser.add_argument("--reparam", action="store_true", help="train slots through Li and Liang's MLP, kept nowhere")
+    parser.add_argument("--reparam", action="store_true", help="train slots through Li and Liang's MLP, which is not in the prefix file")
     parser.add_argument(
         "--slot-dropout", type=number(0, 0.99), default=0.0, metavar="P", help="leave out each slot of a step so often"
     )
@@ -59,7 +59,11 @@ def parse_arguments():
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (runs/<time>)")
     parser.add_argument(
-        "--resume", type=Path, metavar="DIR", help="go on with the run in DIR; --steps, --save-every may be new"
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="go on with the run in DIR; --steps, --save-every and the machine's options may be new: --device, --dtype, "
+        "--attention, --checkpoint-activations, --micro-batch-tokens",
     )
     parser.add_argument("--eval-every", type=whole(0), metavar="N", help="steps between validations; 0: never")
     parser.add_argument(
@@ -97,7 +101,7 @@ def main():
     )
     for line in corpus.report:
         notice(line)
-    settings = Settings(**config["settings"] | {"micro_batch_tokens": args.micro_batch_tokens})
+    micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
     banks = run.start(config, model, tokenizer, corpus)
     banks.position_offset = config["position_offset"]
     banks.training_record = {name: config[name] for name in ("model", "data", "columns", "limit", "init")}
@@ -105,9 +109,9 @@ def main():
     banks.training_record["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0]}
     out = args.resume or distributed.from_first(run.make_directory(args.out) if distributed.rank() == 0 else None)
     with locked(out / METRICS) if distributed.rank() == 0 else nullcontext():
-        trainer = Trainer(model, tokenizer, banks, corpus, settings, out)
+        trainer = Trainer(model, tokenizer, banks, corpus, Settings(**config["settings"]), out, micro_batch_tokens)
         if args.resume:
-            trainer.resume()
+            trainer.resume(args.micro_batch_tokens)
         if distributed.rank() == 0:
             if not args.resume:
                 run.check_unused(out)  # again: another run may have been faster

@@ -75,11 +75,13 @@ class Banks(nn.Module):
         return cls(banks).to(model.device)
 
     @classmethod
-    def zero_effect(cls, model, ids, layout, names, prefix_len, seed=0):
+    def zero_effect(cls, model, ids, layout, names, prefix_len, seed=0, position_offset=0):
         """Slots that leave the model as it is, nearly: values of zero, and keys that next to no query of its own looks
         at, with noise that tells the slots apart. ids (N,), packed as `layout` says: the sentences that the queries are
-        read off. A wider margin is quieter but learns more slowly: at 10, gradients sink below AdamW's epsilon."""
-        keys = quiet_keys(model, ids, layout, QUIET_MARGIN + math.log(max(1, len(names) * prefix_len))).cpu()
+        read off, from position_offset on. A wider margin is quieter but learns more slowly: at 10, gradients sink below
+        AdamW's epsilon."""
+        margin = QUIET_MARGIN + math.log(max(1, len(names) * prefix_len))
+        keys = quiet_keys(model, ids, layout, margin, position_offset).cpu()
         generator = torch.Generator().manual_seed(seed)
         shape = (*keys.shape[:2], prefix_len, keys.size(-1))
         draw = lambda: keys[:, :, None] + RANDOM_STD * torch.randn(shape, generator=generator)
@@ -262,21 +264,23 @@ def read_text(model, ids):
 
 
 @torch.no_grad()
-def quiet_keys(model, ids, layout, margin):
+def quiet_keys(model, ids, layout, margin, position_offset=0):
     """For every layer and head, a key that its queries score at least `margin` below all of their text together
     (the log of the sum of exp(score)), as far as one key can -> (n_layer, n_head, head_dim), float32."""
     keys, n_head = [], model.config.n_head
     future = torch.ones(layout.longest, layout.longest, dtype=torch.bool, device=ids.device).triu(1)
 
     def look(i, qkv):
-        q, k, _ = layout.to_grid(qkv.float()).unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
-        q = q / math.sqrt(q.size(-1))  # (B, n_head, T, head_dim)
-        text = (q @ k.transpose(-2, -1)).masked_fill(future, -torch.inf).logsumexp(dim=-1)  # (B, n_head, T)
-        q, text = (layout.to_row(x.transpose(1, 2)).transpose(0, 1) for x in (q, text))  # (n_head, N, ...)
-        keys.append(smallest_below(q, text - margin))
+        q, k, _ = qkv.float().unflatten(-1, (3, n_head, -1)).permute(1, 2, 0, 3)  # (n_head, N, head_dim)
+        q, text = q / math.sqrt(q.size(-1)), []
+        for one_q, one_k in zip(q.split(layout.lengths, 1), k.split(layout.lengths, 1)):  # all scores are too many
+            T = one_q.size(1)
+            scores = (one_q @ one_k.transpose(-2, -1)).masked_fill(future[:T, :T], -torch.inf)  # (n_head, T, T)
+            text.append(scores.logsumexp(dim=-1))
+        keys.append(smallest_below(q, torch.cat(text, 1) - margin))
         return attend(qkv, n_head, layout, how=model.attention)
 
-    model.run(model.embed(ids, layout.position), look)
+    model.run(model.embed(ids, layout.position + position_offset), look)
     return torch.stack(keys)
 
 

@@ -83,8 +83,8 @@ def compare(
         rows = examples[(examples[:, 1] == source) & (examples[:, 2] == target), 0]
         sources, references = sentences(corpus, rows, source, target, limit, together)
         answers = None if choices is None else choices or labels(training, names[1])
-        numbers = [training.columns.index(name) for name in names] if draws else None
-        prompts = [draw_examples(training, *numbers, shots, seed + draw) for draw in range(draws)]
+        index = training.columns.index
+        prompts = [draw_examples(training, *map(index, names), shots, seed + draw) for draw in range(draws)]
         options = {"beams": beams, "batch_size": batch_size, "choices": answers}
         reports.append(one_direction(model, tokenizer, banks, names, sources, references, prompts, **options))
     return reports

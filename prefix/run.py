@@ -1,9 +1,9 @@
 """What a run is made of: its settings as resolved from the command line or read back, its directory, its first slots.
 
-    runs/<name>/    config.json            the settings, resolved: what --resume goes on with
-                    metrics.jsonl          a line for each step and each validation; locked while a run writes here
-                    last/                  everything needed to go on exactly (trainer.py)
-                    prefix.safetensors     the best slots on validation
+runs/<name>/    config.json            the settings, resolved: what --resume goes on with
+                metrics.jsonl          a line for each step and each validation; locked while a run writes here
+                last/                  everything needed to go on exactly (trainer.py)
+                prefix.safetensors     the best slots on validation
 """
 
 import json
@@ -12,7 +12,7 @@ import time
 from minigpt import UserError, checkpoint
 from minigpt.files import TEMPORARY, read_object, replacing
 from prefix import command, rows
-from prefix.banks import Banks
+from prefix.banks import MAX_SLOTS, Banks
 from prefix.reparam import Reparametrised
 from prefix.trainer import METRICS, Settings, n_tokens
 from prefix.translation import pack, separator
@@ -31,10 +31,11 @@ FREE = ("steps", "save_every")
 MACHINE = ("device", "dtype", "attention", "checkpoint_activations", "micro_batch_tokens")
 
 
-
 def resolve(args):
     """The command with its defaults filled in: what config.json keeps and --resume reads."""
     check_unused(args.out)
+    if args.prefix_len > MAX_SLOTS:
+        raise UserError(f"--prefix-len {args.prefix_len:,}: a bank has {MAX_SLOTS:,} slots at most")
     name = args.model or checkpoint.default()
     demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
     paths = command.data_paths(args.data)
@@ -72,10 +73,10 @@ def resume_config(args):
     try:
         check_config(config)
         config["settings"] |= {name: value for name in FREE if (value := getattr(args, name))}
-        Settings(**config["settings"] | {"micro_batch_tokens": config["machine"].get("micro_batch_tokens")})
+        Settings(**config["settings"])
     except (UserError, TypeError) as error:  # a TypeError: a setting that Settings does not have, or lacks
         raise UserError(f"{path} is not the config of a run: {error}") from error
-    for name in MACHINE:
+    for name in set(MACHINE) - {"micro_batch_tokens"}:  # of which the saved state knows more
         if getattr(args, name) in ("auto", False, None):
             setattr(args, name, config["machine"].get(name))
     return config
@@ -93,12 +94,15 @@ def check_config(config):
         "max_tokens": lambda value: is_whole(value, 3),
         "init": lambda value: value in INITS,
         "reparam": lambda value: value in (None, False, True),
-        "prefix_len": lambda value: is_whole(value, 1),
+        "prefix_len": lambda value: is_whole(value, 1) and value <= MAX_SLOTS,
         "position_offset": lambda value: is_whole(value, 0),
         "settings": lambda value: isinstance(value, dict),
-        "machine": lambda value: isinstance(value, dict)
-        and all(value.get(name, "auto") in choices for name, choices in command.CHOICES.items())
-        and value.get("checkpoint_activations", False) in (False, True),
+        "machine": lambda value: (
+            isinstance(value, dict)
+            and all(value.get(name, "auto") in choices for name, choices in command.CHOICES.items())
+            and value.get("checkpoint_activations", False) in (False, True)
+            and ((tokens := value.get("micro_batch_tokens")) is None or is_whole(tokens, 1))
+        ),
     }
     for name, is_sound in sound.items():
         if name not in config and name != "reparam":
@@ -139,12 +143,15 @@ def start(config, model, tokenizer, corpus):
     """The slots before the first step: random, read off the corpus's own sentences in each language, or where its
     pairs do not look; behind the network that moves them, where there is to be one."""
     names, prefix_len, seed = corpus.columns, config["prefix_len"], config["settings"]["seed"]
-    ids = {name: opening(corpus, column, prefix_len) for column, name in enumerate(names)}
+    ids = {
+        name: opening(corpus, column, min(prefix_len, model.config.n_positions)) for column, name in enumerate(names)
+    }
     if config["init"] == "random":
         banks = Banks.random(model.config, names, prefix_len, seed)
     elif config["init"] == "zero-effect":
         batch = some_pairs(model, tokenizer, corpus)
-        banks = Banks.zero_effect(model, batch.ids, batch.layout, names, prefix_len, seed)
+        offset = config["position_offset"]
+        banks = Banks.zero_effect(model, batch.ids, batch.layout, names, prefix_len, seed, offset)
     else:
         banks = Banks.from_text(model, ids, prefix_len)
     return (Reparametrised(banks, seed) if config.get("reparam") else banks).to(model.device)

@@ -58,17 +58,14 @@ class Settings:
     clip: float = 1.0  # the largest norm of the slots' gradient
     slot_dropout: float = 0.0  # the probability that a slot is absent from a step
     label_smoothing: float = 0.0  # the share of a target that goes to the whole vocabulary, in training
-    micro_batch_tokens: int | None = None  # tokens in memory at a time; None: by MICRO_BATCH_TOKENS
 
     def __post_init__(self):
         """Raises UserError for what no option would take: settings may come from a file."""
-        whole = {"steps": 1, "batch_size": 1, "warmup": 0, "eval_every": 0, "seed": 0, "micro_batch_tokens": 1}
+        whole = {"steps": 1, "batch_size": 1, "warmup": 0, "eval_every": 0, "seed": 0}
         if not isinstance(self.save_every, str) or not SECONDS.fullmatch(self.save_every):
             whole["save_every"] = 1
         for name, least in whole.items():
             value, most = getattr(self, name), MAX_BATCH if name == "batch_size" else 2**63 - 1
-            if value is None and name == "micro_batch_tokens":
-                continue
             if type(value) is not int or not least <= value <= most:
                 raise UserError(f"{name} must be a whole number from {least} to {most:,}, not {value!r}")
         for name, most in {"lr": 1e9, "clip": 1e9, "slot_dropout": 0.99, "label_smoothing": 0.99}.items():
@@ -79,17 +76,20 @@ class Settings:
 
 @dataclass
 class Prepared:
-    """A step's data in one process. targets, tokens: how many there are in all processes together."""
+    """A step's data in one process. cut: the micro_batch_tokens that it was cut by. targets, tokens: how many there are
+    in all processes together."""
 
     step: int
+    cut: int
     batches: list
     targets: int
     tokens: int
 
 
 class Trainer:
-    def __init__(self, model, tokenizer, banks, corpus, settings, out):
-        """corpus: data.Corpus whose columns are the banks, in order. out: the run directory, which exists."""
+    def __init__(self, model, tokenizer, banks, corpus, settings, out, micro_batch_tokens=None):
+        """corpus: data.Corpus whose columns are the banks, in order. out: the run directory, which exists.
+        micro_batch_tokens: tokens in memory at a time; None: by MICRO_BATCH_TOKENS."""
         self.model, self.tokenizer, self.banks, self.settings, self.out = model, tokenizer, banks, settings, Path(out)
         self.corpus, self.sep = corpus, separator(tokenizer)
         self.train_set = corpus.examples("train")
@@ -100,11 +100,11 @@ class Trainer:
         assert not frozen, f"the base model must be frozen, but {frozen[0]} requires a gradient"
         self.trained = [p for p in banks.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
-        self.micro_batch_tokens = settings.micro_batch_tokens or MICRO_BATCH_TOKENS[model.device.type]
+        self.micro_batch_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[model.device.type]
+        self.most_tokens = 2**63 - 1  # of a micro-batch, since memory last ran out
         self.half = model.dtype == torch.float16
-        self.scale = (
-            FIRST_SCALE if self.half else 1.0
-        )  # of the loss, so that float16 gradients neither vanish nor overflow
+        # of the loss, so that float16 gradients neither vanish nor overflow
+        self.scale = FIRST_SCALE if self.half else 1.0
         self.step = self.tokens = self.skipped = self.bad = self.good = 0
         self.best = math.inf
         self.seconds = 0.0
@@ -174,14 +174,19 @@ class Trainer:
     def backward(self, prepared):
         """Gradients of the mean loss over all targets of a step, however it is cut into micro-batches or dealt out to
         processes. Returns the loss."""
-        total = self.add_up_batches(prepared)
-        if total is None:
-            total = self.add_up_batches(self.cut_smaller(prepared))
-        if total is None:
-            raise UserError(
-                f"step {prepared.step + 1}: out of memory, even in micro-batches of {self.micro_batch_tokens:,}: "
-                "lower --micro-batch-tokens, set --checkpoint-activations, or, for long pairs, lower --max-tokens"
-            )
+
+        def batches():
+            for p in self.trained:
+                p.grad = torch.zeros_like(p)
+            return self.up_to_date(prepared, prepared.step).batches
+
+        def loss_of(batch):
+            loss = self.nll(batch, self.present(prepared.step), self.settings.label_smoothing)
+            if loss.requires_grad:  # as it does not where all slots are absent
+                (loss * self.scale).backward()  # by a power of two, which 16 bits hold exactly
+            return loss.detach()
+
+        total = self.add_up(batches, loss_of, f"step {prepared.step + 1}")
         stop = torch.full_like(total, bool(self.stop))
         grads = [p.grad for p in self.trained]
         torch._foreach_div_(grads, self.scale * prepared.targets)
@@ -189,47 +194,50 @@ class Trainer:
         self.stopped = bool(self.stop if distributed.world() == 1 else stop)  # all processes stop after the same step
         return total / prepared.targets
 
-    def add_up_batches(self, prepared):
-        """Gradients of the summed loss of this process's micro-batches. Returns the sum; None if memory ran out."""
-        total = torch.zeros((), device=self.model.device)
-        for p in self.trained:
-            p.grad = torch.zeros_like(p)
-        try:
-            for batch in prepared.batches:
-                loss = self.nll(batch, self.present(prepared.step), self.settings.label_smoothing)
-                if loss.requires_grad:  # as it does not where all slots are absent
-                    (loss * self.scale).backward()  # by a power of two, which 16 bits hold exactly
-                total += loss.detach()
-            return total
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-        return None  # only here, outside, are the activations that the error held on to free again
-
-    def cut_smaller(self, prepared):
-        """The same step in micro-batches of half the size, which stays so from here on."""
-        largest = max(len(batch.ids) for batch in prepared.batches)
-        self.micro_batch_tokens = max(1, min(largest, self.micro_batch_tokens) // 2)
-        self.upcoming = None  # it is cut as this one was
-        say = f"out of memory with micro-batches of {largest:,} tokens: now {self.micro_batch_tokens:,}"
-        tqdm.write(f"step {prepared.step + 1}: {say}", file=sys.stderr)
-        return self.worker.submit(self.prepare, prepared.step).result()
+    def add_up(self, batches, loss_of, where):
+        """The sum of loss_of(batch) over batches(). If memory runs out, micro-batches have half the size from here on,
+        and all of it is done once more. Raises UserError if it runs out again."""
+        for last in (False, True):
+            total, largest = torch.zeros((), device=self.model.device), 0
+            try:
+                for batch in batches():
+                    largest = max(largest, len(batch.ids))
+                    total += loss_of(batch)
+                return total
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+            if not last:  # only here, outside, are the activations that the error held on to free again
+                self.micro_batch_tokens = max(1, min(largest or self.micro_batch_tokens, self.micro_batch_tokens) // 2)
+                self.most_tokens = self.micro_batch_tokens
+                say = f"out of memory with micro-batches of {largest:,} tokens: now {self.micro_batch_tokens:,}"
+                tqdm.write(f"{where}: {say}", file=sys.stderr)
+        raise UserError(
+            f"{where}: out of memory, even in micro-batches of {self.micro_batch_tokens:,}: "
+            "lower --micro-batch-tokens, set --checkpoint-activations, or, for long pairs, lower --max-tokens"
+        )
 
     def prepare(self, step):
         """This process's packed micro-batches of a step, on the device."""
-        examples = self.examples_of(step)
+        cut, examples = self.micro_batch_tokens, self.examples_of(step)
         mine = distributed.share(sorted(examples, key=n_tokens))  # so that processes get alike amounts
         targets = sum(len(target) + 1 for _, target, _, _ in examples)
-        return Prepared(step, [self.packed(m) for m in self.micro_batches(mine)], targets, sum(map(n_tokens, examples)))
+        batches = [self.packed(micro) for micro in self.micro_batches(mine)]
+        return Prepared(step, cut, batches, targets, sum(map(n_tokens, examples)))
 
     def take_prepared(self):
         """The batch of this step, and a thread set to prepare the next one while this one runs."""
-        prepared = self.upcoming.result() if self.upcoming else None
-        if prepared is None or prepared.step != self.step:
-            prepared = self.prepare(self.step)
+        prepared = self.up_to_date(self.upcoming and self.upcoming.result(), self.step)
         if self.step + 1 < self.settings.steps:
             self.upcoming = self.worker.submit(self.prepare, self.step + 1)
         return prepared
+
+    def up_to_date(self, prepared, step):
+        """`prepared`, if it is this step's and cut as it would be now; otherwise it is made anew, by the one thread that
+        may."""
+        if prepared and (prepared.step, prepared.cut) == (step, self.micro_batch_tokens):
+            return prepared
+        return self.worker.submit(self.prepare, step).result()
 
     def packed(self, examples):
         return pack(examples, self.sep, self.tokenizer.eot, self.model.device)
@@ -291,9 +299,9 @@ class Trainer:
     def validation_loss(self):
         """Mean negative log likelihood of the validation targets."""
         examples = self.encoded(self.validation_set)
-        total = torch.zeros((), device=self.model.device)
-        for micro in self.micro_batches(distributed.share(sorted(examples, key=n_tokens))):
-            total += self.nll(self.packed(micro))
+        mine = distributed.share(sorted(examples, key=n_tokens))
+        batches = lambda: map(self.packed, self.micro_batches(mine))
+        total = self.add_up(batches, self.nll, f"validation after step {self.step}")
         distributed.add_up([total])
         return float(total) / sum(len(target) + 1 for _, target, _, _ in examples)
 
@@ -348,6 +356,7 @@ class Trainer:
             if self.step:
                 flush(self.out / METRICS)  # a state never is newer than the lines of its steps
             save_file(tensors, temporary, {"counts": json.dumps(counts), "of": json.dumps(self.identity)})
+            flush(temporary)  # so that a disk that is full says so while both states still are in their places
             if state.exists() and not self.newest_is_cut:
                 os.replace(state, previous)
         self.saved_step, self.saved_at, self.newest_is_cut = self.step, time.monotonic(), False
@@ -360,11 +369,14 @@ class Trainer:
 
     @cached_property
     def identity(self):
-        """What a run must be going on with: this base, these examples, and the settings that decide its numbers, all of
-        them by name. Read once: it looks at all examples."""
+        """What a run must be going on with: these banks, this base, these examples, and the settings that decide its
+        numbers, all of them by name. Read once: it looks at all examples."""
         base, settings = base_of(self.model), asdict(self.settings)
-        names = settings.keys() - {"steps", "save_every", "micro_batch_tokens"}
+        names = settings.keys() - {"steps", "save_every"}
         return {
+            "columns": self.banks.names,
+            "prefix_len": self.banks.prefix_len[0],
+            **{name: self.banks.training_record.get(name) for name in ("init", "reparam")},
             "data": self.corpus.fingerprint(),
             "model": base["fingerprint"],
             **{f"model's {name}": value for name, value in base["config"].items()},
@@ -372,19 +384,20 @@ class Trainer:
             "position_offset": self.banks.position_offset,
         }
 
-    def resume(self):
+    def resume(self, micro_batch_tokens=None):
         """Take up the newest whole state that save() left in self.out. A run that was killed before its first save has
-        none, and begins. Raises UserError where the state is of another run than the one at hand, saying in what."""
+        none, and begins. micro_batch_tokens: how many to try again, whatever ran out of memory before. Raises UserError
+        where the state is of another run than the one at hand, saying in what, or is past its last step."""
         if not self.can_go_on() and not _size(self.out / METRICS):
             return
-        counts, of, tensors = self.newest_state()
-        others = {name: ours for name, ours in self.identity.items() if of.get(name) != ours}
-        if others:
-            found = "; ".join(f"another {name} ({of.get(name)}, here {ours})" for name, ours in others.items())
-            raise UserError(f"{self.out}: this run has {found}")
+        counts, tensors = self.newest_state()
+        if counts["step"] > self.settings.steps:
+            done = f"{counts['step']:,} steps are done already"
+            raise UserError(f"{self.out}: {done}, more than --steps {self.settings.steps:,}: give a larger number")
         self.banks.load_state_dict({name: tensors[f"slots.{name}"] for name, _ in self.banks.named_parameters()})
         for name in COUNTS:
             setattr(self, name, counts[name])
+        self.micro_batch_tokens = micro_batch_tokens or min(self.micro_batch_tokens, self.most_tokens)
         self.saved_step = self.step
         if not self.half:
             self.scale = 1.0
@@ -414,32 +427,41 @@ class Trainer:
             return state
 
     def read_state(self, path):
-        """A saved state: (counts, what it is a state of, tensors by name). Raises UserError for any file that save()
-        did not write for such banks as these, before its tensors are read."""
+        """A saved state: (counts, tensors by name). Raises UserError for any file that save() did not write for such a
+        run as this, before its tensors are read."""
         shapes = {f"slots.{name}": list(p.shape) for name, p in self.banks.named_parameters()}
         adam = {}
         for i, p in enumerate(self.trained):
             adam |= {f"adam.{i}.exp_avg": list(p.shape), f"adam.{i}.exp_avg_sq": list(p.shape), f"adam.{i}.step": []}
         with open_tensors(path) as file:
             try:
-                there = {name: file.get_slice(name) for name in file.keys()}
-                if any(part.get_dtype() != "F32" for part in there.values()):
-                    raise ValueError("a tensor is not of float32")
-                if {name: part.get_shape() for name, part in there.items()} not in (shapes, shapes | adam):
-                    raise ValueError("its tensors are not those of such banks")
                 counts, of = (json.loads(file.metadata()[name]) for name in ("counts", "of"))
                 if any(type(counts[name]) is not type(getattr(self, name)) for name in COUNTS) or type(of) is not dict:
                     raise ValueError("a count is not of its type")
                 if not all(counts[name] >= 0 for name in COUNTS):
                     raise ValueError("a count is below 0")
+                self.check_identity(of)
+                there = {name: file.get_slice(name) for name in file.keys()}
+                if any(part.get_dtype() != "F32" for part in there.values()):
+                    raise ValueError("a tensor is not of float32")
+                if {name: part.get_shape() for name, part in there.items()} not in (shapes, shapes | adam):
+                    raise ValueError("its tensors are not those of such banks")
                 tensors = {name: file.get_tensor(name) for name in there}
                 if not all(tensor.isfinite().all() for tensor in tensors.values()):
                     raise ValueError("a number is not finite")
                 if any((t < 0).any() for name, t in tensors.items() if name.endswith((".step", ".exp_avg_sq"))):
                     raise ValueError("AdamW's count of steps or mean of squares is below 0")
-                return counts, of, tensors
+                return counts, tensors
+            except UserError:  # of check_identity
+                raise
             except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
                 raise UserError(f"{path}: cannot resume from it: {error}") from error
+
+    def check_identity(self, of):
+        others = {name: ours for name, ours in self.identity.items() if of.get(name) != ours}
+        if others:
+            found = "; ".join(f"another {name} ({of.get(name)}, here {ours})" for name, ours in others.items())
+            raise UserError(f"{self.out}: this run has {found}")
 
 
 def n_tokens(example):
@@ -449,7 +471,7 @@ def n_tokens(example):
 
 
 METRICS = "metrics.jsonl"
-COUNTS = ("step", "tokens", "skipped", "bad", "good", "scale", "best", "seconds")
+COUNTS = ("step", "tokens", "skipped", "bad", "good", "scale", "best", "seconds", "most_tokens")
 
 
 @contextmanager

@@ -143,6 +143,8 @@ def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, place)
     "mistake, words",
     [
         (["--prefix-len", "0"], ["--prefix-len", "'0'", "1 or more"]),
+        (["--prefix-len", "65537"], ["--prefix-len 65,537", "65,536 slots at most"]),
+        (["--prefix-len", "9" * 13, "--init", "random"], ["--prefix-len", "65,536 slots at most"]),
         (["--steps", "x"], ["--steps", "'x'"]),
         (["--steps", "²"], ["--steps", "'²'"]),
         (["--lr", "-1"], ["--lr", "'-1'", "above 0"]),
@@ -235,6 +237,30 @@ def test_a_run_may_go_on_for_more_steps_but_not_otherwise_than_it_began(run, pla
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
 
 
+def test_a_run_that_is_past_the_steps_asked_for_is_refused_and_stays_as_it_is(run, place):
+    shutil.copytree(place / "run", "run")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert_refused(run(train, "--resume", "run", "--steps", 2), "3 steps are done already", "--steps 2")
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"prefix_len": 4}, "another prefix_len (3, here 4)"),
+        ({"reparam": True}, "another reparam (False, here True)"),
+        ({"init": "random"}, "another init (text, here random)"),
+        ({"columns": ["fr", "en"]}, "another columns (['en', 'fr'], here ['fr', 'en'])"),
+    ],
+    ids=str,
+)
+def test_a_run_whose_config_was_changed_does_not_go_on_and_says_in_what(run, place, change, words):
+    shutil.copytree(place / "run", "run")
+    config = json.loads(Path("run/config.json").read_text())
+    Path("run/config.json").write_text(json.dumps(config | change))
+    assert_refused(run(train, "--resume", "run"), "this run has", words)
+
+
 @pytest.mark.parametrize(
     "content, fault",
     [
@@ -260,7 +286,7 @@ def test_a_run_directory_without_a_sound_config_is_refused(run, content, fault):
         {"limit": -1},
         {"max_tokens": "384"},
         {"init": ["text"]},
-        {"prefix_len": 10**30},
+        {"prefix_len": 65537},
         {"position_offset": None},
         {"reparam": "yes"},
         {"settings": {}},
@@ -626,8 +652,9 @@ def test_a_full_disk_and_too_little_memory_are_one_line(run, monkeypatch, error)
     assert_refused(run(train), str(error).split("\n")[0] or "out of memory")
 
 
-def test_too_little_main_memory_is_one_line(run, place):
-    options = ["--model", place / "base", "--data", place / "en-fr.csv", "--prefix-len", 10**13, "--init", "random"]
+def test_too_little_main_memory_is_one_line(run, place, monkeypatch):
+    monkeypatch.setattr("prefix.run.Banks.random", lambda *_: torch.empty(1 << 50))
+    options = ["--model", place / "base", "--data", place / "en-fr.csv", "--init", "random"]
     assert_refused(run(train, *options, "--out", "new"), "allocate")
     assert not Path("new").exists()
 

@@ -32,7 +32,7 @@ tokenizer = Tokenizer.from_pretrained("demo")
 out = Path({out!r})
 corpus = data.load([out / "pairs.csv"], None, tokenizer, max_tokens=60, home=out)
 banks = Banks.random(model.config, corpus.columns, 3).double()
-trainer = Trainer(model, tokenizer, banks, corpus, Settings(steps=5, lr=0.1, batch_size=7, micro_batch_tokens=40), out)
+trainer = Trainer(model, tokenizer, banks, corpus, Settings(steps=5, lr=0.1, batch_size=7), out, 40)
 loss = trainer.backward(trainer.prepare(0))
 if {fail!r} and distributed.rank() == 1:
     raise SystemExit("rank 1 has had enough")

@@ -54,7 +54,7 @@ def demo():
 def quiet(demo):
     """The slots of --init zero-effect there."""
     model, tokenizer, corpus = demo
-    config = {"init": "zero-effect", "prefix_len": 10, "settings": {"seed": 0}}
+    config = {"init": "zero-effect", "prefix_len": 10, "position_offset": 0, "settings": {"seed": 0}}
     return run.start(config, model, tokenizer, corpus)
 
 
@@ -65,9 +65,9 @@ def sentences(demo, split, n):
     return pack(examples, *tokenizer.encode("\n"), tokenizer.eot)
 
 
-def assert_nearly_the_base(model, batch, slots):
+def assert_nearly_the_base(model, batch, slots, offset=0):
     base, ours = (
-        model.logits(model.hidden(batch.ids, batch.layout, s)).log_softmax(-1) for s in (None, slots)
+        model.logits(model.hidden(batch.ids, batch.layout, s, offset)).log_softmax(-1) for s in (None, slots)
     )  # (N, vocab_size)
     kl = (base.exp() * (base - ours)).sum(-1)
     loss, loss_of_base = (-x[batch.at].gather(1, batch.targets[:, None]).mean() for x in (ours, base))
@@ -84,6 +84,17 @@ def test_slots_of_zero_effect_leave_the_model_as_it_is_on_sentences_that_they_we
     loud = Banks.random(model.config, quiet.names, 10)
     with pytest.raises(AssertionError):
         assert_nearly_the_base(model, batch, loud.slots())
+
+
+@torch.no_grad()
+def test_slots_of_zero_effect_leave_the_model_as_it_is_where_text_starts_behind_them(demo):
+    model, tokenizer, corpus = demo
+    config = {"init": "zero-effect", "prefix_len": 100, "position_offset": 100, "settings": {"seed": 0}}
+    batch, slots = sentences(demo, "test", 100), run.start(config, model, tokenizer, corpus).slots()
+    assert_nearly_the_base(model, batch, slots, offset=100)
+    elsewhere = run.start(config | {"position_offset": 0}, model, tokenizer, corpus).slots()
+    with pytest.raises(AssertionError):
+        assert_nearly_the_base(model, batch, elsewhere, offset=100)
 
 
 def test_all_slots_of_zero_effect_are_different_and_have_values_of_zero(quiet):

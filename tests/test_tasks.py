@@ -155,7 +155,7 @@ def test_a_direction_that_the_head_of_a_file_lacks_is_sought_in_all_of_it(three,
     rows += [[sentence("test"), "", sentence()] for _ in range(3)]
     table = write("sparse.csv", [["en", "fr", "de"], *rows])
     options = ["--prefix", folder, "--data", table, "--limit", 2, "--draws", 0]
-    result, _, _ = evaluated(*options, "--from", "fr")
+    result, _, _ = evaluated(*options, "--from", "fr", "--to", "en")
     assert {*result["directions"][0]["sources"]} < {row[1] for row in rows[:4]}  # there, the head is enough
     result, _, _ = evaluated(*options, "--from", "de")
     (report,) = result["directions"]

@@ -1,6 +1,7 @@
 """Training: what moves and by how much, what each step sees, what is written down, and going on after a stop."""
 
 import csv
+import errno
 import itertools
 import json
 import os
@@ -13,6 +14,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
@@ -81,13 +84,13 @@ def corpus(load):
 def trainer(model, tokenizer, corpus, tmp_path):
     """A function: settings -> a Trainer of random slots, with a run directory of its own."""
 
-    def build(out="run", slots=None, model=model, corpus=corpus, **settings):
+    def build(out="run", slots=None, model=model, corpus=corpus, micro_batch_tokens=None, **settings):
         (tmp_path / out).mkdir(exist_ok=True)
         banks = Banks.random(model.config, corpus.columns, PREFIX_LEN, int(torch.randint(1 << 30, ())))
         if slots:
             banks.load_state_dict(slots)
         settings = dict(steps=6, lr=0.05, batch_size=8, warmup=2, eval_every=0) | settings
-        return Trainer(model, tokenizer, banks, corpus, Settings(**settings), tmp_path / out)
+        return Trainer(model, tokenizer, banks, corpus, Settings(**settings), tmp_path / out, micro_batch_tokens)
 
     return build
 
@@ -352,6 +355,62 @@ def test_memory_that_runs_out_again_is_an_error_that_says_which_options_to_lower
     assert len(failed) == 2 and same(slots_of(t), start)
 
 
+def fail_at_the_validation(trainer, step, times):
+    """Have memory run out as often as `times` says in the validation after a step."""
+    nll, failed = trainer.nll, []
+
+    def nll_in_little_memory(batch, *arguments):
+        if not torch.is_grad_enabled() and trainer.step == step and len(failed) < times:
+            failed.append(len(batch.ids))
+            raise OUT_OF_MEMORY[0]
+        return nll(batch, *arguments)
+
+    trainer.nll = nll_in_little_memory
+    return failed
+
+
+def test_a_validation_that_ran_out_of_memory_is_repeated_in_micro_batches_of_half_the_size(trainer, capsys):
+    start = slots_of(trainer())
+    t, undisturbed = (trainer(out, start, eval_every=3, batch_size=20) for out in ("t", "undisturbed"))
+    failed = fail_at_the_validation(t, 3, times=1)
+    cuts = []
+    watch(t, "nll", lambda arguments, _: t.step == 3 and cuts.append(len(arguments[0].ids)))
+    assert t.run() and undisturbed.run()
+    said = f"validation after step 3: out of memory with micro-batches of {failed[0]} tokens: now {failed[0] // 2}"
+    assert said in capsys.readouterr().err
+    assert len(failed) == 1 and len(cuts) > 2 and t.micro_batch_tokens == failed[0] // 2
+    for ours, theirs in zip(metrics(t)[1], metrics(undisturbed)[1]):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
+
+
+def test_a_validation_that_runs_out_of_memory_again_is_an_error_that_says_which_options_to_lower(trainer):
+    t = trainer(eval_every=3)
+    failed = fail_at_the_validation(t, 3, times=2)
+    with pytest.raises(UserError, match="validation after step 3: out of memory.*--micro-batch-tokens"):
+        t.run()
+    assert len(failed) == 2
+
+
+def test_a_run_that_goes_on_keeps_the_micro_batches_that_fitted_unless_told_otherwise(trainer):
+    start, settings = slots_of(trainer()), dict(steps=6, batch_size=20, eval_every=0)
+    whole, stopped = trainer("whole", start, **settings), trainer("stopped", start, **settings)
+    for t in (whole, stopped):
+        short_of_memory(t, OUT_OF_MEMORY[0], lambda _, number: number == 1)
+    assert whole.run()
+    stop_after(stopped, 3)
+    assert not stopped.run()
+    told, resumed = trainer("stopped", **settings), trainer("stopped", **settings)
+    told.resume(300)
+    assert told.micro_batch_tokens == 300
+    default = resumed.micro_batch_tokens
+    resumed.resume()
+    assert resumed.micro_batch_tokens == whole.micro_batch_tokens < default
+    assert resumed.run()
+    assert same(slots_of(resumed), slots_of(whole)) and without_seconds(resumed) == without_seconds(whole)
+    undisturbed = trainer("undisturbed", start, **settings)
+    assert undisturbed.run() and not same(slots_of(undisturbed), slots_of(whole))  # as the last bits tell the cuts apart
+
+
 def test_another_error_in_a_step_is_not_taken_for_too_little_memory(trainer):
     t = trainer()
     short_of_memory(t, RuntimeError("shapes do not match"), lambda *_: True)
@@ -549,6 +608,24 @@ def test_where_the_newest_state_is_cut_or_missing_a_run_goes_on_from_the_one_bef
         assert_same_run(resumed, whole)
 
 
+def test_a_save_that_cannot_be_flushed_leaves_both_states_as_they_were(trainer, monkeypatch):
+    t = trainer(steps=4, save_every=2)
+    t.run()
+    before = {path.name: path.read_bytes() for path in (t.out / "last").iterdir()}
+
+    def full(path):
+        if str(path).endswith(".tmp"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    t.optimizer_step()
+    for module in ("prefix.trainer", "minigpt.files"):
+        monkeypatch.setattr(f"{module}.flush", full)
+    with pytest.raises(UserError, match="state.safetensors: cannot be written: No space left on device"):
+        t.save()
+    assert {path.name: path.read_bytes() for path in (t.out / "last").iterdir()} == before
+    assert set(before) == {"state.safetensors", "previous.safetensors"}
+
+
 def test_where_no_state_is_whole_there_is_an_error_that_names_the_newest(trainer):
     t = trainer()
     t.run()
@@ -589,6 +666,24 @@ def test_a_run_does_not_go_on_with_a_setting_that_changes_its_numbers_and_says_w
     assert same(slots_of(other), start) and other.step == 0
 
 
+@pytest.mark.parametrize("record", [{"init": "random"}, {"reparam": True}], ids=str)
+def test_a_run_does_not_go_on_with_slots_that_began_otherwise_and_says_how(trainer, record):
+    trainer().run()
+    other = trainer()
+    other.banks.training_record |= record
+    ((name, value),) = record.items()
+    with pytest.raises(UserError, match=rf"this run has another {name} \(None, here {value}\)$"):
+        other.resume()
+
+
+def test_a_run_does_not_go_back_to_fewer_steps(trainer):
+    t = trainer(steps=4)
+    t.run()
+    fewer = trainer(steps=3)
+    with pytest.raises(UserError, match="4 steps are done already, more than --steps 3"):
+        fewer.resume()
+
+
 def test_a_run_goes_on_with_other_steps_saves_and_micro_batches(trainer):
     trainer().run()
     more = trainer(steps=7, save_every="1s", micro_batch_tokens=40)
@@ -611,19 +706,31 @@ def test_a_run_saves_every_so_many_steps_or_seconds(trainer, monkeypatch):
             assert all(float(every[:-1]) <= wait <= float(every[:-1]) + 1 for wait in waits) and len(waits) > 1
 
 
-def test_the_state_of_another_shape_is_an_error(model, tokenizer, corpus, trainer):
+def test_a_run_does_not_go_on_with_more_slots_and_says_so(model, tokenizer, corpus, trainer):
     t = trainer()
     t.run()
     longer = Banks.random(model.config, corpus.columns, PREFIX_LEN + 1)
-    with pytest.raises(UserError, match="cannot resume"):
+    with pytest.raises(UserError, match=r"this run has another prefix_len \(3, here 4\)$"):
         Trainer(model, tokenizer, longer, corpus, t.settings, t.out).resume()
+
+
+def test_a_state_whose_tensors_have_another_shape_is_an_error(trainer):
+    t = trainer()
+    t.run()
+    for path in t.state_paths():
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        save_file(tensors | {"slots.key.0": tensors["slots.key.0"][:, :, :2].contiguous()}, path, metadata)
+    with pytest.raises(UserError, match="cannot resume from it: its tensors are not those of such banks"):
+        trainer().resume()
 
 
 # Where the slots start
 
 
 def start(model, tokenizer, corpus, init, prefix_len, seed=0):
-    return run.start({"init": init, "prefix_len": prefix_len, "settings": {"seed": seed}}, model, tokenizer, corpus)
+    config = {"init": init, "prefix_len": prefix_len, "position_offset": 0, "settings": {"seed": seed}}
+    return run.start(config, model, tokenizer, corpus)
 
 
 def keys_and_values(model, ids):

@@ -97,7 +97,8 @@ class Bench:
         options = dict(steps=spec["steps"], lr=spec["lr"], batch_size=spec["batch_size"], warmup=spec["steps"] // 20)
         options |= {name: spec[name] for name in ("seed", "slot_dropout", "label_smoothing")}
         settings = Settings(**options, eval_every=max(1, spec["steps"] // 6))
-        config = {name: spec[name] for name in ("init", "reparam", "prefix_len")} | {"settings": options}
+        config = {name: spec[name] for name in ("init", "reparam", "prefix_len")}
+        config |= {"position_offset": 0, "settings": options}
         banks = run.start(config, self.model, self.tokenizer, self.corpus)
         if spec["plain"]:
             banks = as_in_the_paper(banks, spec["seed"])
