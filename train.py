@@ -43,7 +43,9 @@ def parse_arguments():
         default="text",
         help="slots start as keys and values of real sentences, at random, or so that they change nothing (text)",
     )
-    parser.add_argument("--reparam", action="store_true", help="train slots through Li and Liang's MLP, which is not in the prefix file")
+    parser.add_argument(
+        "--reparam", action="store_true", help="train slots through Li and Liang's MLP, which is not in the prefix file"
+    )
     parser.add_argument(
         "--slot-dropout", type=number(0, 0.99), default=0.0, metavar="P", help="leave out each slot of a step so often"
     )

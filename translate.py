@@ -23,8 +23,10 @@ LINES_AT_A_TIME = 32  # batches of standard input, at most, that are read before
 def parse_arguments():
     parser = command.Parser(prog="translate.py", description="Translate with a learned prefix.")
     parser.add_argument("text", nargs="*", help="sentences; without any, the lines of standard input")
-    parser.add_argument("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")
-    parser.add_argument("--to", dest="target", metavar="BANK", help="target language (the prefix's first bank)")
+    parser.add_argument(
+        "--from", dest="source", metavar="BANK", help="source (the second bank, or the first that is not --to)"
+    )
+    parser.add_argument("--to", dest="target", metavar="BANK", help="target (the first bank that is not --from)")
     command.add_prefix_option(parser)
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
     parser.add_argument("--beam", type=whole(1), default=1, metavar="N", help="beams (1: no beam search)")
@@ -38,7 +40,7 @@ def parse_arguments():
     parser.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="default: twice the source plus 16")
     parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="sentences decoded at once")
     parser.add_argument(
-        "--choices", nargs="+", metavar="ANSWER", help="answer with the likeliest of these, as to label"
+        "--choices", nargs="+", metavar="ANSWER", help="answer with the likeliest of these; put it behind the text"
     )
     command.add_weights_option(parser)
     command.add_machine_options(parser)
@@ -62,6 +64,8 @@ def main():
     distributed.start()
     model, tokenizer, banks, _ = command.load_with_base(args)
     source, target = command.direction(args, banks)
+    if args.choices and not args.text:
+        notice(f"Reading sentences from standard input: --choices took all of {', '.join(args.choices)}")
     if not args.text and sys.stdin.isatty():
         notice(f"Reading {source} sentences, one per line; Ctrl-D ends.")
     chunks = iter([args.text]) if args.text else lines_as_they_come(LINES_AT_A_TIME * args.batch_size)

@@ -161,7 +161,7 @@ def find_prefix(path):
     path = Path(path)
     found = path / "prefix.safetensors" if path.is_dir() else path
     if not found.is_file():
-        raise UserError(f"--prefix {path}: no prefix file there (train.py writes runs/<name>/prefix.safetensors)")
+        raise UserError(f"{path}: no prefix file there (train.py writes runs/<name>/prefix.safetensors)")
     return found
 
 
@@ -188,10 +188,14 @@ def direction(args, banks):
     """(source, target) bank names: --from and --to, by default the second bank to the first."""
     names = banks.names
     if len(names) < 2:
-        raise UserError(f"this prefix has the banks {names}; translating takes two")
+        raise UserError(
+            f"this prefix has one bank, {names[0]}; translating takes two: name another file, --prefix, too"
+        )
     target = args.target or next(name for name in names if name != args.source)
     source = args.source or next(name for name in [names[1], *names] if name != target)
-    banks.mask([source, target])
+    for name in (source, target):
+        if name not in names:
+            raise UserError(f"no bank {name!r} in this prefix: it has {', '.join(names)}; --prefix names another")
     if source == target:
         raise UserError(f"--from {source} --to {target}: the same bank twice")
     return source, target

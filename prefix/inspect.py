@@ -28,7 +28,7 @@ from minigpt.attention import attend
 from minigpt.errors import UserError
 from minigpt.files import replacing
 from prefix import command, data, rows
-from prefix.command import shown, whole
+from prefix.command import notice, shown, whole
 from prefix.translation import pack, separator, translate
 
 TEXT_ROWS, TEXT_TOKENS = 1000, 4096  # of the training data, at most: the text whose keys slots are held against
@@ -324,6 +324,7 @@ def main():
     attention = look_at(model, tokenizer, banks, args.text, source, target)
     if args.out:
         draw(panels(attention), args.out)
+        notice(f"Drew {args.out}")
     print(shown("\n".join([f"{source} -> {target}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
     if args.nearest:
         text = training_text(corpus, tokenizer, model.device)

@@ -80,6 +80,13 @@ def columns_for(paths, names, columns=None):
     return paths, found
 
 
+def unused_columns(paths, columns):
+    """The columns that a table has beside these."""
+    layout = _layout(paths)
+    there = [] if layout == "text" else _keys(paths[0], columns) if layout == "json" else _checked_header(paths[0])
+    return [name for name in there if name and name not in columns]
+
+
 def _layout(paths):
     """One of csv, tsv, json, text, by the extensions."""
     for path in map(Path, paths):

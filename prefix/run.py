@@ -39,6 +39,10 @@ def resolve(args):
     name = args.model or checkpoint.default()
     demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
     paths = command.data_paths(args.data)
+    columns = list(rows.resolve_columns(paths, args.columns))
+    unused = [] if args.columns else rows.unused_columns(paths, columns)
+    if unused:
+        command.notice(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
     steps = args.steps or STEPS["demo" if demo else "published"]
     settings = Settings(
         steps=steps,
@@ -54,7 +58,7 @@ def resolve(args):
     return {
         "model": command.model_name(name),
         "data": command.data_names(paths),
-        "columns": list(rows.resolve_columns(paths, args.columns)),
+        "columns": columns,
         "limit": args.limit,
         "max_tokens": args.max_tokens,
         "init": args.init,

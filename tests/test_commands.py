@@ -237,6 +237,17 @@ def test_a_run_may_go_on_for_more_steps_but_not_otherwise_than_it_began(run, pla
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
 
 
+def test_micro_batches_are_those_that_a_run_began_with_unless_told_otherwise(run, place, monkeypatch):
+    options, found = ["--model", place / "base", "--data", place / "en-fr.csv", *TRAIN, "--out", "run"], []
+    work = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda trainer: (found.append(trainer.micro_batch_tokens), work(trainer))[1])
+    for arguments in ([*options, "--micro-batch-tokens", 50], ["--resume", "run"]):
+        assert run(train, *arguments)[0] == 0
+    assert run(train, "--resume", "run", "--steps", 5, "--micro-batch-tokens", 70)[0] == 0
+    assert run(train, "--resume", "run")[0] == 0
+    assert found == [50, 50, 70, 50]
+
+
 def test_a_run_that_is_past_the_steps_asked_for_is_refused_and_stays_as_it_is(run, place):
     shutil.copytree(place / "run", "run")
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
@@ -429,7 +440,7 @@ def test_both_directions_are_translated(run, place, expected):
         (["--beam", "0"], ["--beam", "1 or more"]),
         (["--top-p", "0"], ["--top-p"]),
         (["--temperature", "-1"], ["--temperature"]),
-        (["--prefix", "nothing"], ["--prefix nothing: no prefix file there"]),
+        (["--prefix", "nothing"], ["nothing: no prefix file there"]),
         (["--prefix", ROOT / "train.py"], ["train.py: not a safetensors file"]),
         (["--prefix", ROOT / "minigpt/demo/model.safetensors"], ["not a prefix file"]),
         (["--model", "nothing"], ["--model nothing: no such directory"]),
@@ -690,3 +701,9 @@ def test_in_a_pipe_translations_are_utf_8_whatever_the_locale(shell, expected):
 def test_a_reader_that_goes_away_is_no_error_message(shell):
     done = shell("yes | head -2000 | translate.py --batch-size 1 --max-new-tokens 1 2> errors | head -1; cat errors")
     assert done.stdout.count(b"\n") == 1 and done.stderr == b""
+
+
+def test_columns_that_are_left_out_unasked_are_named(run, place):
+    line = ["--model", place / "base", "--data", place / "en-fr-de.csv", *TRAIN]
+    assert "Columns not used: de (--columns" in run(train, *line)[2]
+    assert "not used" not in run(train, *line, "--columns", "en", "fr")[2]

@@ -87,11 +87,12 @@ def test_slots_of_zero_effect_leave_the_model_as_it_is_on_sentences_that_they_we
 
 
 @torch.no_grad()
-def test_slots_of_zero_effect_leave_the_model_as_it_is_where_text_starts_behind_them(demo):
+def test_slots_of_zero_effect_leave_the_model_as_it_is_where_text_starts_behind_them(demo, monkeypatch):
     model, tokenizer, corpus = demo
     config = {"init": "zero-effect", "prefix_len": 100, "position_offset": 100, "settings": {"seed": 0}}
-    batch, slots = sentences(demo, "test", 100), run.start(config, model, tokenizer, corpus).slots()
+    batch, slots = sentences(demo, "test", 40), run.start(config, model, tokenizer, corpus).slots()
     assert_nearly_the_base(model, batch, slots, offset=100)
+    monkeypatch.setattr(run, "QUERIES", 1000)
     elsewhere = run.start(config | {"position_offset": 0}, model, tokenizer, corpus).slots()
     with pytest.raises(AssertionError):
         assert_nearly_the_base(model, batch, elsewhere, offset=100)

@@ -408,7 +408,8 @@ def test_a_run_that_goes_on_keeps_the_micro_batches_that_fitted_unless_told_othe
     assert resumed.run()
     assert same(slots_of(resumed), slots_of(whole)) and without_seconds(resumed) == without_seconds(whole)
     undisturbed = trainer("undisturbed", start, **settings)
-    assert undisturbed.run() and not same(slots_of(undisturbed), slots_of(whole))  # as the last bits tell the cuts apart
+    assert undisturbed.run()
+    assert not same(slots_of(undisturbed), slots_of(whole))  # the last bits tell one cut from another
 
 
 def test_another_error_in_a_step_is_not_taken_for_too_little_memory(trainer):
