@@ -32,8 +32,6 @@ def find(name):
     if name == "demo":
         return DEMO
     if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            raise UserError(f"--model {name}: no checkpoint: there is no config.json in it")
         return Path(name)
     if name not in PUBLISHED:
         raise UserError(f"--model {name}: no such directory, and not one of demo, {', '.join(PUBLISHED)}")
