@@ -108,7 +108,7 @@ class GPT(nn.Module):
         """The checkpoint called `name` (a directory, "demo" or a published name), frozen, on `device` in `dtype`."""
         directory = checkpoint.find(name)
         if not (directory / "config.json").exists():
-            raise UserError(f"--model {name}: no checkpoint: there is no config.json in it")
+            raise UserError(f"{directory}: no checkpoint: there is no config.json in it")
         config = GPTConfig.from_file(directory / "config.json")
         checkpoint.check_size(config, directory)
         with torch.device("meta"):  # shapes only: memory is taken once, in the dtype that is asked for
