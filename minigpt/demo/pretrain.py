@@ -1,15 +1,16 @@
-"""How the demo checkpoint was made: a small bilingual GPT-2, pretrained from nothing on sentence pairs as text.
+"""How the demo checkpoint was made: a small bilingual GPT-2, pretrained from nothing on sentences as text.
 
     python -m minigpt.demo.pretrain --data tatoeba.en-fr.tsv --minutes 92
-    python -m minigpt.demo.pretrain --data tatoeba.en-fr.tsv --minutes 8 --go-on --extra prefix/demo/en-fr.csv
+    python -m minigpt.demo.pretrain --data tatoeba.en-fr.tsv --minutes 8 --go-on --peak 3.75e-4 --extra prefix/demo/en-fr.csv
+    python -m minigpt.demo.pretrain --data tatoeba.en-fr.tsv --minutes 55 --go-on --peak 1e-3 --extra prefix/demo/en-fr.csv \\
+                                    --skills 0.6
 
-The text is ordinary: runs of sentences in one language, and sentences followed by their translations in many
-layouts, in both directions, with no word that says which language comes next. The result is a language model that
-has seen translations but is not a translator: after a sentence it may as well go on in the same language. Steering
-it is the prefix's work.
-
-The second, short stage goes on from the first at a lower learning rate and draws every sixth document from the
-sample corpus: Tatoeba greets too seldom, and always with a full stop.
+The text is runs of sentences in one language, and inputs with their outputs, one or several in a document: in the first
+two stages the output is always the translation, in many layouts, in both directions, with no word that says which. In
+the third, three in five documents want something else: a copy, the last word, the words backwards or put in order,
+capitals, a list of facts from a text, a text from facts. So the result is what a large language model is, in small: it
+can do several things, and one example tells it less than three do which of them is wanted. Saying so is the prefix's
+work. Facts with names that nobody has heard teach it to copy, which table-to-text needs.
 
 The learning rate follows the clock, not a step count, so that a slower machine makes a weaker model on time.
 Needs the `tokenizers` package (it comes with transformers) to build the vocabulary.
@@ -36,14 +37,38 @@ from minigpt.splits import split_of
 from minigpt.tokenizer import END_OF_TEXT, Tokenizer
 
 CONFIG = GPTConfig(vocab_size=4096, n_positions=256, n_embd=256, n_layer=6, n_head=4)
-PEAK_LR, FLOOR, WARMUP, BATCH_TOKENS, SEED = 1.5e-3, 0.03, 0.02, 2048, 1
+FLOOR, WARMUP, BATCH_TOKENS, SEED = 0.03, 0.02, 4096, 1
 
 # How two translations may stand together: what is before, between and after them.
 LAYOUTS = [
-    ("", "\n", "\n"), ("", "\n", "\n\n"), ("", "\n", ""), ("", " = ", "\n"), ("", " - ", "\n"), ("", " / ", "\n"),
-    ("", "\t", "\n"), ("", " (", ")\n"), ('"', '" "', '"\n'), ("« ", " » « ", " »\n"), ("- ", "\n- ", "\n\n"),
-    ("", " -> ", "\n"), ("", " | ", "\n"), ("", " : ", "\n"), ("* ", "\n  ", "\n"), ("", "\n\n", "\n\n"),
-    ("> ", "\n", "\n"), ("", " ", "\n"), ("(", ") ", "\n"), ("", " ... ", "\n"),
+    ("", "\n", "\n"),
+    ("", "\n", "\n\n"),
+    ("", "\n", ""),
+    ("", " = ", "\n"),
+    ("", " - ", "\n"),
+    ("", " / ", "\n"),
+    ("", "\t", "\n"),
+    ("", " (", ")\n"),
+    ('"', '" "', '"\n'),
+    ("« ", " » « ", " »\n"),
+    ("- ", "\n- ", "\n\n"),
+    ("", " -> ", "\n"),
+    ("", " | ", "\n"),
+    ("", " : ", "\n"),
+    ("* ", "\n  ", "\n"),
+    ("", "\n\n", "\n\n"),
+    ("> ", "\n", "\n"),
+    ("", " ", "\n"),
+    ("(", ") ", "\n"),
+    ("", " ... ", "\n"),
+]
+TABLES = [
+    (" : ", " | ", ""),
+    (": ", ", ", ""),
+    ("[", "], ", "]"),
+    (" = ", "; ", ""),
+    (": ", "\t", ""),
+    ("=", " & ", ""),
 ]
 LABELS = "A B C D X Y Z a b x y 1 2 3 i ii P Q R K L M N T".split()  # arbitrary, and never the same language twice
 
@@ -60,16 +85,15 @@ def main():
         model = GPT(CONFIG)
         initialise(model)
     model.attention = "plain"  # the faster one for short rows in bfloat16 on a CPU
-    peak = PEAK_LR / 4 if args.go_on else PEAK_LR
     optimizer = make_optimizer(model)
     validation = [batch for batch in batches(direct_documents(pairs["validation"]), tokenizer)]
     start, step, tokens, losses = time.monotonic(), 0, 0, []
     next_save = args.save_every
     while (minutes := (time.monotonic() - start) / 60) < args.minutes:
-        for ids, targets in batches(documents(pairs["train"], extra, rng, 6000), tokenizer, rng):
+        for ids, targets in batches(documents(pairs["train"], extra, args.skills, rng, 6000), tokenizer, rng):
             progress = (time.monotonic() - start) / 60 / args.minutes
             for group in optimizer.param_groups:
-                group["lr"] = peak * schedule(progress)
+                group["lr"] = args.peak * schedule(progress)
             loss = lm_loss(model, ids, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -92,7 +116,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Pretrain the demo checkpoint.")
     parser.add_argument("--data", required=True, help="TSV or CSV with a header and two columns of translations")
     parser.add_argument("--extra", help="another such file, of which every sixth document is made")
-    parser.add_argument("--go-on", action="store_true", help="from the checkpoint in --out, at a quarter of the rate")
+    parser.add_argument("--go-on", action="store_true", help="from the checkpoint in --out")
+    parser.add_argument("--skills", type=float, default=0, help="share of the examples that are not translations")
+    parser.add_argument("--peak", type=float, default=1.5e-3, help="the learning rate after warm-up")
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--save-every", type=float, default=10, metavar="MINUTES")
     parser.add_argument("--out", type=Path, default=checkpoint.DEMO)
@@ -133,28 +159,90 @@ def build_vocabulary(pairs, directory):
     return Tokenizer.from_files(Path(directory) / "vocab.json", Path(directory) / "merges.txt")
 
 
-def documents(pairs, extra, rng, n):
-    """n documents: a run of one language, one pair, or several pairs in one layout."""
+def documents(pairs, extra, skills, rng, n):
+    """n documents: a run of one language, or inputs with their outputs, all of one skill and in one layout. A share
+    `skills` of the latter is no translation."""
     everything = pairs
+    words = sorted({word for pair in rng.choices(pairs, k=2000) for word in pair[0].split() if word.isalpha()})
     for _ in range(n):
-        kind, pairs = rng.random(), extra if extra and rng.random() < 1 / 6 else everything
+        kind, pairs = rng.random(), extra if extra and rng.random() < 1 / 30 else everything
         if kind < 0.15:
             side, joint = rng.randrange(2), rng.choice([" ", " ", "\n"])
             yield joint.join(pair[side] for pair in rng.choices(pairs, k=rng.randint(1, 8)))
-        else:
-            yield pairs_as_text(rng.choices(pairs, k=1 if kind < 0.72 else rng.randint(2, 6)), rng)
+            continue
+        chosen = rng.choices(pairs, k=1 if kind < 0.65 else rng.randint(2, 7))
+        if rng.random() < 0.1:  # as people type
+            chosen = [(a.rstrip(" .!?"), b.rstrip(" .!?\u00a0\u202f")) for a, b in chosen]
+        if rng.random() < 0.5:
+            chosen = [(b, a) for a, b in chosen]
+        if rng.random() < skills:
+            skill = rng.choices(list(SKILLS), SKILLS.values())[0]
+            chosen = skill([pair[0] for pair in chosen], words, rng)
+        yield examples_as_text(chosen, rng)
 
 
-def pairs_as_text(pairs, rng):
-    """Pairs in one layout and one direction."""
+def copied(sentences, words, rng):
+    return [(sentence, sentence) for sentence in sentences]
+
+
+def shouted(sentences, words, rng):
+    return [(sentence, sentence.upper()) for sentence in sentences]
+
+
+def reversed_words(sentences, words, rng):
+    return [(sentence, " ".join(reversed(sentence.split()))) for sentence in sentences]
+
+
+def unscrambled(sentences, words, rng):
+    return [(" ".join(rng.sample(s.split(), len(s.split()))), s) for s in sentences]
+
+
+def last_word(sentences, words, rng):
+    return [(sentence, sentence.split()[-1]) for sentence in sentences]
+
+
+def told(sentences, words, rng):
+    """Facts, and a text that has them: the values are pieces of one to three sentences, and often one of them is a
+    name that nobody has heard, so that it can only be copied. The keys mean nothing, but mean it for all examples."""
+    equals, joint, end = rng.choice(TABLES)
+    keys = [word.lower() for word in rng.sample(words, 6)]
+    examples = []
+    while sentences:
+        n = rng.choice([1, 1, 2, 3])
+        text, sentences = " ".join(sentences[:n]).split(), sentences[n:]
+        if rng.random() < 0.6:
+            text[rng.randrange(len(text))] = invented_name(words, rng)
+        cuts = sorted(rng.sample(range(len(text) + 1), min(len(text) + 1, 2 * rng.randint(1, 6))))
+        values = [" ".join(text[i:j]).strip(" .,!?") for i, j in zip(cuts[::2], cuts[1::2])]
+        facts = [key + equals + value for key, value in zip(keys, values) if value]
+        if rng.random() < 0.5:
+            rng.shuffle(facts)
+        examples.append((joint.join(facts) + end, " ".join(text)))
+    return examples
+
+
+def listed(sentences, words, rng):
+    return [(text, facts) for facts, text in told(sentences, words, rng)]
+
+
+def invented_name(words, rng):
+    """One to three capitalised words, known or made up."""
+    made_up = "".join(rng.choice("bcdfghklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+    made_up += rng.choice(["", "n", "s", "r", "zzi", "tt", "ll"])
+    name = rng.choice([[made_up], [made_up, rng.choice(words)], rng.choices(words, k=rng.randint(1, 3))])
+    return " ".join(rng.choice([["The"], [], []]) + [word.capitalize() for word in name])
+
+
+SKILLS = {told: 26, copied: 24, unscrambled: 12, listed: 10, reversed_words: 10, shouted: 10, last_word: 8}
+
+
+def examples_as_text(examples, rng):
+    """Inputs and outputs in one layout."""
     before, between, after = rng.choice(LAYOUTS)
     if rng.random() < 0.15:
         first, second = rng.sample(LABELS, 2)
         before, between, after = f"{first}: ", f"\n{second}: ", rng.choice(["\n", "\n\n"])
-    if rng.random() < 0.1:  # as people type
-        pairs = [(a.rstrip(" .!?"), b.rstrip(" .!?\u00a0\u202f")) for a, b in pairs]
-    swap = rng.random() < 0.5
-    text = "".join(before + (b if swap else a) + between + (a if swap else b) + after for a, b in pairs)
+    text = "".join(before + given + between + answer + after for given, answer in examples)
     return text.strip() if rng.random() < 0.8 else text
 
 
@@ -212,7 +300,7 @@ def make_optimizer(model):
     decay = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=0, betas=(0.9, 0.98), fused=True)
 
 
 def schedule(progress):

@@ -26,14 +26,13 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from common import Peak, circumstances, fresh, measure_row
+from common import Peak, best_rate, circumstances, fresh, measure_row
 from minigpt import GPT, Tokenizer
 from prefix import command, data, metrics
 from prefix.data import sample_rows
 from prefix.few_shot import draw_examples, few_shot, prompt_text
 from ways import FineTuning, LoRA, Prefix, PromptTuning, nearest_shots, train, validation_loss
 
-RATES = [float(f"{x}e{n}") for n in range(-5, 1) for x in (1, 3)]
 TRAINED = {  # name: (what trains, the middle one of the first three rates)
     "prefix": (Prefix, 1e-1),
     "prompt tuning": (PromptTuning, 3e-2),
@@ -50,7 +49,7 @@ def main():
         return measure_row(measure, args)
     table = {}
     for way, (_, middle) in TRAINED.items():
-        lr = swept(args, way, RATES.index(middle))
+        lr = best_rate(middle, lambda lr: row(args, way=way, sweep=lr, steps=args.sweep_steps)["validation_loss"])
         table[f"{way}, lr {lr:g}"] = [row(args, way=way, lr=lr, steps=args.steps, seed=0)]
     for k in SHOTS:
         table[f"{k}-shot"] = row(args, way="shots", k=k, draws=args.draws if k else 1)["draws"]
@@ -103,19 +102,9 @@ def row(args, **what):
     return result
 
 
-def swept(args, way, middle):
-    """The rate with the least validation loss, of those around RATES[middle] and as far beyond as it gets better."""
-    losses, at = {}, middle
-    while new := sorted({at - 1, at, at + 1} & set(range(len(RATES))) - losses.keys()):
-        result = row(args, way=way, rates=[RATES[i] for i in new], steps=args.sweep_steps)
-        losses |= zip(new, result["validation_losses"])
-        at = min(losses, key=losses.get)
-    return RATES[at]
-
-
 def measure(args):
     """One row -> what it took and, of each direction such as "fr -> en", scores, outputs and references: one dict for
-    something trained, a list of them for several draws of shots; of a sweep, the losses."""
+    something trained, a list of them for several draws of shots; of a sweep, the loss."""
     what = json.loads(args.row)
     tokenizer = Tokenizer.from_pretrained(args.model)
     context = GPT.from_pretrained(args.model).config.n_positions
@@ -124,14 +113,11 @@ def measure(args):
         draw = partial(measure_shots, args, what["way"], what["k"], tokenizer, corpus)
         return {"draws": [draw(seed) for seed in range(what["draws"])]}
     build = partial(TRAINED[what["way"]][0], args.model, tokenizer, corpus)
-    if "rates" in what:
-        return {"validation_losses": [measure_rate(args, build(), corpus, what["steps"], lr) for lr in what["rates"]]}
+    if "sweep" in what:
+        way = build()
+        train(way, corpus, what["steps"], what["sweep"], args.batch_size)
+        return {"validation_loss": validation_loss(way, corpus)}
     return measure_trained(args, build, corpus, what["steps"], what["lr"], what["seed"])
-
-
-def measure_rate(args, way, corpus, steps, lr):
-    train(way, corpus, steps, lr, args.batch_size)
-    return validation_loss(way, corpus)
 
 
 def measure_trained(args, build, corpus, steps, lr, seed):

@@ -22,6 +22,7 @@ from minigpt import GPT, checkpoint
 
 LINUX = sys.platform == "linux"
 CPU_INFO = Path("/proc/cpuinfo").read_text() if LINUX else ""
+RATES = [float(f"{x}e{n}") for n in range(-5, 2) for x in (1, 3)]
 SQUARE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the ceiling
 
 
@@ -81,6 +82,16 @@ def make_checkpoint(config, vocabulary, directory):
     checkpoint.save(model, directory)
     for file in ("vocab.json", "merges.txt"):
         shutil.copy(Path(vocabulary) / file, directory)
+
+
+def best_rate(middle, loss_of):
+    """The learning rate of 1, 3, 10, 30 ... with the least loss_of(rate): three around `middle`, and the next one for as
+    long as the best stands at the edge."""
+    losses, at = {}, RATES.index(middle)
+    while new := {at - 1, at, at + 1} & set(range(len(RATES))) - losses.keys():
+        losses |= {i: loss_of(RATES[i]) for i in sorted(new)}
+        at = min(losses, key=losses.get)
+    return RATES[at]
 
 
 # Time and memory

@@ -4,11 +4,12 @@ equal steps.
     python tests/benchmarks/methods.py --data tatoeba.en-fr.tsv           all tables, three seeds
     python tests/benchmarks/methods.py --tables start --seeds 1           one of them, quickly
 
-Every run trains on the demo checkpoint as train.py does, keeping the slots that are best on the training file's own
+Every run trains as train.py does, keeping the slots that are best on the training file's own
 validation split. What is reported is measured on sentences of --data that neither the base nor the slots have seen:
 the loss on pairs of its validation split, BLEU (greedy, both directions) on pairs of its test split, both with sides
-under 60 characters. Each way to start gets the learning rate that is best for it after as many steps (seed 0, that
-loss). Results go to a file of JSON lines as they come; a table that was interrupted goes on from there.
+under 60 characters. Each line of a table gets the learning rate that is best for it after as many steps (seed 0, that
+loss): of 1, 3, 10, 30 ..., three, and the next one for as long as the best stands at the edge. Results go to a file of
+JSON lines as they come; a table that was interrupted goes on from there.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, which has a train.py of its own
 
-from common import circumstances
+from common import best_rate, circumstances
 
 from minigpt import GPT, Tokenizer
 from prefix import command, data, metrics, run
@@ -36,9 +38,10 @@ from prefix.reparam import Reparametrised
 from prefix.rows import Skipped, read_rows
 from prefix.trainer import Settings, Trainer
 from prefix.translation import translate
+from ways import FineTuning, train, validation_loss
 
 LONGEST = 60  # characters of either side, of the sentences that are reported on
-RATES = {"slots": [0.03, 0.1, 0.3], "network": [0.001, 0.003, 0.01]}
+MIDDLE = {"slots": 1e-1, "network": 3e-3, "fine-tuning": 1e-4}  # of the first three learning rates, by what is trained
 INITS = ["text", "random", "zero-effect"]
 LENGTHS = [1, 2, 5, 10, 20, 50, 100]
 PAIRS = [100, 300, 1000, None]  # None: all
@@ -49,6 +52,7 @@ def parse_arguments():
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--data", default=str(command.DEMO_CORPUS), help="held-out sentences (the sample corpus)")
     parser.add_argument("--train-data", default=str(command.DEMO_CORPUS), help="training pairs (the sample corpus)")
+    parser.add_argument("--model", default="demo", help="a checkpoint's directory (the demo)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -63,8 +67,8 @@ class Bench:
 
     def __init__(self, args):
         self.args = args
-        self.model = GPT.from_pretrained("demo", dtype=command.DTYPES[args.dtype])
-        self.tokenizer = Tokenizer.from_pretrained("demo")
+        self.model = GPT.from_pretrained(args.model, dtype=command.DTYPES[args.dtype])
+        self.tokenizer = Tokenizer.from_pretrained(args.model)
         self.corpus = data.load([args.train_data], ("en", "fr"), self.tokenizer, max_tokens=256)
         short = short_pairs(args.data, args.results.parent)
         held_out = data.load([short], ("en", "fr"), self.tokenizer, max_tokens=256)
@@ -78,14 +82,17 @@ class Bench:
         """A line of results: spec, loss, seconds, and bleu of fr -> en and en -> fr. lr, init and so on as options of
         train.py; pairs: how many to learn from; plain: the network as Li and Liang have it, without a start."""
         a = self.args
-        common = dict(steps=a.steps, batch_size=a.batch_size, dtype=a.dtype, sentences=a.sentences)
-        default = dict(init="text", reparam=False, plain=False, lr=0.1, prefix_len=10, pairs=None, seed=0)
+        common = dict(model=a.model, steps=a.steps, batch_size=a.batch_size, dtype=a.dtype, sentences=a.sentences)
+        default = dict(way="slots", init="text", reparam=False, plain=False, prefix_len=10, pairs=None, seed=0)
         spec = default | dict(slot_dropout=0.0, label_smoothing=0.0) | spec | common
         key = json.dumps(spec)
         if key not in self.done:
             began = time.monotonic()
-            with tempfile.TemporaryDirectory() as out:
-                result = {"spec": spec} | self.measure(self.trained(spec, Path(out)))
+            if spec["way"] == "fine-tuning":
+                result = {"spec": spec} | self.measure_fine_tuned(spec)
+            else:
+                with tempfile.TemporaryDirectory() as out:
+                    result = {"spec": spec} | self.measure(self.trained(spec, Path(out)))
             result["seconds"] = round(time.monotonic() - began, 1)
             with open(a.results, "a") as file:
                 file.write(json.dumps(result) + "\n")
@@ -113,16 +120,28 @@ class Bench:
         with tempfile.TemporaryDirectory() as out:
             trainer = Trainer(self.model, self.tokenizer, banks, self.held_out, Settings(steps=1, lr=0.0), out)
             trainer.validation_set = self.validation_set
-            result = {"loss": trainer.validation_loss()}
-        texts = dict(zip(("en", "fr"), self.texts))
+            loss = trainer.validation_loss()
+        return {"loss": loss} | self.scores(partial(translate, self.model, self.tokenizer, banks, batch_size=64))
+
+    def measure_fine_tuned(self, spec):
+        """All weights, in float32. The slots kept are those of the best validation, these weights those of the last
+        step, so the sweep chooses how far they go."""
+        a, way = self.args, FineTuning(self.args.model, self.tokenizer, self.corpus)
+        train(way, self.corpus, a.steps, spec["lr"], a.batch_size, spec["seed"], spec["pairs"])
+        return {"loss": validation_loss(way, self.held_out, self.validation_set)} | self.scores(way.translate)
+
+    def scores(self, translate):
+        """BLEU of translate(texts, source, target) in both directions."""
+        result, texts = {}, dict(zip(("en", "fr"), self.texts))
         for source, target in (("fr", "en"), ("en", "fr")):
-            outputs = translate(self.model, self.tokenizer, banks, texts[source], source, target, batch_size=64)
+            outputs = translate(texts[source], source, target)
             result[f"{source} -> {target}"] = metrics.corpus_bleu([output.text for output in outputs], texts[target])
         return result
 
-    def best_rate(self, **spec):
-        """The learning rate with the least loss, of those that suit what is trained."""
-        return min(RATES["network" if spec.get("reparam") else "slots"], key=lambda lr: self.run(**spec, lr=lr)["loss"])
+    def best(self, **spec):
+        """The spec with the learning rate that has the least loss."""
+        kind = "network" if spec.get("reparam") else spec.get("way", "slots")
+        return spec | {"lr": best_rate(MIDDLE[kind], lambda lr: self.run(**spec, lr=lr)["loss"])}
 
     def row(self, **spec):
         """Mean and standard deviation over the seeds -> {"loss": (mean, sd), ...}, with the spec."""
@@ -163,31 +182,29 @@ def starts(bench):
     """Where the slots start, and whether they are moved through a network."""
     rows = [bench.without_slots()]
     for reparam, init in itertools.product((False, True), INITS):
-        spec = dict(init=init, reparam=reparam)
-        lr = bench.best_rate(**spec)
-        rows.append(bench.row(**spec, lr=lr) | {"name": f"{init}{', --reparam' * reparam}"})
-    lr = bench.best_rate(reparam=True, plain=True)
-    rows.append(bench.row(reparam=True, plain=True, lr=lr) | {"name": "the network alone, as in the paper"})
-    lr = bench.best_rate(init="text", reparam=False)
+        rows.append(bench.row(**bench.best(init=init, reparam=reparam)) | {"name": init + ", --reparam" * reparam})
+    rows.append(bench.row(**bench.best(reparam=True, plain=True)) | {"name": "the network alone, as in the paper"})
     for option in ("slot_dropout", "label_smoothing"):
-        rows.append(bench.row(**{option: 0.1}, lr=lr) | {"name": f"text, --{option.replace('_', '-')} 0.1"})
+        name = f"text, --{option.replace('_', '-')} 0.1"
+        rows.append(bench.row(**bench.best(init="text", reparam=False), **{option: 0.1}) | {"name": name})
     return "--init", rows
 
 
 def lengths(bench):
-    """How many slots a bank has, for two ways to start, both at the learning rate that is best for the first."""
-    lr = bench.best_rate(init="text", reparam=False)
-    specs = [dict(init=init, prefix_len=n) for init in ("text", "zero-effect") for n in LENGTHS]
+    """How many slots a bank has, for two ways to start."""
+    specs = [dict(init=init, reparam=False, prefix_len=n) for init in ("text", "zero-effect") for n in LENGTHS]
     return "--prefix-len", [
-        bench.row(**spec, lr=lr) | {"name": "{init}, {prefix_len}".format(**spec)} for spec in specs
+        bench.row(**bench.best(**spec)) | {"name": "{init}, {prefix_len}".format(**spec)} for spec in specs
     ]
 
 
 def amounts(bench):
-    """How many pairs there are to learn from (--init text)."""
-    lr = bench.best_rate(init="text", reparam=False)
-    everything = len(bench.corpus.examples("train")) // 2
-    return "pairs", [bench.row(pairs=n, lr=lr) | {"name": f"{n or everything:,}"} for n in PAIRS]
+    """How many pairs there are to learn from, for slots (--init text) and for all weights."""
+    everything, rows = len(bench.corpus.examples("train")) // 2, []
+    for way, n in itertools.product(("slots", "fine-tuning"), PAIRS):
+        spec = bench.best(init="text", reparam=False, way=way, pairs=n)
+        rows.append(bench.row(**spec) | {"name": f"{way}, {n or everything:,}"})
+    return "pairs", rows
 
 
 TABLES = {"start": starts, "length": lengths, "pairs": amounts}

@@ -35,10 +35,11 @@ from prefix.rows import clean
 from prefix.translation import Batch, Translation, answered, separator
 
 
-def train(way, corpus, steps, lr, batch_size, seed=0):
+def train(way, corpus, steps, lr, batch_size, seed=0, pairs=None):
     """As train.py does it, in whole batches: each epoch in an order of its own, AdamW without weight decay, a twentieth
-    of the steps as linear warm-up and then linear decay, gradients cut to a norm of 1."""
-    pool, rng, waiting = corpus.examples("train"), np.random.default_rng(seed), []
+    of the steps as linear warm-up and then linear decay, gradients cut to a norm of 1. pairs: how many of the training
+    split are used, the first ones, both directions of each; None: all."""
+    pool, rng, waiting = corpus.examples("train")[: pairs and 2 * pairs], np.random.default_rng(seed), []
     learned, warmup = list(way.parameters()), max(1, steps // 20)
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in learned], weight_decay=0.0)
     for step in range(steps):
@@ -54,9 +55,9 @@ def train(way, corpus, steps, lr, batch_size, seed=0):
 
 
 @torch.no_grad()
-def validation_loss(way, corpus, batch_size=64):
-    """The mean negative log likelihood of the validation targets."""
-    pool, total, targets = corpus.examples("validation").tolist(), 0.0, 0
+def validation_loss(way, corpus, examples=None, batch_size=64):
+    """The mean negative log likelihood of the targets of these examples; None: of the validation split."""
+    pool, total, targets = (corpus.examples("validation") if examples is None else examples).tolist(), 0.0, 0
     for i in range(0, len(pool), batch_size):
         batch = way.pack(encoded(corpus, pool[i : i + batch_size]))
         total, targets = total + float(way.nll(batch)), targets + len(batch.targets)
