@@ -16,7 +16,8 @@ from minigpt import UserError
 from minigpt.files import locked, remove_leftovers
 from prefix import command, data, distributed, run
 from prefix.command import notice, number, whole
-from prefix.trainer import METRICS, SECONDS, Settings, Trainer
+from prefix.state import METRICS
+from prefix.trainer import SECONDS, Settings, Trainer
 
 
 def parse_arguments():
@@ -132,7 +133,7 @@ def train(trainer):
     try:
         finished = trainer.run()
     except UserError as error:
-        if not trainer.can_go_on():
+        if not trainer.state.exists():
             raise
         raise UserError(f"{error}; to go on from step {trainer.saved_step}: {to_go_on}") from error
     if not finished:

@@ -1,9 +1,11 @@
 """What a run is made of: its settings as resolved from the command line or read back, its directory, its first slots.
 
-runs/<name>/    config.json            the settings, resolved: what --resume goes on with
-                metrics.jsonl          a line for each step and each validation; locked while a run writes here
-                last/                  everything needed to go on exactly (trainer.py)
-                prefix.safetensors     the best slots on validation
+A run is a directory, runs/<time> by default, with these files:
+
+    config.json            the settings, resolved: what --resume goes on with
+    metrics.jsonl          a line for each step and each validation; locked while a run writes here
+    last/                  everything needed to go on exactly (state.py)
+    prefix.safetensors     the best slots on validation
 """
 
 import json
@@ -14,7 +16,8 @@ from minigpt.files import TEMPORARY, read_object, replacing
 from prefix import command, rows
 from prefix.banks import MAX_SLOTS, Banks
 from prefix.reparam import Reparametrised
-from prefix.trainer import METRICS, Settings, n_tokens
+from prefix.state import METRICS
+from prefix.trainer import Settings, n_tokens
 from prefix.translation import pack, separator
 
 # What suits the base: the demo learns in two minutes on a CPU, a published model takes the notebook's 2,048 steps.
@@ -36,7 +39,7 @@ def resolve(args):
     check_unused(args.out)
     if args.prefix_len > MAX_SLOTS:
         raise UserError(f"--prefix-len {args.prefix_len:,}: a bank has {MAX_SLOTS:,} slots at most")
-    name = args.model or checkpoint.default()
+    name = args.model or checkpoint.default(command.notice)
     demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
     paths = command.data_paths(args.data)
     columns = list(rows.resolve_columns(paths, args.columns))

@@ -7,9 +7,7 @@ An example is a pair in one direction; all directions are shuffled together, ane
 sees follows from the seed and s alone, so a run can stop after any step and go on exactly where it was.
 """
 
-import json
 import math
-import os
 import re
 import signal
 import sys
@@ -17,23 +15,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from minigpt.attention import Slots
 from minigpt.errors import UserError
-from minigpt.files import flush, open_tensors, replacing
 from minigpt.loss import nll_sum
 from prefix import distributed
-from prefix.banks import base_of
-from prefix.command import notice, out_of_memory
+from prefix.command import out_of_memory
 from prefix.data import sample_rows
+from prefix.state import COUNTS, METRICS, State, add_line, cut_after
 from prefix.translation import pack, separator
 
 VALIDATION_EXAMPLES = 1000  # at most: enough to choose the best prefix by
@@ -100,6 +94,7 @@ class Trainer:
         assert not frozen, f"the base model must be frozen, but {frozen[0]} requires a gradient"
         self.trained = [p for p in banks.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        self.state = State(self.out, model, banks, corpus, settings, self.optimizer)
         self.micro_batch_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[model.device.type]
         self.most_tokens = 2**63 - 1  # of a micro-batch, since memory last ran out
         self.half = model.dtype == torch.float16
@@ -108,7 +103,7 @@ class Trainer:
         self.step = self.tokens = self.skipped = self.bad = self.good = 0
         self.best = math.inf
         self.seconds = 0.0
-        self.saved_step, self.saved_at, self.newest_is_cut = None, -math.inf, False
+        self.saved_step, self.saved_at = None, -math.inf
         self.stop, self.stopped = [], False  # the signals received; whether all processes agreed to stop
         self.worker, self.upcoming = ThreadPoolExecutor(1), None
         self.epoch = self.order = None  # the epoch that examples_of is in, and its order
@@ -139,6 +134,8 @@ class Trainer:
         if not (self.out / "prefix.safetensors").exists() or not (s.eval_every and len(self.validation_set)):
             self.keep_prefix(None)  # nothing was validated: the newest slots are what there is
         return self.step >= s.steps
+
+    # One step
 
     def optimizer_step(self):
         """One step of AdamW on the next batch; returns its line of metrics. Skips a step that is not finite."""
@@ -171,6 +168,11 @@ class Trainer:
                 "try a lower --lr, more --warmup, or --dtype float32"
             )
 
+    def schedule(self, step):
+        """Linear warm-up, then linear decay, which would reach zero one step after the last."""
+        s = self.settings
+        return min((step + 1) / max(1, s.warmup), (s.steps - step) / max(1, s.steps - s.warmup))
+
     def backward(self, prepared):
         """Gradients of the mean loss over all targets of a step, however it is cut into micro-batches or dealt out to
         processes. Returns the loss."""
@@ -193,6 +195,21 @@ class Trainer:
         distributed.add_up([total, stop, *grads])
         self.stopped = bool(self.stop if distributed.world() == 1 else stop)  # all processes stop after the same step
         return total / prepared.targets
+
+    def nll(self, batch, slots=None, smoothing=0.0):
+        """The summed negative log likelihood of a packed batch's targets. slots: by default all of them."""
+        slots = slots or self.banks.slots()
+        hidden = self.model.hidden(batch.ids, batch.layout, slots, self.banks.position_offset)  # (N, n_embd)
+        return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets, smoothing)
+
+    def present(self, step):
+        """The slots that are there in a training step: the same in all its micro-batches and processes."""
+        slots, p = self.banks.slots(), self.settings.slot_dropout
+        if not p:
+            return slots
+        draw = np.random.default_rng((self.settings.seed, step, 1)).random(len(slots.bank))
+        kept = torch.from_numpy(np.flatnonzero(draw >= p)).to(slots.bank.device)
+        return Slots(slots.key[:, :, kept], slots.value[:, :, kept], slots.bank[kept])
 
     def add_up(self, batches, loss_of, where):
         """The sum of loss_of(batch) over batches(). If memory runs out, micro-batches have half the size from here on,
@@ -217,13 +234,71 @@ class Trainer:
             "lower --micro-batch-tokens, set --checkpoint-activations, or, for long pairs, lower --max-tokens"
         )
 
-    def prepare(self, step):
-        """This process's packed micro-batches of a step, on the device."""
-        cut, examples = self.micro_batch_tokens, self.examples_of(step)
-        mine = distributed.share(sorted(examples, key=n_tokens))  # so that processes get alike amounts
-        targets = sum(len(target) + 1 for _, target, _, _ in examples)
-        batches = [self.packed(micro) for micro in self.micro_batches(mine)]
-        return Prepared(step, cut, batches, targets, sum(map(n_tokens, examples)))
+    # Validation, and what is written down
+
+    def validate(self, bar):
+        """Returns whether these slots are the best so far; if so, they are kept."""
+        loss = self.validation_loss()
+        self.log({"step": self.step, "val_loss": loss})
+        if distributed.rank() == 0:
+            bar.write(f"step {self.step}: validation loss {loss:.4f}", file=sys.stderr)
+        better = loss < self.best
+        if better:
+            self.best = loss
+            self.keep_prefix(loss)
+        return better
+
+    @torch.no_grad()
+    def validation_loss(self):
+        """Mean negative log likelihood of the validation targets."""
+        examples = self.encoded(self.validation_set)
+        mine = distributed.share(sorted(examples, key=n_tokens))
+        batches = lambda: map(self.packed, self.micro_batches(mine))
+        total = self.add_up(batches, self.nll, f"validation after step {self.step}")
+        distributed.add_up([total])
+        return float(total) / sum(len(target) + 1 for _, target, _, _ in examples)
+
+    def log(self, record):
+        if distributed.rank() == 0:
+            add_line(self.out / METRICS, record)
+
+    def keep_prefix(self, val_loss):
+        if distributed.rank() > 0:
+            return
+        self.banks.training_record |= {"step": self.step, "val_loss": val_loss, "settings": asdict(self.settings)}
+        self.banks.save(self.out / "prefix.safetensors", self.model)
+
+    def save_is_due(self):
+        every = self.settings.save_every
+        if isinstance(every, str):
+            return time.monotonic() - self.saved_at >= float(every.removesuffix("s"))
+        return self.step % every == 0
+
+    def save(self):
+        """Keep all that is needed to go on exactly."""
+        if distributed.rank() > 0:
+            return
+        self.state.save({name: getattr(self, name) for name in COUNTS})
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def resume(self, micro_batch_tokens=None):
+        """Go on from the newest state in self.out; without any, where the run was killed before its first save, begin.
+        micro_batch_tokens: how many to try again, whatever ran out of memory before. Raises UserError as State.load."""
+        counts = self.state.load()
+        if counts is None:
+            return
+        for name in COUNTS:
+            setattr(self, name, counts[name])
+        self.micro_batch_tokens = micro_batch_tokens or min(self.micro_batch_tokens, self.most_tokens)
+        self.saved_step = self.step
+        if not self.half:
+            self.scale = 1.0
+        elif counts["scale"] == 1.0:  # it comes from a run in another dtype
+            self.scale = FIRST_SCALE
+        if distributed.rank() == 0:
+            cut_after(self.out / METRICS, self.step)
+
+    # The batches
 
     def take_prepared(self):
         """The batch of this step, and a thread set to prepare the next one while this one runs."""
@@ -239,23 +314,16 @@ class Trainer:
             return prepared
         return self.worker.submit(self.prepare, step).result()
 
+    def prepare(self, step):
+        """This process's packed micro-batches of a step, on the device."""
+        cut, examples = self.micro_batch_tokens, self.examples_of(step)
+        mine = distributed.share(sorted(examples, key=n_tokens))  # so that processes get alike amounts
+        targets = sum(len(target) + 1 for _, target, _, _ in examples)
+        batches = [self.packed(micro) for micro in self.micro_batches(mine)]
+        return Prepared(step, cut, batches, targets, sum(map(n_tokens, examples)))
+
     def packed(self, examples):
         return pack(examples, self.sep, self.tokenizer.eot, self.model.device)
-
-    def nll(self, batch, slots=None, smoothing=0.0):
-        """The summed negative log likelihood of a packed batch's targets. slots: by default all of them."""
-        slots = slots or self.banks.slots()
-        hidden = self.model.hidden(batch.ids, batch.layout, slots, self.banks.position_offset)  # (N, n_embd)
-        return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets, smoothing)
-
-    def present(self, step):
-        """The slots that are there in a training step: the same in all its micro-batches and processes."""
-        slots, p = self.banks.slots(), self.settings.slot_dropout
-        if not p:
-            return slots
-        draw = np.random.default_rng((self.settings.seed, step, 1)).random(len(slots.bank))
-        kept = torch.from_numpy(np.flatnonzero(draw >= p)).to(slots.bank.device)
-        return Slots(slots.key[:, :, kept], slots.value[:, :, kept], slots.bank[kept])
 
     def micro_batches(self, examples):
         """Cut examples into groups of like length that fit micro_batch_tokens (a longer example stays alone)."""
@@ -290,188 +358,11 @@ class Trainer:
         """(row, source column, target column) each -> (source ids, target ids, source bank, target bank)."""
         return [(self.corpus.ids(row, s), self.corpus.ids(row, t), int(s), int(t)) for row, s, t in rows]
 
-    def schedule(self, step):
-        """Linear warm-up, then linear decay, which would reach zero one step after the last."""
-        s = self.settings
-        return min((step + 1) / max(1, s.warmup), (s.steps - step) / max(1, s.steps - s.warmup))
-
-    @torch.no_grad()
-    def validation_loss(self):
-        """Mean negative log likelihood of the validation targets."""
-        examples = self.encoded(self.validation_set)
-        mine = distributed.share(sorted(examples, key=n_tokens))
-        batches = lambda: map(self.packed, self.micro_batches(mine))
-        total = self.add_up(batches, self.nll, f"validation after step {self.step}")
-        distributed.add_up([total])
-        return float(total) / sum(len(target) + 1 for _, target, _, _ in examples)
-
-    def validate(self, bar):
-        """Returns whether these slots are the best so far; if so, they are kept."""
-        loss = self.validation_loss()
-        self.log({"step": self.step, "val_loss": loss})
-        if distributed.rank() == 0:
-            bar.write(f"step {self.step}: validation loss {loss:.4f}", file=sys.stderr)
-        better = loss < self.best
-        if better:
-            self.best = loss
-            self.keep_prefix(loss)
-        return better
-
-    def log(self, record):
-        """Add a line to metrics.jsonl. Numbers that are not finite, as those of a skipped step, are null: JSON has no
-        others. The file is opened anew each time, so that a directory that is gone shows at once."""
-        if distributed.rank() > 0:
-            return
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        try:
-            with open(self.out / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.out / METRICS}: cannot be written: {error.strerror}") from error
-
-    def keep_prefix(self, val_loss):
-        if distributed.rank() > 0:
-            return
-        self.banks.training_record |= {"step": self.step, "val_loss": val_loss, "settings": asdict(self.settings)}
-        self.banks.save(self.out / "prefix.safetensors", self.model)
-
-    def save_is_due(self):
-        every = self.settings.save_every
-        if isinstance(every, str):
-            return time.monotonic() - self.saved_at >= float(every.removesuffix("s"))
-        return self.step % every == 0
-
-    def save(self):
-        """Everything needed to go on exactly, in one file: last/state.safetensors. The one before stays beside it, for
-        the case that the newest is cut all the same: by a disk that lied, or by a copy of the run to elsewhere."""
-        if distributed.rank() > 0:
-            return
-        state, previous = self.state_paths()
-        tensors = {f"slots.{name}": p.detach() for name, p in self.banks.named_parameters()}
-        for i, adam in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{name}": value for name, value in adam.items()}
-        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-        counts = {name: getattr(self, name) for name in COUNTS}
-        with replacing(state) as temporary:
-            if self.step:
-                flush(self.out / METRICS)  # a state never is newer than the lines of its steps
-            save_file(tensors, temporary, {"counts": json.dumps(counts), "of": json.dumps(self.identity)})
-            flush(temporary)  # so that a disk that is full says so while both states still are in their places
-            if state.exists() and not self.newest_is_cut:
-                os.replace(state, previous)
-        self.saved_step, self.saved_at, self.newest_is_cut = self.step, time.monotonic(), False
-
-    def can_go_on(self):
-        return any(path.exists() for path in self.state_paths())
-
-    def state_paths(self):
-        return self.out / "last" / "state.safetensors", self.out / "last" / "previous.safetensors"
-
-    @cached_property
-    def identity(self):
-        """What a run must be going on with: these banks, this base, these examples, and the settings that decide its
-        numbers, all of them by name. Read once: it looks at all examples."""
-        base, settings = base_of(self.model), asdict(self.settings)
-        names = settings.keys() - {"steps", "save_every"}
-        return {
-            "columns": self.banks.names,
-            "prefix_len": self.banks.prefix_len[0],
-            **{name: self.banks.training_record.get(name) for name in ("init", "reparam")},
-            "data": self.corpus.fingerprint(),
-            "model": base["fingerprint"],
-            **{f"model's {name}": value for name, value in base["config"].items()},
-            **{name: settings[name] for name in sorted(names)},
-            "position_offset": self.banks.position_offset,
-        }
-
-    def resume(self, micro_batch_tokens=None):
-        """Take up the newest whole state that save() left in self.out. A run that was killed before its first save has
-        none, and begins. micro_batch_tokens: how many to try again, whatever ran out of memory before. Raises UserError
-        where the state is of another run than the one at hand, saying in what, or is past its last step."""
-        if not self.can_go_on() and not _size(self.out / METRICS):
-            return
-        counts, tensors = self.newest_state()
-        if counts["step"] > self.settings.steps:
-            done = f"{counts['step']:,} steps are done already"
-            raise UserError(f"{self.out}: {done}, more than --steps {self.settings.steps:,}: give a larger number")
-        self.banks.load_state_dict({name: tensors[f"slots.{name}"] for name, _ in self.banks.named_parameters()})
-        for name in COUNTS:
-            setattr(self, name, counts[name])
-        self.micro_batch_tokens = micro_batch_tokens or min(self.micro_batch_tokens, self.most_tokens)
-        self.saved_step = self.step
-        if not self.half:
-            self.scale = 1.0
-        elif counts["scale"] == 1.0:  # it comes from a run in another dtype
-            self.scale = FIRST_SCALE
-        adam = {}
-        for name, tensor in tensors.items():
-            if name.startswith("adam."):
-                _, i, part = name.split(".")
-                adam.setdefault(int(i), {})[part] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": adam})
-        if distributed.rank() == 0:
-            _cut_after(self.out / METRICS, self.step)
-
-    def newest_state(self):
-        """What read_state gives for the newer of the two saved states that is whole."""
-        newest, previous = self.state_paths()
-        try:
-            return self.read_state(newest)
-        except UserError as error:
-            try:
-                state = self.read_state(previous)
-            except UserError:
-                raise error from None
-            self.newest_is_cut = True
-            notice(f"{error}; going on from the save before it")
-            return state
-
-    def read_state(self, path):
-        """A saved state: (counts, tensors by name). Raises UserError for any file that save() did not write for such a
-        run as this, before its tensors are read."""
-        shapes = {f"slots.{name}": list(p.shape) for name, p in self.banks.named_parameters()}
-        adam = {}
-        for i, p in enumerate(self.trained):
-            adam |= {f"adam.{i}.exp_avg": list(p.shape), f"adam.{i}.exp_avg_sq": list(p.shape), f"adam.{i}.step": []}
-        with open_tensors(path) as file:
-            try:
-                counts, of = (json.loads(file.metadata()[name]) for name in ("counts", "of"))
-                if any(type(counts[name]) is not type(getattr(self, name)) for name in COUNTS) or type(of) is not dict:
-                    raise ValueError("a count is not of its type")
-                if not all(counts[name] >= 0 for name in COUNTS):
-                    raise ValueError("a count is below 0")
-                self.check_identity(of)
-                there = {name: file.get_slice(name) for name in file.keys()}
-                if any(part.get_dtype() != "F32" for part in there.values()):
-                    raise ValueError("a tensor is not of float32")
-                if {name: part.get_shape() for name, part in there.items()} not in (shapes, shapes | adam):
-                    raise ValueError("its tensors are not those of such banks")
-                tensors = {name: file.get_tensor(name) for name in there}
-                if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                    raise ValueError("a number is not finite")
-                if any((t < 0).any() for name, t in tensors.items() if name.endswith((".step", ".exp_avg_sq"))):
-                    raise ValueError("AdamW's count of steps or mean of squares is below 0")
-                return counts, tensors
-            except UserError:  # of check_identity
-                raise
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-                raise UserError(f"{path}: cannot resume from it: {error}") from error
-
-    def check_identity(self, of):
-        others = {name: ours for name, ours in self.identity.items() if of.get(name) != ours}
-        if others:
-            found = "; ".join(f"another {name} ({of.get(name)}, here {ours})" for name, ours in others.items())
-            raise UserError(f"{self.out}: this run has {found}")
-
 
 def n_tokens(example):
     """How many real tokens an example takes: its two sides and the separator."""
     source, target, _, _ = example
     return len(source) + 1 + len(target)
-
-
-METRICS = "metrics.jsonl"
-COUNTS = ("step", "tokens", "skipped", "bad", "good", "scale", "best", "seconds", "most_tokens")
 
 
 @contextmanager
@@ -490,28 +381,3 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _size(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def _cut_after(path, step):
-    """Cut off the lines of later steps, and one that was not written to its end: what a killed run did after its last
-    save."""
-    kept = 0
-    with open(path, "ab+") as file:
-        file.seek(0)
-        for line in file:
-            if not line.endswith(b"\n") or _step_of(line) > step:
-                break
-            kept += len(line)
-        file.truncate(kept)
-
-
-def _step_of(line):
-    """The step that a line of metrics is of, 0 if it is no such line."""
-    try:
-        return json.loads(line)["step"] + 0
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return 0

@@ -24,7 +24,8 @@ import train
 from minigpt import UserError
 from minigpt.files import locked
 from prefix import command
-from prefix.trainer import METRICS, Trainer
+from prefix.state import METRICS
+from prefix.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -37,12 +38,12 @@ sys.path.insert(0, {root!r})
 import torch
 import evaluate, train
 from minigpt import files
-from prefix import banks, command, trainer
+from prefix import banks, command, state, trainer
 
 torch.set_num_threads(1)
 sys.modules["matplotlib"] = None  # the picture of the loss takes longer than these runs
 POINTS = {{
-    "a state is half written": (trainer, "save_file", "half"),
+    "a state is half written": (state, "save_file", "half"),
     "a prefix is half written": (banks, "save_file", "half"),
     "a file is not yet flushed": (files, "flush", "before"),
     "a file is flushed": (files, "flush", "after"),

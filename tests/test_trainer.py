@@ -619,7 +619,7 @@ def test_a_save_that_cannot_be_flushed_leaves_both_states_as_they_were(trainer, 
             raise OSError(errno.ENOSPC, "No space left on device")
 
     t.optimizer_step()
-    for module in ("prefix.trainer", "minigpt.files"):
+    for module in ("prefix.state", "minigpt.files"):
         monkeypatch.setattr(f"{module}.flush", full)
     with pytest.raises(UserError, match="state.safetensors: cannot be written: No space left on device"):
         t.save()
@@ -718,7 +718,7 @@ def test_a_run_does_not_go_on_with_more_slots_and_says_so(model, tokenizer, corp
 def test_a_state_whose_tensors_have_another_shape_is_an_error(trainer):
     t = trainer()
     t.run()
-    for path in t.state_paths():
+    for path in (t.state.newest, t.state.previous):
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
         save_file(tensors | {"slots.key.0": tensors["slots.key.0"][:, :, :2].contiguous()}, path, metadata)
