@@ -2,7 +2,7 @@
 
 python evaluate.py                              the newest run (else the demo prefix), on its own corpus
 python evaluate.py --prefix runs/x --limit 500 --json result.json
-python evaluate.py --from tweet --to label --choices        a classifier: the accuracy is under "exact %"
+python evaluate.py --from tweet --to label --choices        a classifier: "exact %" is its accuracy
 """
 
 import json
@@ -153,8 +153,9 @@ def print_results(args, settings, signatures, reports):
     shots = f"{args.draws} draws of {args.shots} shots"
     prefixes, paths = " ".join(settings["prefix"]), " ".join(settings["data"])
     print(shown(f"prefix {prefixes}, data {paths}, split {args.split}, {decoding}, {shots}"))
-    print(shown(f"BLEU {signatures['bleu']}   chrF2 {signatures['chrf']}"))
-    print("sentence BLEU: mean of nltk's sentence_bleu on words split at spaces, as the notebook has it")
+    if args.choices is None:
+        print(shown(f"BLEU {signatures['bleu']}   chrF2 {signatures['chrf']}"))
+        print("sentence BLEU: mean of nltk's sentence_bleu on words split at spaces, as the notebook has it")
 
 
 def directions(args, banks):

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shlex
-import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -41,12 +40,13 @@ def find(name):
     return directory
 
 
-def default():
-    """The model to use when none is named: gpt2-xl where it already lies on disk, else the demo, saying so."""
+def default(tell):
+    """The model to use when none is named: gpt2-xl where it already lies on disk, else the demo; `tell` gets a line
+    that says so."""
     if on_disk("gpt2-xl"):
         return "gpt2-xl"
     fetch = f"gpt2-xl is not on this machine; to fetch it: {_command('gpt2-xl')}"
-    print(f"Using the small demo checkpoint. {fetch}", file=sys.stderr)
+    tell(f"Using the small demo checkpoint. {fetch}")
     return "demo"
 
 

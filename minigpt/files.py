@@ -7,6 +7,7 @@ and the tensors. The library checks that they lie one after another and fill the
 import json
 import os
 import stat
+import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,9 +39,17 @@ def replacing(path):
 
     The new file has the permissions of the old one, or those that the umask leaves. On an error the temporary file is
     removed and whatever `path` was before stays as it was. A full disk, or a folder that cannot be written or is gone,
-    is a UserError."""
+    is a UserError. Where `path` is what standard output or standard error goes to, the content goes there in its turn,
+    as if printed."""
+    if stream := _standard_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (temporary := Path(folder, Path(path).name))
+            stream.flush()
+            stream.buffer.write(temporary.read_bytes())
+            stream.flush()
+        return
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        yield Path(path)  # a device or a pipe, such as /dev/stdout; what that links to may not be a path
+        yield Path(path)  # a device or a pipe, such as /dev/fd/3; what that links to may not be a path
         return
     target = Path(os.path.realpath(path))  # of a symbolic link, so that it stays one
     temporary = None
@@ -61,6 +70,14 @@ def replacing(path):
             reason = getattr(error, "strerror", None) or str(error).rpartition("error: ")[2]  # safetensors says more
             raise UserError(f"{path}: cannot be written: {reason}") from error
         raise
+
+
+def _standard_stream(path):
+    """Standard output or standard error, if that is the file at `path`: /dev/stdout, or where the shell sends it."""
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+        with suppress(OSError, ValueError):  # no such file yet; a stream that is closed
+            if os.path.samestat(os.stat(path), os.fstat(stream.fileno())):
+                return stream
 
 
 def _mode(path):

@@ -11,6 +11,7 @@ that the model itself computes for some tokens), placed where no text looks, lea
 
 import json
 import math
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -140,7 +141,8 @@ class Banks(nn.Module):
 
     @classmethod
     def load(cls, path, model):
-        """Read a prefix file made for `model`. Raises UserError naming both bases where they differ."""
+        """Read a prefix file, or a run's, made for `model`. Raises UserError naming both bases where they differ."""
+        path = file_of(path)
         theirs, ours = read_metadata(path)["base"], base_of(model)
         if theirs != ours:
             raise UserError(f"{path} was trained on {describe(theirs)}; this model is {describe(ours)}")
@@ -186,6 +188,15 @@ class Banks(nn.Module):
                     raise UserError(f"bank {name!r} is there twice, in {owner[name]} and in {path}: leave one out")
                 banks[name], owner[name] = (key.data, value.data), path
         return cls(banks, one.position_offset, one.training_record)
+
+
+def file_of(path):
+    """The prefix file that `path` means: itself, or that of a run directory."""
+    path = Path(path)
+    found = path / "prefix.safetensors" if path.is_dir() else path
+    if not found.is_file():
+        raise UserError(f"{path}: no prefix file there (train.py writes runs/<name>/prefix.safetensors)")
+    return found
 
 
 def read_metadata(path):

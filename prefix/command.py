@@ -12,7 +12,7 @@ from minigpt import GPT, Tokenizer, UserError
 from minigpt.errors import visible
 from minigpt.weights import pack, quantize
 from prefix import distributed
-from prefix.banks import Banks, read_metadata
+from prefix.banks import Banks, file_of, read_metadata
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_CORPUS, DEMO_PREFIX = DEMO / "en-fr.csv", DEMO / "prefix.safetensors"
@@ -158,11 +158,7 @@ def find_prefix(path):
         found = max(runs, key=lambda p: p.stat().st_mtime, default=DEMO_PREFIX)
         notice(f"Using the prefix {found}")
         return found
-    path = Path(path)
-    found = path / "prefix.safetensors" if path.is_dir() else path
-    if not found.is_file():
-        raise UserError(f"{path}: no prefix file there (train.py writes runs/<name>/prefix.safetensors)")
-    return found
+    return file_of(path)
 
 
 def load_with_base(args):

@@ -19,6 +19,7 @@ from prefix.translation import translate
 
 MAX_CHOICES = 1000  # texts of a column among which an answer can be chosen
 REFERENCES_SHOWN = 3  # of a sentence that has more
+SCORES = {"bleu": "BLEU", "chrf": "chrF", "sentence_bleu": "sentence BLEU", "exact": "exact %"}
 
 
 @dataclass
@@ -98,7 +99,7 @@ def one_direction(model, tokenizer, banks, names, sources, references, prompts, 
         drawn.append((*timed(references, answer), prompt_text(pairs, *names)))
     answer = lambda: translate(model, tokenizer, banks, sources, *names, beams=beams, **options)
     outputs, score = timed(references, answer)
-    return report(names, sources, references, outputs, score, drawn)
+    return report(names, sources, references, outputs, score, drawn, choices)
 
 
 def examples_of(corpus, split):
@@ -151,23 +152,24 @@ def timed(references, answer):
     return texts, score
 
 
-def report(names, sources, references, outputs, score, drawn):
+def report(names, sources, references, outputs, score, drawn, choices=None):
     """What --json holds of a direction. drawn: (texts, Score, prompt) of each k-shot draw."""
     few = None
     if drawn:
-        scores = [asdict(s) for _, s, _ in drawn]
+        scores, (first, _, _) = [asdict(s) for _, s, _ in drawn], drawn[0]
         few = {
             "mean": {name: float(np.mean([s[name] for s in scores])) for name in scores[0]},
             "spread": {name: float(np.std([s[name] for s in scores])) for name in scores[0]},
             "draws": scores,
             "prompts": [prompt for _, _, prompt in drawn],
             "outputs": [texts for texts, _, _ in drawn],
-            "difference": metrics.paired_bootstrap(outputs, drawn[0][0], references),  # to the first draw
+            "difference": metrics.paired_bootstrap(outputs, first, references, exact=bool(choices)),
         }
     return {
         "source": names[0],
         "target": names[1],
         "sentences": len(references),
+        "choices": choices,
         "prefix": asdict(score),
         "few_shot": few,
         "sources": sources,
@@ -176,36 +178,43 @@ def report(names, sources, references, outputs, score, drawn):
     }
 
 
+def scores_of(report):
+    """The scores that say something of a direction: of a choice, only whether it is right."""
+    return ["exact"] if report["choices"] else list(SCORES)
+
+
 def table(report, shots):
     """One direction as lines of text."""
-    n = report["sentences"]
+    n, shown = report["sentences"], scores_of(report)
     lines = [f"{report['source']} -> {report['target']}, {n} sentence{'s' * (n != 1)}"]
-    head = f"{'BLEU':>14}{'chrF':>14}{'sentence BLEU':>16}{'exact %':>14}{'empty':>8}{'cut':>6}{'seconds':>9}"
-    lines.append(f"  {'':10}{head}")
-    lines.append(_line("prefix", report["prefix"]))
+    head = "".join(f"{SCORES[name]:>15}" for name in shown)
+    lines.append(f"  {'':10}{head}{'empty':>8}{'cut':>6}{'seconds':>9}")
+    lines.append(_line("prefix", shown, report["prefix"]))
     if report["few_shot"]:
         mean, spread = report["few_shot"]["mean"], report["few_shot"]["spread"]
-        lines.append(_line(f"{shots}-shot", mean, spread))
-        if mean["bleu"] >= 0.1:
+        lines.append(_line(f"{shots}-shot", shown, mean, spread))
+        if "bleu" in shown and mean["bleu"] >= 0.1:
             lines.append(f"  prefix over {shots}-shot: {report['prefix']['bleu'] / mean['bleu']:.1f}x BLEU")
-        lines.append("  " + difference(**report["few_shot"]["difference"]))
+        lines.append(f"  {difference(report)}")
     return lines
 
 
-def difference(delta, interval, p):
+def difference(report):
     """What metrics.paired_bootstrap found, in words."""
+    found, score = report["few_shot"]["difference"], SCORES[scores_of(report)[0]]
+    (low, high), p = found["interval"], found["p"]
     verdict = f"significant at p = {p:.2g}" if p < 0.05 else f"not significant (p = {p:.2g})"
-    around = f"95 % of {metrics.RESAMPLES:,} resamples: {interval[0]:+.2f} to {interval[1]:+.2f}"
-    return f"prefix minus the first draw: {delta:+.2f} BLEU ({around}), {verdict}"
+    around = f"95 % of {metrics.RESAMPLES:,} resamples: {low:+.2f} to {high:+.2f}"
+    return f"prefix minus the first draw: {found['delta']:+.2f} {score} ({around}), {verdict}"
 
 
-def _line(name, score, spread=None):
+def _line(name, shown, score, spread=None):
     def cell(metric):
         around = f" ± {spread[metric]:.1f}" if spread else ""
         return f"{score[metric]:.2f}{around}"
 
-    counts = f"{score['empty']:8.0f}{score['cut']:6.0f}{score['seconds']:9.1f}"
-    return f"  {name:10}{cell('bleu'):>14}{cell('chrf'):>14}{cell('sentence_bleu'):>16}{cell('exact'):>14}{counts}"
+    cells = "".join(f"{cell(metric):>15}" for metric in shown)
+    return f"  {name:10}{cells}{score['empty']:8.0f}{score['cut']:6.0f}{score['seconds']:9.1f}"
 
 
 def examples(report, n, shots):

@@ -9,10 +9,10 @@ Attention mass. In each layer and head a token's attention is one softmax over t
 before it, so it sums to one. The mass of a bank is the sum over its slots.
 
 Nearest tokens. A slot has a key but no token, so we look for the tokens whose keys are like it: those that the frozen
-model itself computes, in that layer, for the tokens of training sequences, with all banks closed. A token that comes
-several times counts where it is nearest. What all keys have in common moves all scores of a query alike, and a softmax
-does not see it; so the mean of the text's keys is subtracted first, from the text's and from the slots'. Heads attend
-apart from each other, so the similarity is the mean over heads of the cosine.
+model itself computes, in that layer, for the tokens of the sequences that the slot's file learned from, with all banks
+closed. A token that comes several times counts where it is nearest. What all keys have in common moves all scores of a
+query alike, and a softmax does not see it; so the mean of the text's keys is subtracted first, from the text's and from
+the slots'. Heads attend apart from each other, so the similarity is the mean over heads of the cosine.
 """
 
 import importlib.util
@@ -28,6 +28,7 @@ from minigpt.attention import attend
 from minigpt.errors import UserError
 from minigpt.files import replacing
 from prefix import command, data, rows
+from prefix.banks import Banks
 from prefix.command import notice, shown, whole
 from prefix.translation import pack, separator, translate
 
@@ -304,7 +305,9 @@ def parse_arguments():
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw the attention, too: .svg, or .png by matplotlib")
     parser.add_argument("--nearest", type=whole(0), default=5, metavar="N", help="tokens to list for each slot (5)")
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="text for the nearest tokens (what it learned from)")
+    parser.add_argument(
+        "--data", nargs="+", metavar="FILE", help="text for the nearest tokens (what each file learned from)"
+    )
     command.add_machine_options(parser)
     parser.set_defaults(weights=None)  # as they are: nobody waits for one sentence
     args = parser.parse_args()
@@ -320,24 +323,31 @@ def main():
     args = parse_arguments()
     model, tokenizer, banks, prefixes = command.load_with_base(args)
     source, target = command.direction(args, banks)
-    corpus = training_corpus(args, prefixes[0], model, tokenizer, banks) if args.nearest else None
+    texts = texts_for_nearest(args, prefixes, model, tokenizer, banks) if args.nearest else []
     attention = look_at(model, tokenizer, banks, args.text, source, target)
     if args.out:
         draw(panels(attention), args.out)
         notice(f"Drew {args.out}")
     print(shown("\n".join([f"{source} -> {target}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
-    if args.nearest:
-        text = training_text(corpus, tokenizer, model.device)
+    for part, text in texts:
         n = min(args.nearest, len(text.ids.unique()))
-        found = nearest_tokens(model, banks, text.ids, text.layout, n)
-        print(shown("\n".join(["", *nearest_lines(found, banks, tokenizer)])))
+        found = nearest_tokens(model, part, text.ids, text.layout, n)
+        print(shown("\n".join(["", *nearest_lines(found, part, tokenizer)])))
 
 
-def training_corpus(args, path, model, tokenizer, banks):
-    """The beginning of what the prefix file at `path` learned from, or of --data."""
-    files = command.data_paths(args.data or command.data_of([path]))
-    longest = min(384, model.config.n_positions - banks.position_offset)
-    return data.load(*rows.columns_for(files, banks.names), tokenizer, TEXT_ROWS, longest)
+def texts_for_nearest(args, prefixes, model, tokenizer, banks):
+    """[(Banks, the packed text to hold them against)]: all banks and --data or, of each prefix file, its banks and what
+    they learned from."""
+    if args.data:
+        parts = [(banks, args.data)]
+    else:
+        parts = [(Banks.load(path, model), command.data_of([path])) for path in prefixes]
+    longest, texts = min(384, model.config.n_positions - banks.position_offset), []
+    for part, files in parts:
+        paths, columns = rows.columns_for(command.data_paths(files), part.names)
+        corpus = data.load(paths, columns, tokenizer, TEXT_ROWS, longest)
+        texts.append((part, training_text(corpus, tokenizer, model.device)))
+    return texts
 
 
 if __name__ == "__main__":

@@ -132,19 +132,30 @@ def _chrf_from_statistics(sums):
 
 def exact_match(hypotheses, references):
     """The share of hypotheses that are a reference, letter by letter, 0 .. 100: the accuracy of a classifier."""
-    found = [hypothesis in refs for hypothesis, refs in _pairs(hypotheses, references)]
-    return 100 * sum(found) / len(found) if found else 0.0
+    return _share(_found(hypotheses, references))
 
 
-def paired_bootstrap(hypotheses_a, hypotheses_b, references, n_resamples=RESAMPLES, seed=0):
+def _found(hypotheses, references):
+    return np.array([hypothesis in refs for hypothesis, refs in _pairs(hypotheses, references)], dtype=bool)
+
+
+def _share(found):
+    return 100 * float(found.mean()) if len(found) else 0.0
+
+
+def paired_bootstrap(hypotheses_a, hypotheses_b, references, n_resamples=RESAMPLES, seed=0, exact=False):
     """Would another test set have said the same? (Koehn 2004) Draw as many sentences as there are, with replacement,
-    the same for both systems, n_resamples times, and look at BLEU(a) - BLEU(b) in each draw.
+    the same for both systems, n_resamples times, and look at BLEU(a) - BLEU(b) in each draw, or at that of the exact
+    matches.
 
     -> {"delta": on the sentences as they are, "interval": (low, high) that holds 95 % of the draws, "p": two-sided}.
     Koehn counts the draws that the seemingly better system does not win; p is twice that share, for we do not know
     beforehand which it will be. It can be trusted from some hundred sentences on."""
-    a, b = bleu_statistics(hypotheses_a, references), bleu_statistics(hypotheses_b, references)
-    delta = lambda rows: bleu_from_statistics(a[rows].sum(axis=0)) - bleu_from_statistics(b[rows].sum(axis=0))
+    statistics, score = bleu_statistics, lambda rows: bleu_from_statistics(rows.sum(axis=0))
+    if exact:
+        statistics, score = _found, _share
+    a, b = statistics(hypotheses_a, references), statistics(hypotheses_b, references)
+    delta = lambda rows: score(a[rows]) - score(b[rows])
     n, rng = len(a), np.random.default_rng(seed)
     deltas = np.array([delta(rng.choice(n, size=n)) for _ in range(n_resamples)])
     low, high = np.percentile(deltas, [2.5, 97.5])

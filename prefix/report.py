@@ -17,7 +17,6 @@ from prefix.command import notice
 SMOOTHED = 20  # steps whose mean is the loss curve's thick line
 WORD = re.compile(r"\s*(?:\w+['’]?|[^\w\s]+)")  # or a run of punctuation, each with the space before it
 
-COLUMNS = {"bleu": "BLEU", "chrf": "chrF", "sentence_bleu": "sentence BLEU", "exact": "exact %"}  # or its own name
 COUNTS = ("empty", "cut")
 
 STYLE = """
@@ -76,7 +75,9 @@ def page(reports, shots, n_examples, settings, signatures, attention=None):
         ]
     if attention:
         parts.append(attention_section(attention))
-    parts += ["<h2>Settings</h2>", listed(settings), "<h2>Signatures</h2>", listed(signatures)]
+    parts += ["<h2>Settings</h2>", listed(settings)]
+    if "bleu" in evaluation.scores_of(reports[0]):
+        parts += ["<h2>Signatures</h2>", listed(signatures)]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     head = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
@@ -91,24 +92,25 @@ def scores(report, shots):
     """One direction's table and what it says."""
     n, few = report["sentences"], report["few_shot"]
     title = escape(f"{report['source']} → {report['target']}, {n} sentence{'s' * (n != 1)}")
-    head = "".join(f'<th scope="col">{escape(COLUMNS.get(name, name))}</th>' for name in report["prefix"])
-    rows = [_row("prefix", report["prefix"])]
+    columns = [*evaluation.scores_of(report), *COUNTS, "seconds"]
+    head = "".join(f'<th scope="col">{escape(evaluation.SCORES.get(name, name))}</th>' for name in columns)
+    rows = [_row("prefix", columns, report["prefix"])]
     if few:
-        rows.append(_row(f"{shots}-shot", few["mean"], few["spread"]))
-    said = f"<p>{escape(evaluation.difference(**few['difference']))}</p>" if few else ""
+        rows.append(_row(f"{shots}-shot", columns, few["mean"], few["spread"]))
+    said = f"<p>{escape(evaluation.difference(report))}</p>" if few else ""
     return (
         f'<div class="wide" role="region" tabindex="0" aria-label="{title}"><table><caption>{title}</caption>'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{said}"
     )
 
 
-def _row(name, score, spread=None):
-    def cell(metric, value):
-        if metric in COUNTS:
-            return f"{value:.0f}"
-        return f"{value:.2f} ± {spread[metric]:.1f}" if spread else f"{value:.2f}"
+def _row(name, columns, score, spread=None):
+    def cell(column):
+        if column in COUNTS:
+            return f"{score[column]:.0f}"
+        return f"{score[column]:.2f} ± {spread[column]:.1f}" if spread else f"{score[column]:.2f}"
 
-    cells = "".join(f"<td>{cell(*item)}</td>" for item in score.items())
+    cells = "".join(f"<td>{cell(column)}</td>" for column in columns)
     return f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
 
 

@@ -1,7 +1,8 @@
-"""What several test files share: fresh random numbers, GPT-2 vocabularies, transformers' GPT-2 as the reference, and a
-way to run the commands."""
+"""What several test files share: fresh random numbers, random models and checkpoints, GPT-2 vocabularies, transformers'
+GPT-2 as the reference, and a way to run the commands."""
 
 import io
+import json
 import os
 import shutil
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt import checkpoint
+from minigpt import GPT, GPTConfig, checkpoint
 from prefix import command
 
 if not torch.cuda.is_available():
@@ -40,6 +41,25 @@ def pictures_are_for_their_own_tests(request, monkeypatch):
     if request.path.name not in ("test_inspect.py", "test_report.py"):
         for name in ("matplotlib", "matplotlib.figure"):
             monkeypatch.setitem(sys.modules, name, None)
+
+
+def random_model(config, std=0.3):
+    """A frozen GPT, all of whose parameters are far from their neutral beginnings."""
+    model = GPT(config).requires_grad_(False)
+    for p in model.parameters():
+        p.normal_(std=std)
+    return model
+
+
+def save_random_checkpoint(directory, n_positions=200):
+    """A small model with the demo's vocabulary, saved; it is returned, too."""
+    size = len(json.loads((checkpoint.DEMO / "vocab.json").read_text(encoding="utf-8")))
+    config = GPTConfig(vocab_size=size, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2)
+    model = random_model(config, std=0.4)
+    checkpoint.save(model, directory)
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(checkpoint.DEMO / file, directory)
+    return model
 
 
 @pytest.fixture(scope="session", params=["gpt2", "demo"])

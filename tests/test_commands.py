@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_random_checkpoint
 
 import evaluate
 import train
 import translate
-from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
+from minigpt import GPT, Tokenizer, checkpoint
 from minigpt.generate import Generated
 from minigpt.splits import split_of
-from prefix import command, evaluation, metrics, translation
+from prefix import command, distributed, evaluation, metrics, translation
+from prefix import run as runs
 from prefix.banks import Banks
 from prefix.trainer import Trainer
 from prefix.translation import Translation
@@ -38,7 +40,7 @@ def place(tmp_path_factory):
     runs `run` and `run3`."""
     place = tmp_path_factory.mktemp("place")
     for name in ("base", "other"):
-        save_random_checkpoint(place / name)
+        save_random_checkpoint(place / name, CONTEXT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIGPT_HOME", str(place / "home"))
         for out, columns in (("run", ["en", "fr"]), ("run3", ["en", "fr", "de"])):
@@ -49,16 +51,6 @@ def place(tmp_path_factory):
             patch.setattr(sys, "argv", ["train.py", *map(str, options), *TRAIN])
             train.main()
     return place
-
-
-def save_random_checkpoint(directory):
-    size = len(json.loads((checkpoint.DEMO / "vocab.json").read_text(encoding="utf-8")))
-    model = GPT(GPTConfig(vocab_size=size, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.4)
-    checkpoint.save(model, directory)
-    for file in ("vocab.json", "merges.txt"):
-        shutil.copy(checkpoint.DEMO / file, directory)
 
 
 def random_text(most=7):
@@ -121,6 +113,15 @@ def test_the_config_of_a_run_is_the_command_with_its_defaults_filled_in(run, pla
     assert (config["columns"], config["prefix_len"], config["max_tokens"]) == (["en", "fr"], 3, 384)
     settings = {"steps": 3, "batch_size": 4, "warmup": 0, "eval_every": 1, "seed": 0}
     assert settings.items() <= config["settings"].items()
+
+
+def test_of_several_processes_the_first_alone_says_which_model_is_used(place, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "on_disk", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(place / "en-fr.csv")])
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        assert runs.resolve(train.parse_arguments())["model"] == "demo"
+        assert capsys.readouterr().err.count("Using the small demo checkpoint") == (rank == 0)
 
 
 def test_without_out_every_run_gets_a_directory_of_its_own_even_in_the_same_second(run, place, monkeypatch):
@@ -614,6 +615,16 @@ def test_other_data_another_split_and_beams_are_what_the_options_ask_for(place, 
 )
 def test_a_mistake_in_evaluating_is_one_line_and_exit_code_2(run, place, options, words):
     assert_refused(run(evaluate, "--prefix", place / "run", *options), *words)
+
+
+def test_a_result_on_standard_output_follows_the_table_also_in_a_file(place):
+    options = ["--prefix", place / "run", "--limit", 1, "--draws", 0, "--examples", 0, "--json", "/dev/stdout"]
+    with open("result.txt", "wb") as file:
+        subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, options)], stdout=file, check=True, timeout=300)
+        file.write(b"and more")
+    table, brace, rest = Path("result.txt").read_text(encoding="utf-8").partition("\n{")
+    assert table.startswith("fr -> en, 1 sentence") and rest.endswith("and more")
+    assert len(json.loads(brace + rest.removesuffix("and more"))["directions"]) == 2
 
 
 def test_a_result_may_go_into_a_pipe(run, place):

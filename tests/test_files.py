@@ -1,6 +1,7 @@
 """Files are written whole or not at all."""
 
 import os
+import sys
 
 import pytest
 from safetensors import SafetensorError
@@ -89,6 +90,15 @@ def test_a_pipe_that_has_no_name_of_its_own_is_written_to():
     assert os.read(reader, 10) == b"new"
     os.close(reader)
     os.close(writer)
+
+
+@pytest.mark.parametrize("name, stream", [("/dev/stdout", sys.__stdout__), ("/dev/stderr", sys.__stderr__)])
+def test_standard_output_is_written_to_in_its_turn_also_where_it_is_a_file(name, stream, capfd):
+    print("before", file=stream)
+    with replacing(name) as path:
+        path.write_text("new\n")
+    print("after", file=stream, flush=True)
+    assert "".join(capfd.readouterr()) == "before\nnew\nafter\n"
 
 
 @pytest.fixture

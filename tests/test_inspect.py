@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model
 
 from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.attention import Layout
@@ -22,10 +23,7 @@ OPENED = [1, 1, 1, 3, 3, 2, 0]  # of the banks a, b, c
 
 @pytest.fixture
 def model():
-    model = GPT(GPTConfig(**SIZES)).requires_grad_(False).eval()
-    for p in model.parameters():
-        p.normal_(std=0.5)
-    return model
+    return random_model(GPTConfig(**SIZES), std=0.5)
 
 
 @pytest.fixture
@@ -237,6 +235,23 @@ def test_text_for_nearest_tokens_must_be_named_where_the_prefix_has_no_record_of
     assert code == 0 and "nearest token keys" not in out
     code, out, err = run(inspect, *options, "--data", "demo", "--nearest", 1)
     assert code == 0 and "nearest token keys" in out, err
+
+
+def test_the_banks_of_each_of_several_files_have_the_nearest_tokens_that_they_have_alone(run, write):
+    model, files = GPT.from_pretrained("demo"), ["en.safetensors", "de.safetensors"]
+    for file, names, word in zip(files, (["en", "fr"], ["de", "es"]), ("cat", "Hund")):
+        table = write(f"{names[0]}.csv", "\n".join([",".join(names), *(f"{word} {i},{word}" for i in range(9))]))
+        banks = Banks.random(model.config, names, prefix_len=2)
+        banks.training_record = {"model": "demo", "data": [str(table)]}
+        banks.save(file, model)
+
+    def nearest(*files):
+        code, out, err = run(inspect, *files, "Il pleut.", "--nearest", 3)
+        assert code == 0, err
+        return [part.strip() for part in out.split("nearest token keys")[1:]]
+
+    (one,), (other,) = map(nearest, files)
+    assert nearest(*files) == [one, other]
 
 
 def test_a_png_without_matplotlib_is_refused_in_one_line(run, monkeypatch):

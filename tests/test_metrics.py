@@ -247,6 +247,13 @@ def test_a_clearly_better_system_is_significantly_better():
     assert result["p"] == 2 / 1001  # not one of a thousand draws went the other way
 
 
+def test_of_labels_the_difference_is_that_of_the_exact_matches():
+    references, better, worse = ["yes"] * 40, ["yes"] * 36 + ["no"] * 4, ["yes"] * 16 + ["no"] * 24
+    result = paired_bootstrap(better, worse, references, exact=True)
+    low, high = result["interval"]
+    assert result["delta"] == pytest.approx(50) and 0 < low < 50 < high and result["p"] == 2 / 1001
+
+
 def test_exchanging_the_systems_changes_the_sign_alone():
     rng = random.Random(1)
     references = made_up_sentences(rng, 50)

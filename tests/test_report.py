@@ -11,13 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
+from conftest import save_random_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate
 import train
-from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
+from minigpt import GPT, Tokenizer
 from minigpt.splits import split_of
 from prefix import inspect, report
 from prefix.banks import Banks
@@ -31,13 +31,7 @@ VOID = {"meta"}
 def place(tmp_path_factory):
     """A folder with a small random checkpoint `base`, a table en-fr.csv with one ugly test sentence, and a prefix."""
     place = tmp_path_factory.mktemp("place")
-    size = len(json.loads((checkpoint.DEMO / "vocab.json").read_text(encoding="utf-8")))
-    model = GPT(GPTConfig(vocab_size=size, n_positions=200, n_embd=32, n_layer=2, n_head=2))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.4)
-    checkpoint.save(model, place / "base")
-    for file in ("vocab.json", "merges.txt"):
-        shutil.copy(checkpoint.DEMO / file, place / "base")
+    model = save_random_checkpoint(place / "base")
     rows, splits = [["en", "fr"], [ATTACK, f"oui {ATTACK}"]], []
     for i in range(60):
         rows.append([f"sentence {i}, it is", f"phrase {i} c'est"])
@@ -177,6 +171,15 @@ def test_the_picture_is_of_the_first_sentence_that_has_a_translation(reported, p
 def test_without_k_shot_and_without_examples_the_page_is_shorter(reported):
     text = Page(reported("--draws", 0, "--examples", 0)[0]).text
     assert "shot prompting" not in text and "significant" not in text and "Examples" not in text
+
+
+def test_of_choices_the_page_shows_the_accuracy_and_no_score_of_translations(reported):
+    html, result = reported("--from", "fr", "--to", "en", "--choices", "yes", "no")
+    page, (direction,) = Page(html), result["directions"]
+    columns = re.findall(r'<th scope="col">(.*?)</th>', html)
+    assert columns == ["exact %", "empty", "cut", "seconds"] and direction["choices"] == ["yes", "no"]
+    assert f"prefix minus the first draw: {direction['few_shot']['difference']['delta']:+.2f} exact %" in page.text
+    assert "BLEU" not in page.text and "chrF" not in page.text
 
 
 @pytest.mark.parametrize("path", ["nowhere/report.html", "."])

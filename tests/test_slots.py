@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import random_model
 
-from minigpt import GPT, GPTConfig, UserError
+from minigpt import GPTConfig, UserError
 from minigpt.attention import Layout, Slots, attend
 from minigpt.generate import Prompt, generate
 from minigpt.loss import nll_sum
@@ -15,13 +16,8 @@ from prefix.translation import pack
 CONFIG = GPTConfig(vocab_size=61, n_positions=48, n_embd=24, n_layer=3, n_head=3)
 
 
-def random_model(dtype=torch.float64, seed=None):
-    if seed is not None:
-        torch.manual_seed(seed)
-    model = GPT(CONFIG).to(dtype)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model.requires_grad_(False)
+def tiny(dtype=torch.float64):
+    return random_model(CONFIG).to(dtype)
 
 
 def random_banks(model, names=("en", "fr"), prefix_len=4):
@@ -84,7 +80,7 @@ def test_slot_gradients_equal_finite_differences(how):
 
 @pytest.mark.parametrize("how", ["plain", "fused"])
 def test_a_bank_read_off_tokens_stands_for_these_tokens(how):
-    model = random_model()
+    model = tiny()
     model.attention = how
     prompt, text = ids(1, 7), ids(1, 9)
     bank = Banks.reading(model, "prompt", prompt[0].tolist()).double()
@@ -94,19 +90,19 @@ def test_a_bank_read_off_tokens_stands_for_these_tokens(how):
 
 
 def test_without_open_banks_the_model_is_plain_gpt2():
-    model, text = random_model(), ids(2, 9)
+    model, text = tiny(), ids(2, 9)
     banks = random_banks(model)
     torch.testing.assert_close(banks.logits(model, text, open=[]), model(text))
 
 
 def test_an_empty_bank_is_the_plain_model():
-    model, text = random_model(), ids(2, 9)
+    model, text = tiny(), ids(2, 9)
     banks = random_banks(model, prefix_len=0)
     torch.testing.assert_close(banks.logits(model, text, open=["en", "fr"]), model(text))
 
 
 def test_the_order_of_banks_and_slots_does_not_matter():
-    model, text = random_model(), ids(1, 9)
+    model, text = tiny(), ids(1, 9)
     banks = random_banks(model)
     mirrored = Banks(
         {n: (k.flip(2), v.flip(2)) for n, k, v in reversed(list(zip(banks.names, banks.key, banks.value)))}
@@ -116,7 +112,7 @@ def test_the_order_of_banks_and_slots_does_not_matter():
 
 
 def test_a_bank_is_seen_from_where_it_opens_on_and_not_before():
-    model, banks = random_model(), None
+    model, banks = tiny(), None
     banks = random_banks(model)
     text, opened = ids(9), torch.tensor([1] * 4 + [3] * 5)
     hidden = lambda b, o: model.hidden(text, Layout([9], o), b.slots())
@@ -129,7 +125,7 @@ def test_a_bank_is_seen_from_where_it_opens_on_and_not_before():
 
 @pytest.mark.parametrize("how", ["plain", "fused"])
 def test_a_ragged_batch_gives_each_sentence_what_it_gets_alone(how):
-    model = random_model()
+    model = tiny()
     model.attention = how
     slots = random_banks(model).slots()
     sentences = [(ids(n), torch.randint(4, (n,))) for n in (5, 1, 12, 3)]
@@ -141,7 +137,6 @@ def test_a_ragged_batch_gives_each_sentence_what_it_gets_alone(how):
 
 
 def test_text_keeps_the_positions_it_had_in_pretraining():
-    model = random_model()
     layout = Layout([3, 5])
     assert layout.position.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
 
@@ -185,14 +180,14 @@ def slot_gradients(model, banks):
 
 
 def test_all_slots_of_all_layers_get_gradients_and_the_base_model_none():
-    model = random_model()
+    model = tiny()
     gradients = slot_gradients(model, random_banks(model))
     assert all((g.abs().amax(dim=(-1, -2)) > 0).all() for g in gradients)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
 def test_slots_still_get_gradients_after_a_translation_in_between():
-    model = random_model()
+    model = tiny()
     banks = random_banks(model)
     before = slot_gradients(model, banks)
     with torch.no_grad():
@@ -202,7 +197,7 @@ def test_slots_still_get_gradients_after_a_translation_in_between():
 
 
 def test_a_prefix_file_keeps_every_bit(tmp_path):
-    model = random_model(torch.float32)
+    model = tiny(torch.float32)
     banks = Banks.random(CONFIG, ["en", "fr", "de"], 4)
     banks.training_record = {"steps": 3}
     banks.save(tmp_path / "p.safetensors", model)
@@ -211,8 +206,18 @@ def test_a_prefix_file_keeps_every_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(banks.parameters(), again.parameters()))
 
 
+def test_a_run_directory_stands_for_its_prefix_file(tmp_path):
+    model = tiny()
+    banks = Banks.random(CONFIG, ["en", "fr"], 4)
+    banks.save(tmp_path / "prefix.safetensors", model)
+    assert torch.equal(Banks.load(tmp_path, model).key[1], banks.key[1])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no prefix file there"):
+        Banks.load(tmp_path / "empty", model)
+
+
 def test_a_prefix_refuses_another_base_naming_both(tmp_path):
-    model, other = random_model(seed=1), random_model(seed=2)
+    model, other = tiny(), tiny()
     Banks.random(CONFIG, ["en", "fr"], 4).save(tmp_path / "p.safetensors", model)
     with pytest.raises(UserError) as error:
         Banks.load(tmp_path / "p.safetensors", other)
@@ -223,12 +228,12 @@ def test_a_file_that_is_no_prefix_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "p.safetensors"
     path.write_bytes(b"<html>not found</html>")
     with pytest.raises(UserError, match="p.safetensors"):
-        Banks.load(path, random_model())
+        Banks.load(path, tiny())
 
 
 def test_a_sentence_longer_than_the_context_is_an_error():
     with pytest.raises(UserError, match="context of 48"):
-        random_model()(ids(1, 49))
+        tiny()(ids(1, 49))
 
 
 def test_slots_and_the_numbers_of_their_banks_are_on_one_device():

@@ -3,16 +3,16 @@
 import csv
 import itertools
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model, save_random_checkpoint
 
 import evaluate
 import train
 import translate
-from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
+from minigpt import GPT, GPTConfig, Tokenizer, UserError
 from minigpt.choose import choose, log_p
 from minigpt.generate import Prompt, generate
 from minigpt.splits import split_of
@@ -30,10 +30,7 @@ TRAIN = ["--steps", "2", "--batch-size", "6", "--prefix-len", "2", "--device", "
 
 @pytest.fixture
 def model():
-    model = GPT(CONFIG).requires_grad_(False)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+    return random_model(CONFIG)
 
 
 def sentence(split=None):
@@ -55,14 +52,8 @@ def write(path, rows):
 def place(tmp_path_factory):
     """A folder with the checkpoints `base` and `other`."""
     place = tmp_path_factory.mktemp("place")
-    size = len(json.loads((checkpoint.DEMO / "vocab.json").read_text(encoding="utf-8")))
     for name in ("base", "other"):
-        base = GPT(GPTConfig(vocab_size=size, n_positions=100, n_embd=32, n_layer=2, n_head=2))
-        for p in base.parameters():
-            torch.nn.init.normal_(p, std=0.4)
-        checkpoint.save(base, place / name)
-        for file in ("vocab.json", "merges.txt"):
-            shutil.copy(checkpoint.DEMO / file, place / name)
+        save_random_checkpoint(place / name, n_positions=100)
     return place
 
 
@@ -256,9 +247,11 @@ def test_a_classifier_answers_with_labels_seen_in_training_and_its_accuracy_is_t
         assert set(outputs) <= set(LABELS)
         assert score["exact"] == pytest.approx(100 * sum(map(str.__eq__, outputs, report["references"])) / 9)
         assert (score["empty"], score["cut"]) == (0, 0)
-    assert "exact %" in out and "likeliest choice" in out
-    free, _, _ = evaluated(*options)
-    assert not set(free["directions"][0]["outputs"]) <= set(LABELS)
+    assert "likeliest choice" in out and out.splitlines()[1].split() == ["exact", "%", "empty", "cut", "seconds"]
+    assert f"first draw: {few['difference']['delta']:+.2f} exact %" in out and "BLEU" not in out and "chrF" not in out
+    assert few["difference"]["delta"] == pytest.approx(report["prefix"]["exact"] - few["draws"][0]["exact"])
+    free, out, _ = evaluated(*options)
+    assert not set(free["directions"][0]["outputs"]) <= set(LABELS) and out.splitlines()[1].split()[0] == "BLEU"
 
 
 def test_the_labels_of_training_are_those_of_the_whole_file(classifier, evaluated, monkeypatch):
