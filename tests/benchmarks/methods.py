@@ -4,12 +4,12 @@ equal steps.
     python tests/benchmarks/methods.py --data tatoeba.en-fr.tsv           all tables, three seeds
     python tests/benchmarks/methods.py --tables start --seeds 1           one of them, quickly
 
-Every run trains as train.py does, keeping the slots that are best on the training file's own
-validation split. What is reported is measured on sentences of --data that neither the base nor the slots have seen:
-the loss on pairs of its validation split, BLEU (greedy, both directions) on pairs of its test split, both with sides
-under 60 characters. Each line of a table gets the learning rate that is best for it after as many steps (seed 0, that
-loss): of 1, 3, 10, 30 ..., three, and the next one for as long as the best stands at the edge. Results go to a file of
-JSON lines as they come; a table that was interrupted goes on from there.
+Every run trains as train.py does, but takes the slots of its last step. What is reported is measured on sentences of
+--data that neither the base nor the slots have seen, both sides under 60 characters: the loss on pairs of its validation
+split, BLEU (greedy, both directions) on pairs of its test split. Each line of a table gets its own learning rate, the
+best for it after as many steps (seed 0, by the loss on other pairs of that validation split): of 1, 3, 10, 30 ..., three,
+and the next one for as long as the best stands at the edge. Results go to a file of JSON lines as they come; a table
+that was interrupted goes on from there. Beside it stays the file of those sentences.
 """
 
 import argparse
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, which 
 from common import best_rate, circumstances
 
 from minigpt import GPT, Tokenizer
+from minigpt.splits import split_of
 from prefix import command, data, metrics, run
 from prefix.banks import Banks
 from prefix.data import sample_rows
@@ -70,17 +71,19 @@ class Bench:
         self.model = GPT.from_pretrained(args.model, dtype=command.DTYPES[args.dtype])
         self.tokenizer = Tokenizer.from_pretrained(args.model)
         self.corpus = data.load([args.train_data], ("en", "fr"), self.tokenizer, max_tokens=256)
-        short = short_pairs(args.data, args.results.parent)
-        held_out = data.load([short], ("en", "fr"), self.tokenizer, max_tokens=256)
-        self.validation_set = sample_rows(held_out.examples("validation"), 1000)
+        held_out = data.load([new_pairs(args.data, args.results.parent)], ("en", "fr"), self.tokenizer, max_tokens=256)
+        examples = held_out.examples("validation")
+        halves = {"choice": examples[examples[:, 0] % 2 == 0], "loss": examples[examples[:, 0] % 2 == 1]}
+        self.validation = {name: sample_rows(half, 1000) for name, half in halves.items()}
         rows = sample_rows(np.array(list(held_out.rows("test"))), args.sentences)
         self.held_out, self.texts = held_out, [[held_out.text(row, column) for row in rows] for column in (0, 1)]
         lines = args.results.read_text().splitlines() if args.results.exists() else []
         self.done = {json.dumps(line["spec"]): line for line in map(json.loads, lines)}
 
     def run(self, **spec):
-        """A line of results: spec, loss, seconds, and bleu of fr -> en and en -> fr. lr, init and so on as options of
-        train.py; pairs: how many to learn from; plain: the network as Li and Liang have it, without a start."""
+        """A line of results: spec, loss, the loss for the choice of a rate, seconds, and BLEU of fr -> en and en -> fr.
+        way: "slots" or "fine-tuning"; lr, init and so on as options of train.py; pairs: how many to learn from; plain:
+        the network as Li and Liang have it, without a start."""
         a = self.args
         common = dict(model=a.model, steps=a.steps, batch_size=a.batch_size, dtype=a.dtype, sentences=a.sentences)
         default = dict(way="slots", init="text", reparam=False, plain=False, prefix_len=10, pairs=None, seed=0)
@@ -88,11 +91,7 @@ class Bench:
         key = json.dumps(spec)
         if key not in self.done:
             began = time.monotonic()
-            if spec["way"] == "fine-tuning":
-                result = {"spec": spec} | self.measure_fine_tuned(spec)
-            else:
-                with tempfile.TemporaryDirectory() as out:
-                    result = {"spec": spec} | self.measure(self.trained(spec, Path(out)))
+            result = {"spec": spec} | (self.fine_tuned(spec) if spec["way"] == "fine-tuning" else self.trained(spec))
             result["seconds"] = round(time.monotonic() - began, 1)
             with open(a.results, "a") as file:
                 file.write(json.dumps(result) + "\n")
@@ -100,35 +99,36 @@ class Bench:
             print(key, {name: value for name, value in result.items() if name != "spec"}, file=sys.stderr, flush=True)
         return self.done[key]
 
-    def trained(self, spec, out):
+    def trained(self, spec):
         options = dict(steps=spec["steps"], lr=spec["lr"], batch_size=spec["batch_size"], warmup=spec["steps"] // 20)
         options |= {name: spec[name] for name in ("seed", "slot_dropout", "label_smoothing")}
-        settings = Settings(**options, eval_every=max(1, spec["steps"] // 6))
+        settings = Settings(**options, eval_every=0)
         config = {name: spec[name] for name in ("init", "reparam", "prefix_len")}
         config |= {"position_offset": 0, "settings": options}
         banks = run.start(config, self.model, self.tokenizer, self.corpus)
         if spec["plain"]:
             banks = as_in_the_paper(banks, spec["seed"])
-        trainer = Trainer(self.model, self.tokenizer, banks, self.corpus, settings, out)
-        if spec["pairs"]:
-            trainer.train_set = trainer.train_set[: 2 * spec["pairs"]]  # each pair is there in both directions
-        if not trainer.run():
-            sys.exit("stopped")
-        return Banks.load(out / "prefix.safetensors", self.model)
+        with tempfile.TemporaryDirectory() as out:
+            trainer = Trainer(self.model, self.tokenizer, banks, self.corpus, settings, out)
+            if spec["pairs"]:
+                trainer.train_set = trainer.train_set[: 2 * spec["pairs"]]  # each pair is there in both directions
+            if not trainer.run():
+                sys.exit("stopped")
+            return self.measure(Banks.load(out, self.model))
 
     def measure(self, banks):
         with tempfile.TemporaryDirectory() as out:
-            trainer = Trainer(self.model, self.tokenizer, banks, self.held_out, Settings(steps=1, lr=0.0), out)
-            trainer.validation_set = self.validation_set
-            loss = trainer.validation_loss()
-        return {"loss": loss} | self.scores(partial(translate, self.model, self.tokenizer, banks, batch_size=64))
+            trainer, result = Trainer(self.model, self.tokenizer, banks, self.held_out, Settings(1, 0.0), out), {}
+        for name, trainer.validation_set in self.validation.items():
+            result[name] = trainer.validation_loss()
+        return result | self.scores(partial(translate, self.model, self.tokenizer, banks, batch_size=64))
 
-    def measure_fine_tuned(self, spec):
-        """All weights, in float32. The slots kept are those of the best validation, these weights those of the last
-        step, so the sweep chooses how far they go."""
+    def fine_tuned(self, spec):
+        """All weights, in float32; the languages' names say what is wanted, so its loss is that of another text."""
         a, way = self.args, FineTuning(self.args.model, self.tokenizer, self.corpus)
         train(way, self.corpus, a.steps, spec["lr"], a.batch_size, spec["seed"], spec["pairs"])
-        return {"loss": validation_loss(way, self.held_out, self.validation_set)} | self.scores(way.translate)
+        losses = {name: validation_loss(way, self.held_out, half) for name, half in self.validation.items()}
+        return losses | self.scores(way.translate)
 
     def scores(self, translate):
         """BLEU of translate(texts, source, target) in both directions."""
@@ -141,7 +141,7 @@ class Bench:
     def best(self, **spec):
         """The spec with the learning rate that has the least loss."""
         kind = "network" if spec.get("reparam") else spec.get("way", "slots")
-        return spec | {"lr": best_rate(MIDDLE[kind], lambda lr: self.run(**spec, lr=lr)["loss"])}
+        return spec | {"lr": best_rate(MIDDLE[kind], lambda lr: self.run(**spec, lr=lr)["choice"])}
 
     def row(self, **spec):
         """Mean and standard deviation over the seeds -> {"loss": (mean, sd), ...}, with the spec."""
@@ -155,14 +155,18 @@ class Bench:
         return {"name": "no slots at all", "lr": None} | {name: [value] for name, value in result.items()}
 
 
-def short_pairs(path, folder):
-    """A copy, in this folder, of the rows of a table whose sides in English and French are both short."""
-    short = folder / f"short-{Path(path).stem}.csv"
-    if not short.exists():
-        with open(short, "w", newline="", encoding="utf-8") as file:
-            rows = (row for _, row in read_rows([path], ("en", "fr"), Skipped()))
-            csv.writer(file).writerows([["en", "fr"], *(row for row in rows if max(map(len, row)) < LONGEST)])
-    return str(short)
+def new_pairs(path, folder):
+    """A copy, in this folder, of a table's pairs whose sides in English and French are both short, without those of its
+    validation and test splits whose French stands in its training split beside another English sentence."""
+    new = folder / f"short-{Path(path).stem}.csv"
+    if not new.exists():
+        pairs = [pair for _, pair in read_rows([path], ("en", "fr"), Skipped())]
+        trained = {fr for en, fr in pairs if split_of(en) == "train"}
+        pairs = [pair for pair in pairs if max(map(len, pair)) < LONGEST]
+        with open(new, "w", newline="", encoding="utf-8") as file:
+            kept = [(en, fr) for en, fr in pairs if split_of(en) == "train" or fr not in trained]
+            csv.writer(file).writerows([("en", "fr"), *kept])
+    return str(new)
 
 
 def as_in_the_paper(banks, seed):
@@ -186,7 +190,7 @@ def starts(bench):
     rows.append(bench.row(**bench.best(reparam=True, plain=True)) | {"name": "the network alone, as in the paper"})
     for option in ("slot_dropout", "label_smoothing"):
         name = f"text, --{option.replace('_', '-')} 0.1"
-        rows.append(bench.row(**bench.best(init="text", reparam=False), **{option: 0.1}) | {"name": name})
+        rows.append(bench.row(**bench.best(init="text", reparam=False, **{option: 0.1})) | {"name": name})
     return "--init", rows
 
 
