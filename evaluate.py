@@ -9,6 +9,8 @@ import json
 from itertools import permutations
 from pathlib import Path
 
+import torch
+
 from minigpt import UserError
 from minigpt.files import replacing
 from minigpt.splits import SPLITS
@@ -115,9 +117,8 @@ def main():
     )
     if distributed.rank() > 0:
         return
-    settings = {name: value for name, value in vars(args).items() if name not in ("json", "report")}
-    settings |= {"prefix": [str(path) for path in prefixes], "model": args.model or trained_on["model"], "data": paths}
-    settings |= {"columns": columns, "device": str(model.device), "dtype": str(model.dtype)}
+    settings = settings_of(args, prefixes, model)
+    settings |= {"model": args.model or trained_on["model"], "data": paths, "columns": columns}
     references = [refs for report in reports for refs in report["references"]]
     signatures = {"bleu": metrics.signature("BLEU", references), "chrf": metrics.signature("chrF2", references)}
     print_results(args, settings, signatures, reports)
@@ -140,6 +141,25 @@ def read(args, paths, columns, tokenizer, longest, wanted):
         if len(head) < n_rows or evaluation.enough(head, args.split, args.limit, wanted):
             return head
     return data.load(paths, columns, tokenizer, None, longest)
+
+
+def settings_of(args, prefixes, model):
+    """What an evaluation is to be repeated with: the options, the machine's, and how each prefix file came to be."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "report")}
+    settings |= {"prefix": [str(path) for path in prefixes], "trained": list(map(training_of, prefixes))}
+    settings |= {"base": read_metadata(prefixes[0])["base"]["fingerprint"], "torch": torch.__version__}
+    return settings | {"device": str(model.device), "dtype": str(model.dtype)}
+
+
+def training_of(path):
+    """What a prefix file says of its training, in a line. It may say nothing: an imported one does not."""
+    metadata = read_metadata(path)
+    record = metadata["training"]
+    settings = record.get("settings")
+    said = {**record, **(settings if isinstance(settings, dict) else {}), "prefix_len": metadata["prefix_len"]}
+    said["data"] = " ".join(Path(name).name for name in record.get("data", [])) or None
+    names = ("init", "prefix_len", "lr", "steps", "seed", "data")
+    return ", ".join(f"{name} {said[name]}" for name in names if said.get(name) is not None)
 
 
 def print_results(args, settings, signatures, reports):

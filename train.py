@@ -156,10 +156,13 @@ def closing_line(trainer, model, out):
     share = trained / sum(p.numel() for p in model.parameters())
     good = f"validation loss {trainer.best:.4f}" if trainer.best < float("inf") else "not validated"
     skipped = f"; {trainer.skipped} steps were not finite and skipped" if trainer.skipped else ""
+    where = shlex.quote(str(out))
+    reads_french = trainer.banks.names[1:2] == ["fr"]  # translate.py does, unless told otherwise
+    to_try = f'translate.py --prefix {where} "Bonjour"' if reads_french else f"evaluate.py --prefix {where}"
     return (
         f"Trained {trained:,} parameters ({share:.2%} of the model) in {trainer.seconds:.0f} s "
         f"({trainer.tokens / max(trainer.seconds, 1e-3):,.0f} tokens/s): {good}{skipped}; {out}/prefix.safetensors. "
-        f'Try: python translate.py --prefix {shlex.quote(str(out))} "Bonjour"'
+        f"Try: python {to_try}"
     )
 
 

@@ -1,7 +1,8 @@
 """Prefix against k-shot prompting: the same frozen model, the same sentences, the same decoding.
 
 k-shot prompting is drawn several times, because which examples are drawn moves its score; its line in the table is
-the mean of the draws and their standard deviation.
+the mean of the draws and their standard deviation. The prefix is held against the draw whose score is the median, for a
+lucky or an unlucky one shall not decide.
 """
 
 import math
@@ -156,14 +157,16 @@ def report(names, sources, references, outputs, score, drawn, choices=None):
     """What --json holds of a direction. drawn: (texts, Score, prompt) of each k-shot draw."""
     few = None
     if drawn:
-        scores, (first, _, _) = [asdict(s) for _, s, _ in drawn], drawn[0]
+        scores = [asdict(s) for _, s, _ in drawn]
+        median = metrics.median_index([s["exact" if choices else "bleu"] for s in scores])
+        found = metrics.paired_bootstrap(outputs, drawn[median][0], references, exact=bool(choices))
         few = {
             "mean": {name: float(np.mean([s[name] for s in scores])) for name in scores[0]},
             "spread": {name: float(np.std([s[name] for s in scores])) for name in scores[0]},
             "draws": scores,
             "prompts": [prompt for _, _, prompt in drawn],
             "outputs": [texts for texts, _, _ in drawn],
-            "difference": metrics.paired_bootstrap(outputs, first, references, exact=bool(choices)),
+            "difference": {"draw": median, **found},
         }
     return {
         "source": names[0],
@@ -202,10 +205,9 @@ def table(report, shots):
 def difference(report):
     """What metrics.paired_bootstrap found, in words."""
     found, score = report["few_shot"]["difference"], SCORES[scores_of(report)[0]]
-    (low, high), p = found["interval"], found["p"]
-    verdict = f"significant at p = {p:.2g}" if p < 0.05 else f"not significant (p = {p:.2g})"
+    (low, high), verdict = found["interval"], metrics.verdict(found["p"], report["sentences"])
     around = f"95 % of {metrics.RESAMPLES:,} resamples: {low:+.2f} to {high:+.2f}"
-    return f"prefix minus the first draw: {found['delta']:+.2f} {score} ({around}), {verdict}"
+    return f"prefix minus the median draw: {found['delta']:+.2f} {score} ({around}), {verdict}"
 
 
 def _line(name, shown, score, spread=None):

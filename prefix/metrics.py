@@ -33,6 +33,7 @@ from nltk.util import everygrams
 
 BLEU_ORDER, CHRF_ORDER, CHRF_BETA = 4, 6, 2
 RESAMPLES = 1000  # of the sentences, for a paired bootstrap
+ENOUGH = 100  # sentences for one that can be trusted
 
 SETTINGS = {
     "BLEU": "case:mixed|eff:no|tok:13a|smooth:exp",
@@ -150,7 +151,7 @@ def paired_bootstrap(hypotheses_a, hypotheses_b, references, n_resamples=RESAMPL
 
     -> {"delta": on the sentences as they are, "interval": (low, high) that holds 95 % of the draws, "p": two-sided}.
     Koehn counts the draws that the seemingly better system does not win; p is twice that share, for we do not know
-    beforehand which it will be. It can be trusted from some hundred sentences on."""
+    beforehand which it will be."""
     statistics, score = bleu_statistics, lambda rows: bleu_from_statistics(rows.sum(axis=0))
     if exact:
         statistics, score = _found, _share
@@ -162,6 +163,18 @@ def paired_bootstrap(hypotheses_a, hypotheses_b, references, n_resamples=RESAMPL
     lost = min((deltas <= 0).sum(), (deltas >= 0).sum())
     p = min(1.0, 2 * (lost + 1) / (n_resamples + 1))  # + 1: the real test set is one more draw, so p is never 0
     return {"delta": delta(slice(None)), "interval": (float(low), float(high)), "p": float(p)}
+
+
+def verdict(p, n_sentences):
+    """What the p of a paired bootstrap says, in words."""
+    if n_sentences < ENOUGH:
+        return "too few sentences to tell"
+    return f"significant at p = {p:.3f}" if p < 0.05 else f"not significant (p = {p:.3f})"
+
+
+def median_index(scores):
+    """Which score is the median; of an even number, the better of the two in the middle."""
+    return sorted(range(len(scores)), key=scores.__getitem__)[len(scores) // 2]
 
 
 def _pairs(hypotheses, references):

@@ -179,13 +179,14 @@ def attention_section(attention):
 
 
 def listed(values):
-    """{name: value} as a list of both."""
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(_spelled(value))}</dd>" for name, value in values.items())
+    """{name: value} as a list of both, without what is None or False."""
+    given = [(name, value) for name, value in values.items() if value is not None and value is not False]
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(_spelled(value))}</dd>" for name, value in given)
     return f"<dl>{items}</dl>"
 
 
 def _spelled(value):
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 # The loss curve

@@ -46,6 +46,11 @@ def resolve(args):
     unused = [] if args.columns else rows.unused_columns(paths, columns)
     if unused:
         command.notice(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
+    if args.init == "zero-effect" and args.position_offset == "prefix":
+        command.notice(
+            f"--position-offset prefix starts text at position {args.prefix_len}, behind nothing, where the base itself "
+            "is worse: --init text stands in those positions"
+        )
     steps = args.steps or STEPS["demo" if demo else "published"]
     settings = Settings(
         steps=steps,

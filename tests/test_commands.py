@@ -107,6 +107,13 @@ def test_training_leaves_a_run_directory_and_says_what_to_do_next(run, place):
     assert (code, out.count("\n")) == (0, 1)
 
 
+@pytest.mark.parametrize("columns", [["fr", "en"], ["en", "de"], ["en", "de", "fr"]], ids="-".join)
+def test_a_french_word_is_to_be_tried_only_where_french_would_be_read(run, place, columns):
+    arguments = ["--model", place / "base", "--data", place / "en-fr-de.csv", "--columns", *columns, *TRAIN]
+    code, _, err = run(train, *arguments, "--out", "my run")
+    assert code == 0 and err.endswith("Try: python evaluate.py --prefix 'my run'\n")
+
+
 def test_the_config_of_a_run_is_the_command_with_its_defaults_filled_in(run, place):
     config = json.loads((place / "run" / "config.json").read_text())
     assert config["model"] == str(place / "base") and config["data"] == [str(place / "en-fr.csv")]
@@ -644,18 +651,20 @@ def test_a_split_without_pairs_is_refused(run, place):
     assert_refused(result, "none of the 3 usable pairs", "test split")
 
 
-@pytest.mark.parametrize("better", [True, False])
-def test_the_table_says_whether_the_difference_is_significant(better):
-    references = [random_text(9) + " and so on" for _ in range(60)]
-    outputs = references if better else [text.upper() for text in references]
+@pytest.mark.parametrize("right", [1, 0.5, 0])
+@pytest.mark.parametrize("n", [100, 99])
+def test_the_table_says_whether_the_prefix_differs_from_the_median_draw(n, right):
+    references = [random_text(9) + " and so on" for _ in range(n)]
+    some = lambda share: [text if i < share * n else text.upper() for i, text in enumerate(references)]
     scored = lambda texts: evaluation.timed(references, lambda: [Translation(text) for text in texts])
-    drawn = [(*scored([text.upper() for text in references]), "")]
-    report = evaluation.report(("fr", "en"), references, references, *scored(outputs), drawn)
-    assert report["few_shot"]["difference"] == metrics.paired_bootstrap(outputs, drawn[0][0], references)
-    table = "\n".join(evaluation.table(report, 3))
-    assert (
-        "significant at p = 0.002" if better else "not significant (p = 1)"
-    ) in table and "95 % of 1,000 resamples" in table
+    drawn = [(*scored(some(share)), "") for share in (0.9, 0.1, 0.5)]
+    report = evaluation.report(("fr", "en"), references, references, *scored(some(right)), drawn)
+    found = metrics.paired_bootstrap(some(right), some(0.5), references)
+    assert report["few_shot"]["difference"] == {"draw": 2, **found}
+    said = evaluation.table(report, 3)[-1]
+    verdict = "not significant (p = 1.000)" if right == 0.5 else "significant at p = 0.002"
+    assert said.endswith("), too few sentences to tell" if n < 100 else f"), {verdict}")
+    assert f"prefix minus the median draw: {found['delta']:+.2f} BLEU (95 % of 1,000 resamples: " in said
 
 
 # All of them

@@ -297,6 +297,14 @@ def test_every_way_to_start_has_a_learning_rate_of_its_own(monkeypatch):
         assert config_of(monkeypatch, "--init", init, "--reparam")["settings"]["lr"] == run.LR["demo"]["reparam"]
 
 
+def test_zero_effect_behind_positions_that_hold_nothing_is_told_to_be_worse(monkeypatch, capsys):
+    zero, behind = ["--init", "zero-effect"], ["--position-offset", "prefix"]
+    for options, told in ((zero, 0), (behind, 0), ([*zero, *behind, "--prefix-len", "7"], 1)):
+        config_of(monkeypatch, *options)
+        err = capsys.readouterr().err
+        assert err.count("text at position 7, behind nothing") == err.count("--init text stands in those") == told
+
+
 def test_a_run_is_done_and_recorded_with_all_of_these_options(monkeypatch, tmp_path, capsys):
     options = ["--init", "zero-effect", "--reparam", "--slot-dropout", "0.1", "--label-smoothing", "0.2"]
     size = ["--steps", "2", "--batch-size", "2", "--limit", "60", "--device", "cpu"]

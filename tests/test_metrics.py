@@ -3,6 +3,7 @@
 import logging
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from prefix.metrics import (
     chrf,
     corpus_bleu,
     mean_sentence_bleu,
+    median_index,
     paired_bootstrap,
     signature,
     tokenize_13a,
+    verdict,
 )
 
 logging.getLogger("sacrebleu").setLevel(logging.ERROR)  # it warns of the odd texts that are the point here
@@ -279,6 +282,50 @@ def test_equally_good_systems_are_called_different_about_once_in_twenty():
         p.append(paired_bootstrap(a, b, references, n_resamples=100, seed=trial)["p"])
     assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.12
     assert np.mean(np.array(p) < 0.5) == pytest.approx(0.5, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    "p, n, words",
+    [
+        (2 / 1001, 100, "significant at p = 0.002"),
+        (0.0441, 100, "significant at p = 0.044"),
+        (0.0519, 1000, "not significant (p = 0.052)"),
+        (1.0, 100, "not significant (p = 1.000)"),
+        (2 / 1001, 99, "too few sentences to tell"),
+        (1.0, 1, "too few sentences to tell"),
+    ],
+)
+def test_of_fewer_than_a_hundred_sentences_there_is_no_verdict(p, n, words):
+    assert verdict(p, n) == words
+
+
+@pytest.mark.parametrize(
+    "scores, median", [([5], 0), ([1, 2], 1), ([2, 1], 0), ([9, 3, 5], 2), ([40, 1, 30, 20], 2), ([7, 7, 7], 1)]
+)
+def test_the_median_is_in_the_middle_or_the_better_of_two(scores, median):
+    assert median_index(scores) == median
+
+
+def test_the_benchmark_holds_the_median_seed_against_the_median_draw_of_each_direction(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    import baselines
+
+    rng = random.Random(5)
+    references = {name: made_up_sentences(rng, 120) for name in ("a -> b", "b -> a")}
+
+    def row(*rates):
+        outputs = {name: with_errors(rng, texts, rate) for (name, texts), rate in zip(references.items(), rates)}
+        scores = {name: {"bleu": corpus_bleu(outputs[name], references[name]), "chrf": 0.0} for name in references}
+        cost = dict.fromkeys(("trained", "kept_bytes", "train_cpu_seconds", "answer_cpu_seconds", "peak_bytes"), 0)
+        return {"directions": scores, "outputs": outputs, "references": references, **cost}
+
+    table = {"prefix": [row(0.1, 0.1), row(0.2, 0.3), row(0.3, 0.2)], "3-shot": [row(0.6, 0.4), row(0.5, 0.5)]}
+    baselines.show(table)
+    shown = capsys.readouterr().out
+    for name, ours, theirs in (("a -> b", 1, 1), ("b -> a", 2, 0)):
+        better, worse = table["prefix"][ours]["directions"][name], table["3-shot"][theirs]["directions"][name]
+        cell = baselines.compared(*table.values(), name)
+        assert cell.startswith(f"{better['bleu'] - worse['bleu']:+.1f} (") and cell in shown
 
 
 def test_a_thousand_resamples_of_a_thousand_sentences_take_about_a_second():

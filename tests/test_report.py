@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import save_random_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,10 @@ from minigpt.splits import split_of
 from prefix import inspect, report
 from prefix.banks import Banks
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+NAMES = ["chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "google-chrome-stable", "chrome"]
+PLAYWRIGHT = Path.home() / ".cache/ms-playwright"
+FETCHED = [path for name in ("chrome", "headless_shell") for path in PLAYWRIGHT.glob(f"*/chrome-linux*/{name}")]
+CHROMIUM = next(filter(None, map(shutil.which, [*NAMES, *FETCHED])), None)
 ATTACK = "<script>document.title='taken'</script><img src=x onerror=alert(1)> & \"q\" 'q'"
 VOID = {"meta"}
 
@@ -40,6 +44,7 @@ def place(tmp_path_factory):
     with open(place / "en-fr.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     record = {"model": str(place / "base"), "data": [str(place / "en-fr.csv")], "columns": ["en", "fr"]}
+    record |= {"init": "random", "settings": {"lr": 0.03, "steps": 7, "seed": 5}}
     banks = Banks.random(model.config, ["en", "fr"], prefix_len=3)
     banks.training_record = record
     banks.save(place / "prefix.safetensors", model)
@@ -114,12 +119,30 @@ def test_the_page_says_what_the_json_file_says(reported):
         for metric in ("bleu", "chrf", "sentence_bleu"):
             assert f"{direction['prefix'][metric]:.2f}" in text
             assert f"{mean[metric]:.2f} ± {spread[metric]:.1f}" in text
-        assert f"prefix minus the first draw: {direction['few_shot']['difference']['delta']:+.2f} BLEU" in text
-        assert "significant" in text
+        assert f"prefix minus the median draw: {direction['few_shot']['difference']['delta']:+.2f} BLEU" in text
+        assert "too few sentences to tell" in text
         for source, reference in zip(direction["sources"], direction["references"]):
             assert re.sub(r"\s+", " ", source) in text and re.sub(r"\s+", " ", reference) in text
     assert result["signatures"]["bleu"] in text and result["signatures"]["chrf"] in text
     assert all(str(value) in text for name, value in result["settings"].items() if name in ("seed", "limit", "model"))
+
+
+def test_the_settings_are_what_was_chosen_and_what_the_prefix_was_made_with(reported, place):
+    html, result = reported("--examples", 0)
+    items = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html.split("<h2>Settings</h2>")[1])
+    settings = {name: unescape(value) for name, value in items}
+    assert not {"None", "False", ""} & set(settings.values()) and result["settings"]["weights"] is None
+    assert settings["trained"] == "init random, prefix_len 3, lr 0.03, steps 7, seed 5, data en-fr.csv"
+    assert settings["base"] == GPT.from_pretrained(place / "base").fingerprint
+    assert (settings["torch"], settings["seed"], settings["columns"]) == (torch.__version__, "0", "en; fr")
+
+
+def test_of_a_prefix_file_that_says_nothing_of_its_training_the_settings_say_its_length(place, tmp_path):
+    banks = Banks.read(place / "prefix.safetensors")
+    for record in ({}, {"settings": "?", "data": []}):
+        banks.training_record = record
+        banks.save(tmp_path / "bare.safetensors", GPT.from_pretrained(place / "base"))
+        assert evaluate.training_of(tmp_path / "bare.safetensors") == "prefix_len 3"
 
 
 def test_an_output_stands_in_the_page_word_for_word_beside_its_reference(reported):
@@ -170,7 +193,7 @@ def test_the_picture_is_of_the_first_sentence_that_has_a_translation(reported, p
 
 def test_without_k_shot_and_without_examples_the_page_is_shorter(reported):
     text = Page(reported("--draws", 0, "--examples", 0)[0]).text
-    assert "shot prompting" not in text and "significant" not in text and "Examples" not in text
+    assert "shot prompting" not in text and "prefix minus" not in text and "Examples" not in text
 
 
 def test_of_choices_the_page_shows_the_accuracy_and_no_score_of_translations(reported):
@@ -178,7 +201,7 @@ def test_of_choices_the_page_shows_the_accuracy_and_no_score_of_translations(rep
     page, (direction,) = Page(html), result["directions"]
     columns = re.findall(r'<th scope="col">(.*?)</th>', html)
     assert columns == ["exact %", "empty", "cut", "seconds"] and direction["choices"] == ["yes", "no"]
-    assert f"prefix minus the first draw: {direction['few_shot']['difference']['delta']:+.2f} exact %" in page.text
+    assert f"prefix minus the median draw: {direction['few_shot']['difference']['delta']:+.2f} exact %" in page.text
     assert "BLEU" not in page.text and "chrF" not in page.text
 
 

@@ -31,7 +31,7 @@ from minigpt import GPT, Tokenizer
 from prefix import command, data, metrics
 from prefix.data import sample_rows
 from prefix.few_shot import draw_examples, few_shot, prompt_text
-from ways import FineTuning, LoRA, Prefix, PromptTuning, nearest_shots, train, validation_loss
+from ways import FineTuning, LoRA, Prefix, PromptTuning, bare_shots, nearest_shots, train, validation_loss
 
 TRAINED = {  # name: (what trains, the middle one of the first three rates)
     "prefix": (Prefix, 1e-1),
@@ -55,6 +55,8 @@ def main():
         table[f"{k}-shot"] = row(args, way="shots", k=k, draws=args.draws if k else 1)["draws"]
     for k in SHOTS[1:]:
         table[f"{k} nearest"] = row(args, way="nearest", k=k, draws=1)["draws"]
+    for k in SHOTS[1:]:
+        table[f"{k} bare"] = row(args, way="bare", k=k, draws=args.draws)["draws"]
     for name in list(table)[: len(TRAINED)]:  # last, so that an interrupted table has a line for each way
         way, lr = name.split(", lr ")
         table[name] += [row(args, way=way, lr=float(lr), steps=args.steps, seed=s) for s in range(1, args.seeds)]
@@ -140,9 +142,11 @@ def measure_shots(args, way, k, tokenizer, corpus, seed):
 
     def translate(texts, source, target):
         s, t = (corpus.columns.index(name) for name in (source, target))
-        if way == "shots":
+        if way in ("shots", "bare"):
             pairs = draw_examples(corpus, s, t, k, seed)
             kept.append(prompt_text(pairs, source, target))
+            if way == "bare":
+                return bare_shots(model, tokenizer, pairs, texts)
             return few_shot(model, tokenizer, pairs, texts, source, target)
         pairs = [(corpus.text(row, s), corpus.text(row, t)) for row in corpus.rows("train")]
         kept[:] = ["\n".join(map("\t".join, pairs))]  # the same pairs serve both directions
@@ -200,9 +204,9 @@ def brief(result):
 
 
 def show(table):
-    """As Markdown: means over seeds or draws, and the prefix against the first of each."""
-    prefix = next(iter(table.values()))[0]
-    directions = list(prefix["directions"])
+    """As Markdown: means over seeds or draws, and the prefix's median seed against the median of each."""
+    prefix = next(iter(table.values()))
+    directions = list(prefix[0]["directions"])
     scores = [f"{metric}, {d}" for d in directions for metric in ("BLEU", "chrF")]
     head = ["", *scores, "trained", "kept on disk", "CPU s, training", "CPU s, answering", "peak MB"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
@@ -214,7 +218,7 @@ def show(table):
         print(f"| {name} | " + " | ".join([*found, *cost]) + " |")
     print(f"\n| prefix − | {' | '.join(directions)} |\n|" + "---|" * (1 + len(directions)))
     for name, rows in list(table.items())[1:]:
-        print(f"| {name} | " + " | ".join(compared(prefix, rows[0], direction) for direction in directions) + " |")
+        print(f"| {name} | " + " | ".join(compared(prefix, rows, direction) for direction in directions) + " |")
 
 
 def mean(values):
@@ -222,12 +226,13 @@ def mean(values):
 
 
 def compared(ours, theirs, direction):
-    """BLEU of ours less that of theirs, and whether 1,000 resamples of the sentences say the same."""
-    texts, other, references = ours["outputs"][direction], theirs["outputs"][direction], ours["references"][direction]
+    """BLEU of our median row less that of theirs, and whether 1,000 resamples of the sentences say the same."""
+    median = lambda rows: rows[metrics.median_index([row["directions"][direction]["bleu"] for row in rows])]
+    texts, other = median(ours)["outputs"][direction], median(theirs)["outputs"][direction]
+    references = ours[0]["references"][direction]
     found = metrics.paired_bootstrap(texts, other, references)
     low, high = found["interval"]
-    verdict = "" if found["p"] < 0.05 else ", not significant"
-    return f"{found['delta']:+.1f} ({low:+.1f} to {high:+.1f}), p = {found['p']:.2g}{verdict}"
+    return f"{found['delta']:+.1f} ({low:+.1f} to {high:+.1f}), {metrics.verdict(found['p'], len(references))}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
     LoRA                  "fr: "             "\\nen:"                        A, B of W + B A (Hu et al. 2022), by peft
     k-shot                "fr: "             "\\nen:", after k such pairs    nothing
     k nearest             the same, the pairs chosen for each sentence       nothing
+    k bare                nothing            a newline, after k such pairs   nothing
 
 A way that trains has parameters() and nll(pack(examples)), and that is all that `train` asks for: each gets the same
 pairs in the same order. All answer through minigpt.generate, greedily.
@@ -256,6 +257,15 @@ def greedy(model, tokenizer, prompts, stop):
     """{number: Prompt} for each sentence -> a list of Translation."""
     results = [Translation() for _ in prompts]
     return answered(results, prompts, lambda prompts: generate(model, prompts, stop), tokenizer)
+
+
+def bare_shots(model, tokenizer, pairs, texts):
+    """Each text behind the same k `pairs` (source, target) without the languages' names: "source\\ntarget\\n\\n" each."""
+    front, prompts = "".join(f"{clean(a)}\n{clean(b)}\n\n" for a, b in pairs), {}
+    for i, text in enumerate(texts):
+        asked = clean(text) + "\n"
+        prompts[i] = fitted(model, tokenizer.encode(front + asked), len(tokenizer.encode(asked)))
+    return greedy(model, tokenizer, prompts, stop_ids(tokenizer))
 
 
 class Nearest:
