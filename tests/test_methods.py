@@ -37,9 +37,10 @@ from prefix.reparam import INNER, Reparametrised
 from prefix.trainer import Settings, Trainer
 from prefix.translation import pack
 
-# What --init zero-effect may change of the demo on sentences that it has not seen, in nats: the loss, the mean
-# divergence of a token's distribution, and the log-probability that moves most of all 4,096 of all tokens. (Measured:
-# 4e-5, 2e-5 and 1.1; the last is of a word next to which the queries that the keys were fitted to had none like it.)
+# What --init zero-effect may change of the demo on sentences that it has not seen: the share of the base's loss and, in
+# nats, the mean divergence of a token's distribution, and the log-probability that moves most of all 4,096 of all tokens.
+# (Measured: 2e-5, 3e-5 and 1.2; the last is of a word next to which the queries that the keys were fitted to had none
+# like it.)
 LOSS, MEAN_KL, WORST_LOG_P = 1e-3, 1e-4, 2.0
 
 
@@ -71,7 +72,7 @@ def assert_nearly_the_base(model, batch, slots, offset=0):
     )  # (N, vocab_size)
     kl = (base.exp() * (base - ours)).sum(-1)
     loss, loss_of_base = (-x[batch.at].gather(1, batch.targets[:, None]).mean() for x in (ours, base))
-    assert abs(loss - loss_of_base) < LOSS
+    assert abs(loss - loss_of_base) < LOSS * loss_of_base
     assert kl.mean() < MEAN_KL
     assert (ours - base).abs().max() < WORST_LOG_P
     assert (ours.argmax(-1) == base.argmax(-1)).float().mean() > 0.999
