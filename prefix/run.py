@@ -24,8 +24,12 @@ from prefix.translation import pack, separator
 # The demo's learning rates come from a sweep (tests/benchmarks/RESULTS.md); those of published models are not measured.
 STEPS = {"demo": 300, "published": 2048}
 LR = {
-    "demo": {"text": 0.1, "random": 0.1, "zero-effect": 0.1, "reparam": 0.003},
-    "published": {"text": 0.01, "random": 0.03, "zero-effect": 0.03, "reparam": 0.001},
+    "demo": {"text": 0.1, "random": 0.1, "zero-effect": 0.1},
+    "published": {"text": 0.01, "random": 0.03, "zero-effect": 0.03},
+}
+REPARAM_LR = {
+    "demo": {"text": 0.001, "random": 0.003, "zero-effect": 0.001},
+    "published": {"text": 0.001, "random": 0.001, "zero-effect": 0.001},
 }
 INITS = ("text", "random", "zero-effect")
 QUERIES = 8192  # tokens that --init zero-effect reads
@@ -54,7 +58,7 @@ def resolve(args):
     steps = args.steps or STEPS["demo" if demo else "published"]
     settings = Settings(
         steps=steps,
-        lr=args.lr or LR["demo" if demo else "published"]["reparam" if args.reparam else args.init],
+        lr=args.lr or (REPARAM_LR if args.reparam else LR)["demo" if demo else "published"][args.init],
         batch_size=args.batch_size,
         warmup=steps // 20 if args.warmup is None else args.warmup,
         eval_every=max(1, steps // 6) if args.eval_every is None else args.eval_every,

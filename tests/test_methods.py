@@ -295,7 +295,7 @@ def config_of(monkeypatch, *options):
 def test_every_way_to_start_has_a_learning_rate_of_its_own(monkeypatch):
     for init in ("text", "random", "zero-effect"):
         assert config_of(monkeypatch, "--init", init)["settings"]["lr"] == run.LR["demo"][init]
-        assert config_of(monkeypatch, "--init", init, "--reparam")["settings"]["lr"] == run.LR["demo"]["reparam"]
+        assert config_of(monkeypatch, "--init", init, "--reparam")["settings"]["lr"] == run.REPARAM_LR["demo"][init]
 
 
 def test_zero_effect_behind_positions_that_hold_nothing_is_told_to_be_worse(monkeypatch, capsys):

@@ -1,9 +1,10 @@
 """How the demo checkpoint was made: a small bilingual GPT-2, pretrained from nothing on sentences as text.
 
     python -m minigpt.demo.pretrain --data tatoeba.en-fr.tsv --minutes 92
-    python -m minigpt.demo.pretrain --data tatoeba.en-fr.tsv --minutes 8 --go-on --peak 3.75e-4 --extra prefix/demo/en-fr.csv
-    python -m minigpt.demo.pretrain --data tatoeba.en-fr.tsv --minutes 55 --go-on --peak 1e-3 --extra prefix/demo/en-fr.csv \\
-                                    --skills 0.6
+    python -m minigpt.demo.pretrain --data tatoeba.en-fr.tsv --extra prefix/demo/en-fr.csv \\
+                                    --go-on --minutes 8 --peak 3.75e-4
+    python -m minigpt.demo.pretrain --data tatoeba.en-fr.tsv --extra prefix/demo/en-fr.csv \\
+                                    --go-on --minutes 55 --peak 1e-3 --skills 0.6
 
 The text is runs of sentences in one language, and inputs with their outputs, one or several in a document: in the first
 two stages the output is always the translation, in many layouts, in both directions, with no word that says which. In
@@ -90,7 +91,9 @@ def main():
     start, step, tokens, losses = time.monotonic(), 0, 0, []
     next_save = args.save_every
     while (minutes := (time.monotonic() - start) / 60) < args.minutes:
-        for ids, targets in batches(documents(pairs["train"], extra, args.skills, rng, 6000), tokenizer, rng):
+        for ids, targets in batches(
+            documents(pairs["train"], extra, args.skills, rng, 6000, args.copying), tokenizer, rng
+        ):
             progress = (time.monotonic() - start) / 60 / args.minutes
             for group in optimizer.param_groups:
                 group["lr"] = args.peak * schedule(progress)
@@ -118,6 +121,7 @@ def parse_arguments():
     parser.add_argument("--extra", help="another such file, of which every sixth document is made")
     parser.add_argument("--go-on", action="store_true", help="from the checkpoint in --out")
     parser.add_argument("--skills", type=float, default=0, help="share of the examples that are not translations")
+    parser.add_argument("--copying", action="store_true", help="the only skill is to tell facts full of invented names")
     parser.add_argument("--peak", type=float, default=1.5e-3, help="the learning rate after warm-up")
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--save-every", type=float, default=10, metavar="MINUTES")
@@ -159,9 +163,9 @@ def build_vocabulary(pairs, directory):
     return Tokenizer.from_files(Path(directory) / "vocab.json", Path(directory) / "merges.txt")
 
 
-def documents(pairs, extra, skills, rng, n):
+def documents(pairs, extra, skills, rng, n, copying=False):
     """n documents: a run of one language, or inputs with their outputs, all of one skill and in one layout. A share
-    `skills` of the latter is no translation."""
+    `skills` of the latter is no translation; with `copying`, all of it is to tell facts full of invented names."""
     everything = pairs
     words = sorted({word for pair in rng.choices(pairs, k=2000) for word in pair[0].split() if word.isalpha()})
     for _ in range(n):
@@ -176,7 +180,7 @@ def documents(pairs, extra, skills, rng, n):
         if rng.random() < 0.5:
             chosen = [(b, a) for a, b in chosen]
         if rng.random() < skills:
-            skill = rng.choices(list(SKILLS), SKILLS.values())[0]
+            skill = told_of_names if copying else rng.choices(list(SKILLS), SKILLS.values())[0]
             chosen = skill([pair[0] for pair in chosen], words, rng)
         yield examples_as_text(chosen, rng)
 
@@ -201,7 +205,7 @@ def last_word(sentences, words, rng):
     return [(sentence, sentence.split()[-1]) for sentence in sentences]
 
 
-def told(sentences, words, rng):
+def told(sentences, words, rng, names=(0, 0, 1, 1, 1)):
     """Facts, and a text that has them: the values are pieces of one to three sentences, and often one of them is a
     name that nobody has heard, so that it can only be copied. The keys mean nothing, but mean it for all examples."""
     equals, joint, end = rng.choice(TABLES)
@@ -210,7 +214,7 @@ def told(sentences, words, rng):
     while sentences:
         n = rng.choice([1, 1, 2, 3])
         text, sentences = " ".join(sentences[:n]).split(), sentences[n:]
-        if rng.random() < 0.6:
+        for _ in range(rng.choice(names)):
             text[rng.randrange(len(text))] = invented_name(words, rng)
         cuts = sorted(rng.sample(range(len(text) + 1), min(len(text) + 1, 2 * rng.randint(1, 6))))
         values = [" ".join(text[i:j]).strip(" .,!?") for i, j in zip(cuts[::2], cuts[1::2])]
@@ -219,6 +223,10 @@ def told(sentences, words, rng):
             rng.shuffle(facts)
         examples.append((joint.join(facts) + end, " ".join(text)))
     return examples
+
+
+def told_of_names(sentences, words, rng):
+    return told(sentences, words, rng, names=(1, 2, 3, 4))
 
 
 def listed(sentences, words, rng):
