@@ -7,7 +7,7 @@ by validation loss: three rates of 1, 3, 10, 30 ..., and the next one for as lon
 Shots come from the same training pairs. Scores are those of test sentences whose two sides are both new.
 
     python tests/benchmarks/baselines.py                                       the sample corpus: some 100 sentences
-    python tests/benchmarks/baselines.py --data short.tsv --limit 10600 --results rows.jsonl
+    python tests/benchmarks/baselines.py --data short-tatoeba.en-fr.csv --limit 10600 --results rows.jsonl
 
 Each row runs in a process of its own. Seconds are those of the CPU, in all threads. Memory is the process's peak in
 training (without training: in answering) above what it held before the model. --results keeps each row as it comes, and
@@ -31,7 +31,7 @@ from minigpt import GPT, Tokenizer
 from prefix import command, data, metrics
 from prefix.data import sample_rows
 from prefix.few_shot import draw_examples, few_shot, prompt_text
-from ways import FineTuning, LoRA, Prefix, PromptTuning, bare_shots, nearest_shots, train, validation_loss
+from ways import FineTuning, LoRA, Prefix, PromptTuning, bare_shots, bare_text, nearest_shots, train, validation_loss
 
 TRAINED = {  # name: (what trains, the middle one of the first three rates)
     "prefix": (Prefix, 1e-1),
@@ -55,8 +55,8 @@ def main():
         table[f"{k}-shot"] = row(args, way="shots", k=k, draws=args.draws if k else 1)["draws"]
     for k in SHOTS[1:]:
         table[f"{k} nearest"] = row(args, way="nearest", k=k, draws=1)["draws"]
-    for k in SHOTS[1:]:
-        table[f"{k} bare"] = row(args, way="bare", k=k, draws=args.draws)["draws"]
+    for k in SHOTS:
+        table[f"{k} bare"] = row(args, way="bare", k=k, draws=args.draws if k else 1)["draws"]
     for name in list(table)[: len(TRAINED)]:  # last, so that an interrupted table has a line for each way
         way, lr = name.split(", lr ")
         table[name] += [row(args, way=way, lr=float(lr), steps=args.steps, seed=s) for s in range(1, args.seeds)]
@@ -144,9 +144,10 @@ def measure_shots(args, way, k, tokenizer, corpus, seed):
         s, t = (corpus.columns.index(name) for name in (source, target))
         if way in ("shots", "bare"):
             pairs = draw_examples(corpus, s, t, k, seed)
-            kept.append(prompt_text(pairs, source, target))
             if way == "bare":
+                kept.append(bare_text(pairs))
                 return bare_shots(model, tokenizer, pairs, texts)
+            kept.append(prompt_text(pairs, source, target))
             return few_shot(model, tokenizer, pairs, texts, source, target)
         pairs = [(corpus.text(row, s), corpus.text(row, t)) for row in corpus.rows("train")]
         kept[:] = ["\n".join(map("\t".join, pairs))]  # the same pairs serve both directions

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, which 
 from common import best_rate, circumstances
 
 from minigpt import GPT, Tokenizer
+from minigpt.files import replacing
 from minigpt.splits import split_of
 from prefix import command, data, metrics, run
 from prefix.banks import Banks
@@ -85,7 +86,8 @@ class Bench:
         way: "slots" or "fine-tuning"; lr, init and so on as options of train.py; pairs: how many to learn from; plain:
         the network as Li and Liang have it, without a start."""
         a = self.args
-        common = dict(model=a.model, steps=a.steps, batch_size=a.batch_size, dtype=a.dtype, sentences=a.sentences)
+        common = dict(model=self.model.fingerprint, data=a.data, train_data=a.train_data, dtype=a.dtype)
+        common |= dict(steps=a.steps, batch_size=a.batch_size, sentences=a.sentences)
         default = dict(way="slots", init="text", reparam=False, plain=False, prefix_len=10, pairs=None, seed=0)
         spec = default | dict(slot_dropout=0.0, label_smoothing=0.0) | spec | common
         key = json.dumps(spec)
@@ -163,8 +165,8 @@ def new_pairs(path, folder):
         pairs = [pair for _, pair in read_rows([path], ("en", "fr"), Skipped())]
         trained = {fr for en, fr in pairs if split_of(en) == "train"}
         pairs = [pair for pair in pairs if max(map(len, pair)) < LONGEST]
-        with open(new, "w", newline="", encoding="utf-8") as file:
-            kept = [(en, fr) for en, fr in pairs if split_of(en) == "train" or fr not in trained]
+        kept = [(en, fr) for en, fr in pairs if split_of(en) == "train" or fr not in trained]
+        with replacing(new) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("en", "fr"), *kept])
     return str(new)
 

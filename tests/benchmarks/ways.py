@@ -260,12 +260,16 @@ def greedy(model, tokenizer, prompts, stop):
 
 
 def bare_shots(model, tokenizer, pairs, texts):
-    """Each text behind the same k `pairs` (source, target) without the languages' names: "source\\ntarget\\n\\n" each."""
-    front, prompts = "".join(f"{clean(a)}\n{clean(b)}\n\n" for a, b in pairs), {}
+    """Each text behind the same k `pairs` (source, target), without the languages' names."""
+    prompts = {}
     for i, text in enumerate(texts):
         asked = clean(text) + "\n"
-        prompts[i] = fitted(model, tokenizer.encode(front + asked), len(tokenizer.encode(asked)))
+        prompts[i] = fitted(model, tokenizer.encode(bare_text(pairs) + asked), len(tokenizer.encode(asked)))
     return greedy(model, tokenizer, prompts, stop_ids(tokenizer))
+
+
+def bare_text(pairs):
+    return "".join(f"{clean(source)}\n{clean(target)}\n\n" for source, target in pairs)
 
 
 class Nearest:
