@@ -3,12 +3,23 @@
 import numpy as np
 import pytest
 import torch
-from benchmarks.ways import FineTuning, LoRA, Nearest, Prefix, PromptTuning, nearest_shots, opening, train, trigrams
+from benchmarks.ways import (
+    FineTuning,
+    LoRA,
+    Nearest,
+    Prefix,
+    PromptTuning,
+    bare_shots,
+    nearest_shots,
+    opening,
+    train,
+    trigrams,
+)
 
 from minigpt import GPT, Tokenizer
 from minigpt.generate import Prompt, generate
 from prefix import data
-from prefix.few_shot import few_shot, prompt_text
+from prefix.few_shot import few_shot, prompt_text, stop_ids
 from prefix.rows import clean
 
 TEXTS = ["Le chat dort.", "Le chien dort.", "Il pleut à Paris.", "Où est la gare ?", "Il pleut.", "LE CHAT dort."]
@@ -117,3 +128,12 @@ def test_the_shots_least_alike_make_room_where_the_context_is_full(model, tokeni
     pairs = [("Le chat dort. " * n, "The cat sleeps. " * n) for n in (1, 5, 20)]
     found, fewer = nearest_shots(model, tokenizer, pairs, ["Le chat dort."], "fr", "en", k=3)
     assert fewer == 1 and found[0].text and len(tokenizer.encode(prompt_text(pairs, "fr", "en"))) > 256
+
+
+def test_a_bare_prompt_has_each_pair_on_two_lines_and_names_no_language(model, tokenizer):
+    pairs = [("Il pleut.", "It's raining."), ("Où est-il ?", "Where is he?")]
+    asked = len(tokenizer.encode("Le chien dort.\n"))
+    ids = tokenizer.encode("Il pleut.\nIt's raining.\n\nOù est-il ?\nWhere is he?\n\nLe chien dort.\n")
+    [answer] = generate(model, [Prompt(ids, 2 * asked + 16)], stop_ids(tokenizer))
+    [found] = bare_shots(model, tokenizer, pairs, ["Le chien dort."])
+    assert found.text == clean(tokenizer.decode(answer.ids)) and found.text
