@@ -543,12 +543,12 @@ LONG = dict(steps=12, save_every=5, eval_every=3, batch_size=7)  # no multiple o
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(trainer, number):
-    start = slots_of(trainer())
+    start, handler = slots_of(trainer()), signal.getsignal(number)
     whole, stopped = trainer("whole", start, **LONG), trainer("stopped", start, **LONG)
     assert whole.run()
     stop_after(stopped, int(torch.randint(1, 11, ())), number)
     assert not stopped.run() and stopped.step < 12
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is handler
     resumed = trainer("stopped", **LONG)  # other slots, until it resumes
     resumed.resume()
     assert resumed.step == stopped.step and same(slots_of(resumed), slots_of(stopped))
