@@ -47,6 +47,7 @@ def main():
     args = parse_arguments()
     if args.row:
         return measure_row(measure, args)
+    args.base = GPT.from_pretrained(args.model).fingerprint  # "demo" may come to be another
     table = {}
     for way, (_, middle) in TRAINED.items():
         lr = best_rate(middle, lambda lr: row(args, way=way, sweep=lr, steps=args.sweep_steps)["validation_loss"])
@@ -88,7 +89,7 @@ def parse_arguments():
 
 def row(args, **what):
     """The result of a row: from --results where it is there, else measured now."""
-    given = {name: str(getattr(args, name)) for name in ("model", "data", "limit", "batch_size", "sentences")}
+    given = {name: str(getattr(args, name)) for name in ("model", "base", "data", "limit", "batch_size", "sentences")}
     for line in args.results.read_text().splitlines() if args.results and args.results.exists() else []:
         kept = json.loads(line)
         if kept["what"] == what and kept["given"] == given:

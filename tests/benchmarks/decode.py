@@ -285,7 +285,18 @@ def with_peft(model, args):
     both = torch.stack([slots.key, slots.value], dim=1)  # (n_layer, 2, n_head, S, head_dim)
     with torch.no_grad():
         peft.prompt_encoder["default"].embedding.weight.copy_(both.permute(3, 0, 1, 2, 4).reshape(n, -1))
+    check_prefix_counts(peft)
     return peft.to(args.device)
+
+
+def check_prefix_counts(peft):
+    """peft 0.21.2's generate ignores the prefix under transformers 5.24.0 (not under 5.23.0): measure no such thing."""
+    ids = torch.arange(8)[None]
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    options |= {"attention_mask": torch.ones_like(ids), "return_dict_in_generate": True}
+    written = peft.generate(input_ids=ids, **options).logits[0]
+    if not torch.allclose(written, peft(input_ids=ids).logits[:, -1], atol=1e-2):
+        raise RuntimeError("peft's generate ignores the prefix with these versions: take transformers 5.23.0")
 
 
 def file_dtype(args):
