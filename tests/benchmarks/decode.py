@@ -30,14 +30,26 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from common import circumstances, clock, fresh, make_checkpoint, measure_row, multiplies_bf16, run_rows, timings
+from common import (
+    circumstances,
+    clock,
+    fresh,
+    make_checkpoint,
+    measure_row,
+    multiplies_bf16,
+    run_rows,
+    timings,
+)
+
 from minigpt import GPT, Tokenizer, checkpoint
 from minigpt.config import PUBLISHED
 from minigpt.generate import Prompt, generate
-from minigpt.weights import pack, quantize
-from prefix import Banks, command, data
-from prefix.few_shot import draw_examples, few_shot, prompt_text, stop_ids
-from prefix.rows import read_rows, Skipped
+from minigpt.quantize import pack, quantize
+from prefix import Banks
+from prefix.data import corpus as data
+from prefix.data.rows import Skipped, read_rows
+from prefix.evaluation.few_shot import draw_examples, few_shot, prompt_text, stop_ids
+from prefix.run import DEMO_CORPUS, DEMO_PREFIX
 from prefix.translation import separator, translate
 
 REAL_DATA, REAL_VOCABULARY = ROOT.parent / "shared/data/en-fr.csv", ROOT.parent / "shared/data/gpt2_tokenizer"
@@ -71,8 +83,8 @@ def parse_arguments():
         "--shape", choices=[*PUBLISHED], default="gpt2", help="of --what batches; its weights are random"
     )
     parser.add_argument("--model", default="demo", help="of --what file (the demo checkpoint)")
-    parser.add_argument("--prefix", default=str(command.DEMO_PREFIX), help="of --what file (the demo prefix)")
-    parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else command.DEMO_CORPUS)
+    parser.add_argument("--prefix", default=str(DEMO_PREFIX), help="of --what file (the demo prefix)")
+    parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else DEMO_CORPUS)
     parser.add_argument("--sentences", type=int, default=1000, help="of --what file (1000)")
     parser.add_argument("--new", type=int, default=48, help="tokens that each sentence gets (48)")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)

@@ -11,11 +11,11 @@ and shared by the whole batch; each sentence costs only its own two lines.
 
 import numpy as np
 
-from minigpt.choose import choose, room_for
 from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
+from minigpt.scoring import choose, room_for
 from prefix.banks import Banks
-from prefix.rows import clean
+from prefix.data.rows import clean
 from prefix.translation import Translation, answered
 
 
