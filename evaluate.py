@@ -14,7 +14,6 @@ import torch
 from minigpt import UserError
 from minigpt.files import replacing
 from prefix import cli, distributed, run
-from prefix.banks import read_metadata
 from prefix.cli import int_at_least
 from prefix.data import corpus as data
 from prefix.data import rows
@@ -24,6 +23,7 @@ from prefix.evaluation import compare as evaluation
 from prefix.evaluation import metrics
 from prefix.evaluation.attention_maps import look_at
 from prefix.evaluation.report import write_page
+from prefix.prefix_file import read_header
 
 
 def parse_arguments():
@@ -88,7 +88,7 @@ def main():
     args = parse_arguments()
     distributed.start()
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
-    trained_on, wanted = read_metadata(prefixes[0])["training"], directions(args, banks)
+    trained_on, wanted = read_header(prefixes[0])["training"], directions(args, banks)
     files = run.data_paths(args.data or cli.data_of(prefixes))
     paths, columns = rows.columns_for(files, banks.names, args.columns)
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
@@ -152,13 +152,13 @@ def settings_of(args, prefixes, model):
     """What an evaluation is to be repeated with: the options, the machine's, and how each prefix file came to be."""
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "report")}
     settings |= {"prefix": [str(path) for path in prefixes], "trained": list(map(training_of, prefixes))}
-    settings |= {"base": read_metadata(prefixes[0])["base"]["fingerprint"], "torch": torch.__version__}
+    settings |= {"base": read_header(prefixes[0])["base"]["fingerprint"], "torch": torch.__version__}
     return settings | {"device": str(model.device), "dtype": str(model.dtype)}
 
 
 def training_of(path):
     """What a prefix file says of its training, in a line. It may say nothing: an imported one does not."""
-    metadata = read_metadata(path)
+    metadata = read_header(path)
     record = metadata["training"]
     settings = record.get("settings")
     said = {**record, **(settings if isinstance(settings, dict) else {}), "prefix_len": metadata["prefix_len"]}
