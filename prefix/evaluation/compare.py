@@ -16,7 +16,7 @@ from prefix.data.corpus import sample_rows
 from prefix.data.splits import SPLITS, TEST, VALIDATION
 from prefix.evaluation import metrics
 from prefix.evaluation.few_shot import draw_examples, few_shot, prompt_text
-from prefix.translation import translate
+from prefix.translation import Decoding, translate
 
 MAX_CHOICES = 1000  # texts of a column among which an answer can be chosen
 REFERENCES_SHOWN = 3  # of a sentence that has more
@@ -98,7 +98,7 @@ def one_direction(model, tokenizer, banks, names, sources, references, prompts, 
     for pairs in prompts:
         answer = lambda: few_shot(model, tokenizer, pairs, sources, *names, **options)
         drawn.append((*timed(references, answer), prompt_text(pairs, *names)))
-    answer = lambda: translate(model, tokenizer, banks, sources, *names, beams=beams, **options)
+    answer = lambda: translate(model, tokenizer, banks, sources, *names, Decoding(beams=beams, **options))
     outputs, score = timed(references, answer)
     return report(names, sources, references, outputs, score, drawn, choices)
 

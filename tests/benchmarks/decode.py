@@ -51,7 +51,7 @@ from prefix.data.rows import Skipped, read_rows
 from prefix.evaluation.few_shot import draw_examples, few_shot, prompt_text, stop_ids
 from prefix.init import random_banks
 from prefix.run import DEMO_CORPUS, DEMO_PREFIX
-from prefix.translation import separator, translate
+from prefix.translation import Decoding, separator, translate
 
 REAL_DATA, REAL_VOCABULARY = ROOT.parent / "shared/data/en-fr.csv", ROOT.parent / "shared/data/gpt2_tokenizer"
 BATCHES = (1, 8, 32, 128)
@@ -247,7 +247,7 @@ def our_file(args, way):
         run = lambda texts: few_shot(model, tokenizer, pairs, texts, "fr", "en")
     else:
         beams = 5 if way == "5 beams" else 1
-        run = lambda texts: translate(model, tokenizer, banks, texts, "fr", "en", beams=beams)
+        run = lambda texts: translate(model, tokenizer, banks, texts, "fr", "en", Decoding(beams=beams))
     run(sources[:2])
     found, seconds = clock(lambda: run(sources), args.device)
     return {"seconds": seconds, "tokens": sum(len(tokenizer.encode(result.text)) for result in found)}

@@ -22,6 +22,7 @@ from prefix.data.splits import split_of
 from prefix.evaluation import compare as evaluation
 from prefix.evaluation import metrics
 from prefix.init import random_banks
+from prefix.translation import Decoding
 from prefix.translation import translate as translate_texts
 
 CONFIG = GPTConfig(vocab_size=61, n_positions=48, n_embd=24, n_layer=2, n_head=3)
@@ -303,7 +304,7 @@ def test_a_text_without_room_for_the_longest_choice_is_a_fault(place):
     text = "x"
     while len(tokenizer.encode(text)) + 1 + longest < 100:
         text += " x"
-    fits, does_not = translate_texts(model, tokenizer, banks, [text, text + " x"], "a", "b", choices=choices)
+    fits, does_not = translate_texts(model, tokenizer, banks, [text, text + " x"], "a", "b", Decoding(choices=choices))
     assert fits.text in choices and not fits.fault
     assert does_not.text == "" and "no room to answer" in does_not.fault
 
