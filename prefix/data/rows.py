@@ -20,6 +20,7 @@ from prefix.data.tables import MAX_FIELD, Skipped
 
 FIRST_LINES = 1000  # of JSON: among them a column must turn up
 MOST_KEYS = 100  # of JSON objects, besides those that were asked for
+MISSING = {"nan", "na", "n/a", "null", "none"}
 SAME = 3  # rows from which on one value for all is a constant
 
 # ISO 639 codes, and names in English and their own; without those that mostly mean another thing: id, mt, cat, may.
@@ -68,10 +69,12 @@ def resolve_columns(paths, columns=None):
             raise UserError(f"{where}: {len(paths)} text files, but {len(columns)} columns: name one for each file")
     elif not columns:
         columns = _default_columns(where, there)
-    elif not _named_by(there, columns):
+    elif not _names_row(there, columns):
         _require(where, columns, there.names)
-    elif len(columns) > len(there.names):
-        raise UserError(f"{where}: {len(columns)} columns are named, but line 1 has {len(there.names)}")
+    elif len(columns) > len(_places(there, columns)):
+        raise UserError(
+            f"{where}: {len(columns)} columns are named, but line 1 has fewer texts: {_listed(there.names)}"
+        )
     if not 2 <= len(columns) <= MAX_BANKS:
         raise UserError(f"{where}: 2 to {MAX_BANKS} columns are needed, not {len(columns)}: {_listed(columns)}")
     for name in columns:
@@ -94,7 +97,7 @@ def columns_for(paths, names, columns=None, header=None):
         _require(where, columns or [], found)
         pairs = sorted(zip(found, paths), key=lambda pair: names.index(pair[0]))
         return [path for _, path in pairs], [name for name, _ in pairs]
-    if _named_by(there, names):
+    if _names_row(there, names):
         return paths, list(resolve_columns(paths, header or columns))
     found = [name for name in names if name in there.names]
     _require(where, columns or (names if len(found) < 2 else found), there.names)
@@ -156,12 +159,10 @@ def _default_columns(where, there):
     if len(columns) > 2:
         columns = [name for name in columns if is_language(name) and name not in faults][:2]
         if len(columns) < 2:
-            raise UserError(
-                f"{where}: which columns? Name two or more with --columns; there are {_listed(there.names)}"
-            )
+            raise UserError(f"{where}: which columns? Name two or more by --columns; there are {_listed(there.names)}")
     elif faults:
-        name, fault = next(iter(faults.items()))
-        raise UserError(f"{where}: the column {name!r} {fault}: if it is meant, set --columns {' '.join(columns)}")
+        told = " and ".join(f"{name!r} {fault}" for name, fault in faults.items())
+        raise UserError(f"{where}: the column {told}: name the columns to read by --columns, it too if it is meant")
     _require(where, columns, there.names)
     return list(columns)
 
@@ -174,31 +175,45 @@ def is_language(name):
 
 def _no_text(name, sample):
     """Why a column is not one of texts, going by its first ones; None if it may be one."""
-    is_id = name.casefold().endswith("id")
-    if sample and not any(sample):
+    found = [text for text in sample if text.casefold() not in MISSING]
+    if not found:
+        return None
+    if not any(found):
         return "holds lists or objects"
-    if sample and not any(c.isalpha() for text in sample for c in text):
-        return f"holds only numbers ({sample[0]} ...)"
-    if sample and all(" " not in text and (is_id or any(map(str.isdigit, text))) for text in sample):
-        return f"holds only numbers or ids ({sample[0]} ...)"
-    if len(sample) >= SAME and len(set(sample)) == 1:
-        return f"is always {sample[0]!r:.80}"
+    if not any(c.isalpha() for text in found for c in text):
+        return f"holds only numbers ({found[0]} ...)"
+    is_id = name.casefold().endswith("id")
+    if not any(" " in text for text in found) and all(is_id or re.search(r"\d|://", text) for text in found):
+        return f"holds only numbers, ids or addresses ({found[0]:.80} ...)"
+    if len(found) >= SAME and len(set(found)) == 1:
+        return f"is always {found[0]!r:.80}"
 
 
 def _is_row(names, samples):
     """Are the names in line 1 texts like those below? They are if one is a sentence or stands below again, or if all
-    columns are mostly of single words, so that the names, no languages, may be just more of them."""
+    columns are mostly of single words, so that the names may be more of them; never if two are languages."""
+    if sum(map(is_language, names)) > 1:
+        return False
     if any(len(name.split()) > 3 or SENTENCE.search(name) for name in names):
         return True
     if any(name and name in sample for name, sample in zip(names, samples)):
         return True
-    words = [sum(" " not in text for text in sample) > len(sample) / 2 for sample in samples]
-    return all(words) and not any(map(is_language, names))
+    return all(sum(" " not in text for text in sample) > len(sample) / 2 for sample in samples)
 
 
-def _named_by(there, columns):
+def _names_row(there, columns):
     """Are these the names of the columns of a table that has no header?"""
     return not there.has_header and not set(columns) & set(there.names)
+
+
+def _places(there, columns):
+    """Where in a row of a table the columns stand. Of one without a header they name all, or the first of texts."""
+    if not _names_row(there, columns):
+        return [there.names.index(name) for name in columns]
+    places = range(len(there.names))
+    if len(columns) < len(places):
+        places = [i for i in places if not _no_text("", there.samples[i])]
+    return places[: len(columns)]
 
 
 def _require(where, columns, there):
@@ -247,13 +262,14 @@ def _fault(texts):
 
 def _table_rows(path, columns, there, skipped):
     """Yield (line number, fields in the order of `columns`)."""
-    rows, picks = tables.records(tables.lines_of(path), there.layout, skipped), range(len(columns))
-    if not _named_by(there, columns):
-        next(rows)  # the header
-        picks = [there.names.index(name) for name in columns]
+    rows, places = tables.records(tables.lines_of(path), there.layout, skipped), _places(there, columns)
+    if _names_row(there, columns):
+        skipped.notes.append(f"{path} is read as a table without a header: line 1 is a row, {_listed(there.names)}")
+    else:
+        next(rows)
     for line, fields in rows:
         if len(fields) == len(there.names):
-            yield line, [fields[i] for i in picks]
+            yield line, [fields[i] for i in places]
         else:
             skipped.add("wrong number of fields", line)
 

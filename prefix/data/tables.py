@@ -38,6 +38,7 @@ OTHER_KINDS = {  # how they begin
     rb"version https://git-lfs": "a git LFS pointer in place of the file: fetch it with `git lfs pull`",
     rb"\xff\xfe|\xfe\xff|[^\0\n]\0[^\0\n]\0|\0[^\0\n]\0[^\0\n]": "UTF-16 text: make it UTF-8 with "
     "`iconv -f UTF-16 -t UTF-8`",
+    rb"[^\n]+\r[^\n]+\r[^\n]+\Z": "text with the line ends of old Macs: turn them by `tr '\\r' '\\n'`",
     rb"\x80[\x02-\x05]|\x93NUMPY": "a pickle or a NumPy array, which are not read: save it as CSV or JSON lines",
 }
 
@@ -46,15 +47,17 @@ class Skipped:
     """Counts the rows that cannot be used: how many for each reason, and the line of the first."""
 
     def __init__(self):
-        self.counts = {}  # reason: [rows, first line]
+        self.counts, self.notes = {}, []  # reason: [rows, first line]; what else there is to tell
 
     def add(self, reason, line):
         self.counts.setdefault(reason, [0, line])[0] += 1
 
     def report(self):
-        """One line for each reason."""
+        """The notes, and one line for each reason."""
         found = self.counts.items()
-        return [f"{n:,} row{'s' * (n != 1)} skipped: {reason} (first at line {line})" for reason, (n, line) in found]
+        return self.notes + [
+            f"{n:,} row{'s' * (n != 1)} skipped: {reason} (first at line {line})" for reason, (n, line) in found
+        ]
 
 
 class Dialect(NamedTuple):
@@ -84,7 +87,7 @@ def layout_of(paths):
             return JSON_LINES, lines
         if suffixes[0] in known or "\t" in first:
             return _dialect(lines, own="," if suffixes[0] == ".csv" else "\t"), lines
-    raise UserError(f"{where}: expected one {', '.join(known)} file, or two or more text files, one per column")
+    raise UserError(f"{where}: expected one table, named {', '.join(known)}, or two or more text files, one per column")
 
 
 def _dialect(lines, own):
@@ -133,7 +136,9 @@ def _quoted(lines, delimiter, skipped):
     lines, again, taken = iter(lines), deque(), []
     while True:
         try:
-            for fields in csv.reader(_take(lines, again, taken), delimiter=delimiter, strict=True):
+            for fields in csv.reader(
+                _take(lines, again, taken), delimiter=delimiter, skipinitialspace=True, strict=True
+            ):
                 yield taken[0][0], fields
                 taken.clear()
             return
@@ -239,7 +244,7 @@ def damage(text):
     try:
         text.encode()
     except UnicodeEncodeError:  # lines_of made lone surrogates of the bytes that are not UTF-8
-        return "bad encoding"
+        return "not UTF-8"
 
 
 @contextmanager

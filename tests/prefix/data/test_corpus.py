@@ -82,14 +82,11 @@ def test_examples_are_all_directions_in_the_order_of_the_file(write, load):
 
 def test_rows_of_all_splits_are_all_rows_each_by_its_first_text(write, load):
     corpus = load([write("a.csv", TABLE)])
-    splits = {split: list(corpus.rows(split)) for split in ("train", "validation", "test")}
+    splits = {split: list(corpus.rows(split)) for split in data.SPLITS}
     assert sorted(sum(splits.values(), [])) == list(range(300)) and all(splits.values())
     assert all(split_of(corpus.text(row, 0)) == split for split, rows in splits.items() for row in rows)
-
-
-def test_an_empty_split_has_no_rows_and_no_examples(write, load):
-    corpus = load([write("a.csv", "en,fr\none,un\n")])
-    empty = next(split for split in ("train", "test") if split != split_of("one"))
+    corpus = load([write("b.csv", "en,fr\none,un\n")])
+    empty = next(split for split in data.SPLITS if split != split_of("one"))
     assert list(corpus.rows(empty)) == [] and corpus.examples(empty).shape == (0, 3)
 
 
@@ -126,17 +123,13 @@ def test_a_file_without_usable_rows_is_an_error_that_lists_the_reasons(write, lo
     assert list((tmp_path / "home" / "tokens").iterdir()) == []
 
 
-def test_a_limit_reads_no_further_than_it_needs(write, load, monkeypatch):
+def test_a_limit_counts_usable_rows_and_reads_no_further_than_it_needs(write, load, monkeypatch):
     numbers, lines = [], tables.lines_of
     monkeypatch.setattr(tables, "lines_of", lambda path: (numbers.append(line[0]) or line for line in lines(path)))
-    corpus = load([write("a.csv", "en,fr\n" + "one,un\n,\n" * 5000)], ["en", "fr"], limit=1500)
-    assert len(corpus) == 1500 and max(numbers) == 1 + 2 * 1500 - 1
-    assert corpus.report[:1] == ["1,499 rows skipped: empty side (first at line 3)"]
-
-
-def test_a_limit_counts_usable_rows(write, load):
-    corpus = load([write("a.csv", "en,fr\n123456789,x\none,un\n,\ntwo,deux\nthree,trois\n")], limit=2, max_tokens=9)
-    assert texts_of(corpus) == [("one", "un"), ("two", "deux")]
+    path = write("a.csv", "en,fr\n123456789,x\n" + "one,un\n,\n" * 5000)
+    corpus = load([path], ["en", "fr"], limit=1500, max_tokens=9)
+    assert texts_of(corpus) == [("one", "un")] * 1500 and max(numbers) == 2 + 2 * 1500 - 1
+    assert corpus.report[:2] == [*skips(1, "too long (over 9 tokens)", 2), *skips(1499, "empty side", 4)]
 
 
 @pytest.fixture
@@ -180,7 +173,7 @@ def test_every_fault_of_a_file_is_told_once_with_its_first_line_and_the_rest_is_
         assert corpus.report == [
             *skips(2, "wrong number of fields", 8),
             *skips(2, "empty side", 10),
-            *skips(1, "bad encoding", 12),
+            *skips(1, "not UTF-8", 12),
             *skips(1, "NUL byte", 13),
             *skips(2, "quotes do not match", 14),
             *skips(1, "field too long", 15),
@@ -343,41 +336,27 @@ def test_of_two_builders_the_first_wins_and_both_get_its_cache(write, load, tmp_
     assert (cache / "first").exists()
 
 
-def test_what_a_killed_build_left_behind_is_removed_when_it_is_a_day_old(write, load, tmp_path):
-    folder = tmp_path / "home" / "tokens"
-    old, fresh, at_work = (folder / f".building-{name}" for name in ("old", "fresh", "at-work"))
-    for directory in (old, fresh, at_work):
-        (directory / "built").mkdir(parents=True)
-        (directory / "built" / "tokens.bin").write_bytes(b"1234")
-    for path in (old / "built" / "tokens.bin", old / "built", old, at_work):  # one is old, but its file is written to
-        age(path, days=1.1)
-    load([write("a.csv", TABLE)])
-    assert not old.exists() and fresh.exists() and at_work.exists()
-
-
-def test_a_cache_that_nobody_opens_for_a_month_is_removed(write, load, tmp_path, encoded):
-    folder = tmp_path / "home" / "tokens"
-    unused, used = write("a.csv", TABLE), write("b.csv", TABLE)
-    for path in (unused, used):
-        load([path])
-    for path in [*folder.iterdir(), *folder.glob("*/*")]:
-        age(path, days=31)
-    (folder / "another-folder").mkdir()
-    age(folder / "another-folder", days=31)
-    load([used])
-    assert len(list(folder.iterdir())) == 3
-    load([write("c.csv", TABLE)])
-    assert len(list(folder.iterdir())) == 3 and (folder / "another-folder").exists()
-    encoded.clear()
-    load([used])
-    assert encoded == []
-    load([unused])
-    assert len(encoded) == 600
-
-
 def age(path, days):
     then = time.time() - days * 24 * 60 * 60
     os.utime(path, (then, then))
+
+
+def test_what_a_killed_build_left_goes_after_a_day_and_a_cache_that_nobody_opens_after_a_month(write, load, tmp_path):
+    folder, (unused, used) = tmp_path / "home" / "tokens", (write("a.csv", TABLE), write("b.csv", TABLE))
+    for path in (unused, used):
+        load([path])
+    for name in (".building-old", ".building-fresh", ".building-at-work", "of-another-program"):
+        (folder / name / "built").mkdir(parents=True)
+        (folder / name / "built" / "tokens.bin").write_bytes(b"1234")
+    for path in [*folder.iterdir(), *folder.glob("*/*"), *folder.glob("*/*/*")]:
+        at_work = path.match("*at-work/built/tokens.bin")  # one is old, but its file is written to
+        age(path, days=0 if "fresh" in str(path) or at_work else 31)
+    load([used])
+    caches = set(folder.glob("[0-9a-f]*"))
+    load([write("c.csv", TABLE)])
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {".building-fresh", ".building-at-work", "of-another-program"} and ".building-old" not in names
+    assert len(caches) == 2 and len(caches & set(folder.iterdir())) == 1 and len(names) == 5
 
 
 @pytest.mark.parametrize("rank", [0, 1])

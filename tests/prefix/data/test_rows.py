@@ -27,6 +27,8 @@ COLUMN = {  # what a column may hold: of each kind, N values
     "score": [f"-{i}.5e3" for i in range(N)],
     "id": [f"doc-{i}" for i in range(N)],
     "hash": ["qwertz", "asdfgh", "yxcvbn"] * (N // 3),
+    "url": ["https://a.org/b", "http://a.org/c", "www://b"] * (N // 3),
+    "measured": ["0.5", "nan", "1"] * (N // 3),
     "constant": ["chat"] * N,
 }
 KINDS = ["csv", "jsonl"]
@@ -75,10 +77,12 @@ def test_columns_that_nobody_named_are_both_or_the_first_two_languages(table, ki
 @pytest.mark.parametrize(
     "columns, message",
     [
-        ([("row", "number"), ("en", "text")], r"the column 'row' holds only numbers \(0 ...\): .* --columns row en"),
-        ([("tweet", "text"), ("score", "score")], "the column 'score' holds only numbers or ids"),
-        ([("docid", "id"), ("en", "text")], "the column 'docid' holds only numbers or ids"),
-        ([("en", "text"), ("sentence_id", "hash")], "the column 'sentence_id' holds only numbers or ids"),
+        ([("row", "number"), ("en", "text")], r"the column 'row' holds only numbers \(0 ...\): name .* --columns"),
+        ([("tweet", "text"), ("score", "score")], "the column 'score' holds only numbers, ids or addresses"),
+        ([("docid", "id"), ("en", "text")], "the column 'docid' holds only numbers, ids or addresses"),
+        ([("en", "text"), ("sentence_id", "hash")], "the column 'sentence_id' holds only numbers, ids or addresses"),
+        ([("url", "url"), ("fr", "other")], "the column 'url' holds only numbers, ids or addresses"),
+        ([("en", "text"), ("score", "measured")], "the column 'score' holds only numbers"),
         ([("kind", "constant"), ("fr", "other")], "the column 'kind' is always 'chat'"),
         ([("doc_id", "id"), ("source", "text"), ("target", "other")], "which columns.* 'doc_id', 'source', 'target'"),
         ([("en", "text"), ("fr", "number"), ("x", "other")], "which columns.*--columns; there are 'en', 'fr', 'x'"),
@@ -153,21 +157,31 @@ HEADERLESS = {
         ("Go now", "Va donc", "CC-BY 2.0 (France) Attribution: me"),
         ("No, wait", "Attends un peu", "CC-BY 2.0"),
     ],
+    "ids.tsv": [("Go now.", "12", "Va donc."), ("No, wait.", "7", "Attends un peu.")],
 }
 
 
 @pytest.mark.parametrize("name", HEADERLESS)
 def test_a_table_without_a_header_is_told_and_read_when_its_columns_are_named(write, name):
     rows = HEADERLESS[name]
-    path = write(name, table_of("\t" if name.endswith("tsv") else ",", rows))
+    path, pairs = (
+        write(name, table_of("\t" if name.endswith("tsv") else ",", rows)),
+        [(row[0], row[-1]) for row in rows],
+    )
+    if name == "fra.tsv":
+        pairs = [row[:2] for row in rows]
     with pytest.raises(UserError, match=f"line 1 seems to hold texts.*{rows[0][1]!r}.*--columns en fr"):
         resolve_columns([path])
-    expected = [(line, row[:2]) for line, row in enumerate(rows, 1)]
-    assert read(path, columns=["en", "fr"]) == (expected, [])
-    names = list(rows[0][:2])
-    assert read(path, columns=names) == (expected[1:], [])  # line 1 is the header to whoever says so
-    with pytest.raises(UserError, match="4 columns are named, but line 1 has"):
+    found, (note,) = read(path, columns=["en", "fr"])
+    assert found == list(enumerate(pairs, 1)) and "without a header: line 1 is a row" in note
+    assert read(path, columns=pairs[0]) == (found[1:], [])  # line 1 is the header to whoever says so
+    with pytest.raises(UserError, match="4 columns are named, but line 1 has fewer"):
         resolve_columns([path], ["en", "fr", "de", "it"])
+
+
+def test_a_header_with_two_languages_is_one_whatever_else_it_holds(write):
+    path = write("a.csv", 'en,fr,"Who said so, and when?"\nGo,Va,me\nRun,Cours,you\n')
+    assert resolve_columns([path]) == ("en", "fr") and read(path)[0][0] == (2, ("Go", "Va"))
 
 
 def test_a_table_without_a_header_has_the_columns_of_its_training(write):

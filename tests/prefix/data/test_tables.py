@@ -26,7 +26,7 @@ def read(*paths, columns=None):
 
 
 def skips(n, reason, line):
-    return [f"{n} row{'s' * (n != 1)} skipped: {reason} (first at line {line})"]
+    return [f"{n:,} row{'s' * (n != 1)} skipped: {reason} (first at line {line})"]
 
 
 def peak_of(work):
@@ -60,6 +60,7 @@ def objects_of(make=lambda en, fr: {"en": en, "fr": fr}):
         ("a.csv", table_of(";")),
         ("a.csv", table_of("\t")),
         ("a.csv", table_of("|")),
+        ("a.csv", "en, fr\n" + "".join(f'"{en}", "{fr}"\n' for en, fr in PAIRS)),
         ("a.tsv", table_of()),
         ("a.tsv", table_of(quoting=csv.QUOTE_ALL)),
         ("a.tsv", table_of(",")),
@@ -166,6 +167,7 @@ TABLE = table_of(",").encode()
         (b"version https://git-lfs.github.com/spec/v1\noid", "a git LFS pointer.*git lfs pull"),
         *((TABLE.decode().encode(code), "UTF-16 text: .*iconv") for code in ("utf-16", "utf-16-le", "utf-16-be")),
         (b"\x80\x04\x95", "a pickle"),
+        (TABLE.replace(b"\n", b"\r"), "text with the line ends of old Macs"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.csv", "a.gz"])
@@ -182,8 +184,8 @@ def test_a_file_of_another_kind_is_told_by_any_name(write, name, content, messag
         ("a.json", '[{"en": "a", "fr": "b"}]', "a JSON array; expected one object a line: `python -c"),
         ("a.json", '{\n "en": "a"\n}\n', "expected JSON lines"),
         ("a.jsonl", "nothing\n", "expected JSON lines"),
-        ("a.txt", "Hello, you.\n", "expected one .csv, .tsv, .jsonl, .ndjson, .json file, or two or more text files"),
-        ("a", "", "expected one .csv"),
+        ("a.txt", "Hello, you.\n", "expected one table, named .csv, .tsv, .jsonl, .*, or two or more text files"),
+        ("a", "", "expected one table"),
         ("a.csv", "", "line 1: expected a header.*the file is empty"),
         ("a.csv", '"en,fr\na,b\n', "line 1: expected a header.*quotes do not match"),
         ("a.csv", b"fran\xe7ais,en\na,b\n", "line 1: expected a header.*in UTF-8"),
@@ -201,8 +203,8 @@ def test_files_that_are_not_there_or_do_not_go_together_are_told(write, tmp_path
     for paths, message in [
         ([tmp_path / "no.csv"], "no.csv: no such file"),
         ([tmp_path], "not a regular file"),
-        ([table, table], "expected one .csv"),
-        ([table, write("b.fr", "b")], "expected one .csv"),
+        ([table, table], "expected one table"),
+        ([table, write("b.fr", "b")], "expected one table"),
     ]:
         with pytest.raises(UserError, match=message):
             resolve_columns(paths)
@@ -223,7 +225,7 @@ def test_a_file_that_may_not_be_read_is_told(write, monkeypatch):
 BAD_ROWS = {
     "wrong number of fields": [b"one,un,1", b"one", b'"one,un"'],
     "empty side": [b"one,", b",un", b" ,un", b",", b'"\n",un'],
-    "bad encoding": [b"one,\xff", b"\xe9t\xe9,x", b"\xed\xa0\x80,x"],
+    "not UTF-8": [b"one,\xff", b"\xe9t\xe9,x", b"\xed\xa0\x80,x"],
     "NUL byte": [b"one,\0", b'"\0one",un'],
     "quotes do not match": [b'"one,un', b'"one"x,un', b'one,"un', b'"one" ,un'],
     "field too long": [b"one," + b"x" * 100_001, b'one,"%b"' % (b"x" * 200_000), b"y" * 3_000_000, b'"' * 3_000_001],
@@ -260,8 +262,8 @@ def test_a_bad_row_of_a_tsv_is_counted_and_the_others_are_read(write, reason):
         (b'{"en": "one", "fr": ["un"]}', "a list or object, not a text"),
         (b'{"en": "one", "fr": "\\u0000"}', "NUL byte"),
         (b'{"en": "one", "fr": "\0"}', "NUL byte"),
-        (b'{"en": "one", "fr": "\\ud800"}', "bad encoding"),
-        (b'{"en": "one", "fr": "\xff"}', "bad encoding"),
+        (b'{"en": "one", "fr": "\\ud800"}', "not UTF-8"),
+        (b'{"en": "one", "fr": "\xff"}', "not UTF-8"),
         (b'{"en": "one", "fr": "' + b"x" * 100_001 + b'"}', "field too long"),
         (b'{"en": "one", "fr": "' + b"x" * 3_000_000 + b'"}', "field too long"),
     ],
@@ -276,7 +278,7 @@ def test_a_bad_line_of_a_text_file_leaves_the_others_side_by_side(write):
     english = write("a.en", b"one\n\n\xff\n" + b"x" * 3_000_000 + b"\nfive\n")
     rows, report = read(english, write("a.fr", b"un\ndeux\ntrois\nquatre\ncinq\n"))
     assert rows == [(1, ("one", "un")), (5, ("five", "cinq"))]
-    assert report == [*skips(1, "empty side", 2), *skips(1, "bad encoding", 3), *skips(1, "field too long", 4)]
+    assert report == [*skips(1, "empty side", 2), *skips(1, "not UTF-8", 3), *skips(1, "field too long", 4)]
 
 
 def test_a_quote_that_never_closes_costs_one_row(write):
