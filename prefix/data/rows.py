@@ -21,7 +21,7 @@ from prefix.data.tables import MAX_FIELD, Skipped
 FIRST_LINES = 1000  # of JSON: among them a column must turn up
 MOST_KEYS = 100  # of JSON objects, besides those that were asked for
 MISSING = {"nan", "na", "n/a", "null", "none"}
-SAME = 3  # rows from which on one value for all is a constant
+SAME = 3  # rows that make one value a constant
 
 # ISO 639 codes, and names in English and their own; without those that mostly mean another thing: id, mt, cat, may.
 LANGUAGES = set(
@@ -31,17 +31,18 @@ LANGUAGES = set(
     et est estonian eesti  eu eus baq basque euskara  fa fas farsi persian فارسی  fi fin finnish suomi
     fr fra fre french français francais  ga gle irish gaeilge  gl glg galician galego  he heb hebrew עברית
     hi hin hindi हिन्दी  hr hrv croatian hrvatski  hu hun hungarian magyar  hy hye armenian  ind indonesian
-    is isl ice icelandic íslenska  it ita italian italiano  ja jpn japanese 日本語  ka kat georgian
-    ko kor korean 한국어  la lat latin  lt lit lithuanian lietuvių  lv lav latvian latviešu  mk mkd macedonian  ms msa malay melayu
-    nl nld dut dutch nederlands  no nb nn nor nob nno norwegian norsk bokmål nynorsk  pl pol polish polski
-    pt por portuguese português portugues  ro ron rum romanian română  ru rus russian русский  sk slk slovak slovenčina
-    sl slv slovenian slovenščina  sq sqi albanian shqip  sr srp serbian српски srpski  sv swe swedish svenska
-    sw swa swahili kiswahili  ta tam tamil தமிழ்  te telugu తెలుగు  th tha thai ไทย  tl fil tagalog filipino
-    tr tur turkish türkçe  uk ukr ukrainian українська  ur urd urdu اردو  vi vie vietnamese  zh zho chi cmn chinese 中文
+    is isl ice icelandic íslenska  it ita italian italiano  ja jpn japanese 日本語
+    ka kat georgian  ko kor korean 한국어  la lat latin  lt lit lithuanian lietuvių  lv lav latvian latviešu
+    mk mkd macedonian  ms msa malay melayu  nl nld dut dutch nederlands  no nb nn nor nob nno norwegian norsk
+    pl pol polish polski  pt por portuguese português portugues  ro ron rum romanian română  ru rus russian русский
+    sk slk slovak slovenčina  sl slv slovenian slovenščina  sq sqi albanian shqip  sr srp serbian српски srpski
+    sv swe swedish svenska  sw swa swahili kiswahili  ta tam tamil தமிழ்  te telugu తెలుగు  th tha thai ไทย
+    tl fil tagalog  tr tur turkish türkçe  uk ukr ukrainian українська  ur urd urdu اردو  vi vie vietnamese
+    zh zho chi cmn chinese 中文
     """.split()
 )
 REGION = "(?!id)[a-z]{2}|[0-9]{3}|latn|cyrl|arab|deva|hans|hant"  # en_US, es-419, zho_Hans
-SENTENCE = re.compile(r"[!?…;,\"«»¿¡'’。！？，]|\.(\s|$)")  # marks that the name of a column has not
+SENTENCE = re.compile(r"[!?…;,\"«»¿¡'’。！？，]|\.(\s|$)")  # marks that no name of a column has
 
 
 class Contents(NamedTuple):
@@ -59,7 +60,7 @@ class Contents(NamedTuple):
 def resolve_columns(paths, columns=None):
     """The columns to read from these files, as a tuple of names.
 
-    columns: those asked for; of a table without a header, the names of its first columns. None: both columns of a
+    columns: those asked for; of a table without a header, the names to give its columns. None: both columns of a
     table that has two, the first two languages of one that has more, the extensions of text files. Raises UserError
     where that does not say which, where they are not there, or where the files cannot be read."""
     there, where = inspect(paths, columns), " ".join(map(str, paths))
@@ -67,14 +68,10 @@ def resolve_columns(paths, columns=None):
         columns = columns or [Path(path).suffix[1:] for path in paths]
         if len(columns) != len(paths):
             raise UserError(f"{where}: {len(paths)} text files, but {len(columns)} columns: name one for each file")
-    elif not columns:
+    elif columns:
+        _places(where, there, columns)
+    else:
         columns = _default_columns(where, there)
-    elif not _names_row(there, columns):
-        _require(where, columns, there.names)
-    elif len(columns) > len(_places(there, columns)):
-        raise UserError(
-            f"{where}: {len(columns)} columns are named, but line 1 has fewer texts: {_listed(there.names)}"
-        )
     if not 2 <= len(columns) <= MAX_BANKS:
         raise UserError(f"{where}: 2 to {MAX_BANKS} columns are needed, not {len(columns)}: {_listed(columns)}")
     for name in columns:
@@ -97,7 +94,7 @@ def columns_for(paths, names, columns=None, header=None):
         _require(where, columns or [], found)
         pairs = sorted(zip(found, paths), key=lambda pair: names.index(pair[0]))
         return [path for _, path in pairs], [name for name, _ in pairs]
-    if _names_row(there, names):
+    if _lacks_header(there, names):
         return paths, list(resolve_columns(paths, header or columns))
     found = [name for name in names if name in there.names]
     _require(where, columns or (names if len(found) < 2 else found), there.names)
@@ -119,10 +116,8 @@ def inspect(paths, wanted):
     skipped = Skipped()
     found = tables.records(lines, layout, skipped)
     names = [clean(name) for name in next(found, (0, []))[1]]
-    fault = (
-        next(iter(skipped.counts), None) or tables.damage("".join(names)) or (None if names else "the file is empty")
-    )
-    if fault:
+    fault = tables.damage("".join(names)) or (None if names else "the file is empty")
+    if fault := next(iter(skipped.counts), fault):
         raise UserError(f"{paths[0]}: line 1: expected a header that names the columns, in UTF-8: {fault}")
     rows = [fields for _, fields in found if len(fields) == len(names)]
     samples = [list(filter(None, map(clean, column))) for column in zip(*rows)] or [[] for _ in names]
@@ -174,7 +169,7 @@ def is_language(name):
 
 
 def _no_text(name, sample):
-    """Why a column is not one of texts, going by its first ones; None if it may be one."""
+    """Why a column holds no texts to train on, by its first ones; None if it may hold some."""
     found = [text for text in sample if text.casefold() not in MISSING]
     if not found:
         return None
@@ -190,8 +185,8 @@ def _no_text(name, sample):
 
 
 def _is_row(names, samples):
-    """Are the names in line 1 texts like those below? They are if one is a sentence or stands below again, or if all
-    columns are mostly of single words, so that the names may be more of them; never if two are languages."""
+    """Does line 1 hold texts like those below? Not if two are languages. It does if one looks like a sentence or stands
+    below again, or if all columns mostly hold single words, as line 1 then may too."""
     if sum(map(is_language, names)) > 1:
         return False
     if any(len(name.split()) > 3 or SENTENCE.search(name) for name in names):
@@ -201,18 +196,21 @@ def _is_row(names, samples):
     return all(sum(" " not in text for text in sample) > len(sample) / 2 for sample in samples)
 
 
-def _names_row(there, columns):
-    """Are these the names of the columns of a table that has no header?"""
+def _lacks_header(there, columns):
+    """Is line 1 a row of the table, so that `columns` name its columns?"""
     return not there.has_header and not set(columns) & set(there.names)
 
 
-def _places(there, columns):
-    """Where in a row of a table the columns stand. Of one without a header they name all, or the first of texts."""
-    if not _names_row(there, columns):
-        return [there.names.index(name) for name in columns]
+def _places(where, there, columns):
+    """Where in a row of a table these columns stand. Of one without a header they are all, or the first with texts."""
+    if not _lacks_header(there, columns):
+        _require(where, columns, there.names)
+        return list(map(there.names.index, columns))
     places = range(len(there.names))
     if len(columns) < len(places):
         places = [i for i in places if not _no_text("", there.samples[i])]
+    if len(columns) > len(places):
+        raise UserError(f"{where}: {len(columns)} columns, but line 1 has {len(places)} texts: {_listed(there.names)}")
     return places[: len(columns)]
 
 
@@ -262,8 +260,8 @@ def _fault(texts):
 
 def _table_rows(path, columns, there, skipped):
     """Yield (line number, fields in the order of `columns`)."""
-    rows, places = tables.records(tables.lines_of(path), there.layout, skipped), _places(there, columns)
-    if _names_row(there, columns):
+    rows, places = tables.records(tables.lines_of(path), there.layout, skipped), _places(path, there, columns)
+    if _lacks_header(there, columns):
         skipped.notes.append(f"{path} is read as a table without a header: line 1 is a row, {_listed(there.names)}")
     else:
         next(rows)

@@ -54,14 +54,12 @@ class Skipped:
 
     def report(self):
         """The notes, and one line for each reason."""
-        found = self.counts.items()
-        return self.notes + [
-            f"{n:,} row{'s' * (n != 1)} skipped: {reason} (first at line {line})" for reason, (n, line) in found
-        ]
+        told = "{:,} row{} skipped: {} (first at line {})"
+        return self.notes + [told.format(n, "s" * (n != 1), why, line) for why, (n, line) in self.counts.items()]
 
 
 class Dialect(NamedTuple):
-    """How a table is written. Without quoting, as in most .tsv files, a quotation mark is a character like others."""
+    """How a table is written. Most .tsv files have no quoting: a quotation mark there is a character as any other."""
 
     delimiter: str
     quoting: bool = True
@@ -73,7 +71,7 @@ class Dialect(NamedTuple):
 def layout_of(paths):
     """-> (layout, the first lines of the first file). The layout is TEXT, JSON_LINES or a Dialect. Raises UserError
     where the files are none of these."""
-    lines = [_head(path) for path in paths][0]
+    lines, *_ = map(_head, paths)  # which opens each of them
     suffixes = [Path(path).suffix.lower() for path in paths]
     where, known = " ".join(map(str, paths)), (".csv", ".tsv", *JSON_NAMES)
     if len(paths) > 1 and not set(suffixes) & set(known):
@@ -91,8 +89,8 @@ def layout_of(paths):
 
 
 def _dialect(lines, own):
-    """The Dialect in which most of the lines have as many fields as the first, two or more. own: the delimiter that
-    the file's name stands for, which is preferred."""
+    """The Dialect in which the most lines have as many fields as the first, at least two. own: the delimiter that the
+    file's name stands for; it wins a tie."""
     text = "".join(line or "" for _, line in lines)
     tabs, others = [Dialect("\t", False), Dialect("\t")], list(map(Dialect, ",;|"))
     if text.startswith('"') or '""' in text:
@@ -116,29 +114,31 @@ def records(lines, dialect, skipped):
     if dialect.quoting:
         found = _quoted(lines, dialect.delimiter, skipped)
     else:
-        found = ((n, list(map(_undoubled, line.split("\t")))) for n, line in _short(lines, skipped))
+        found = ((number, _split(line)) for number, line in _short(lines, skipped))
     for line, fields in found:
         if len(fields) > 1 or "".join(fields).strip():
             yield line, fields
 
 
-def _undoubled(field):
-    """A field of a table without quoting: where it is quoted all the same, with its quotes doubled, what was meant."""
-    inside = field[1:-1]
-    if field[:1] == field[-1:] == '"' and '""' in inside and '"' not in inside.replace('""', ""):
-        return inside.replace('""', '"')
-    return field
+def _split(line):
+    """The fields of a line without quoting. A field with doubled quotes inside quotes is quoted all the same."""
+    fields = line.split("\t")
+    if '""' in line:
+        for i, field in enumerate(fields):
+            inside = field[1:-1]
+            if field[:1] == field[-1:] == '"' and '""' in inside and '"' not in inside.replace('""', ""):
+                fields[i] = inside.replace('""', '"')
+    return fields
 
 
 def _quoted(lines, delimiter, skipped):
-    """Each record is read from as many lines as its quotes ask for. Where they lead nowhere (to a quote in the midst
-    of a field, to too many lines, to the end), its first line alone is given up: the next record starts below it."""
+    """A record takes as many lines as its quotes ask for. Where these do not match (text follows a closing quote, or
+    none closes within MAX_LINES), only the record's first line is given up: the next record starts below it."""
     lines, again, taken = iter(lines), deque(), []
     while True:
         try:
-            for fields in csv.reader(
-                _take(lines, again, taken), delimiter=delimiter, skipinitialspace=True, strict=True
-            ):
+            source = _take(lines, again, taken)
+            for fields in csv.reader(source, delimiter=delimiter, skipinitialspace=True, strict=True):
                 yield taken[0][0], fields
                 taken.clear()
             return
@@ -152,7 +152,7 @@ def _quoted(lines, delimiter, skipped):
 
 
 def _take(lines, again, taken):
-    """Yield lines to csv.reader, those in `again` first, and keep those of the record at hand in `taken`."""
+    """Yield lines to csv.reader, those in `again` first. `taken` keeps those of the current record."""
     for number, line in iter(lambda: again.popleft() if again else next(lines, None), None):
         taken.append((number, line))
         if line is None or len(taken) > MAX_LINES or sum(len(text) for _, text in taken) > MAX_RECORD:
@@ -183,8 +183,8 @@ def parsed(line):
 
 
 def aligned(paths, skipped):
-    """Yield (line number, lines) of text files, one for each column. Raises UserError where their lengths differ:
-    behind a line that is missing in one of them, every pair would be a wrong one."""
+    """Yield (line number, lines) of text files, one for each column. Raises UserError where their lengths differ: after
+    a line that is missing in one of them, every pair would be wrong."""
     counts = [sum(1 for _ in lines_of(path)) for path in paths]
     if len(set(counts)) > 1:
         told = ", ".join(f"{path} has {n:,} line{'s' * (n != 1)}" for path, n in zip(paths, counts))

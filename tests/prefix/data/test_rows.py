@@ -175,7 +175,7 @@ def test_a_table_without_a_header_is_told_and_read_when_its_columns_are_named(wr
     found, (note,) = read(path, columns=["en", "fr"])
     assert found == list(enumerate(pairs, 1)) and "without a header: line 1 is a row" in note
     assert read(path, columns=pairs[0]) == (found[1:], [])  # line 1 is the header to whoever says so
-    with pytest.raises(UserError, match="4 columns are named, but line 1 has fewer"):
+    with pytest.raises(UserError, match="4 columns, but line 1 has [23] texts"):
         resolve_columns([path], ["en", "fr", "de", "it"])
 
 
