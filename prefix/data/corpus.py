@@ -49,7 +49,7 @@ SHARE = 1 << 21  # rows among which repetitions are sought at a time
 def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
     """The Corpus of these files: from the cache if it was made before, else read, encoded and cached now.
 
-    limit: usable rows at most; nothing is read beyond them. max_tokens: of the longest pair, with its separator.
+    limit: usable rows at most; no row is read beyond them. max_tokens: of the longest pair, with its separator.
     home: by default the checkpoints' own. Raises UserError where the files cannot be read or hold no usable row."""
     columns, sources = resolve_columns(paths, columns), [signature(path) for path in paths]
     folder, key = Path(home or checkpoint.home()) / "tokens", _key(sources, columns, tokenizer, limit, max_tokens)

@@ -148,7 +148,7 @@ def _default_columns(where, there):
     if len(columns) > 1 and not there.has_header:
         raise UserError(
             f"{where}: line 1 seems to hold texts, not the names of columns: {_listed(there.names)}; --columns en fr "
-            "names the columns, in their order, and reads line 1 as a row; --columns with words of line 1 as a header"
+            "names the columns, in their order, and reads line 1 as a row; if it is a header, --columns takes its names"
         )
     faults = {name: fault for name, sample in columns.items() if (fault := _no_text(name, sample))}
     if len(columns) > 2:
