@@ -14,8 +14,7 @@ import torch
 from minigpt import UserError
 from minigpt.files import replacing
 from prefix import cli, distributed, run
-from prefix.banks import read_metadata
-from prefix.cli import whole
+from prefix.cli import int_at_least
 from prefix.data import corpus as data
 from prefix.data import rows
 from prefix.data.splits import SPLITS
@@ -24,6 +23,7 @@ from prefix.evaluation import compare as evaluation
 from prefix.evaluation import metrics
 from prefix.evaluation.attention_maps import look_at
 from prefix.evaluation.report import write_page
+from prefix.prefix_file import read_header
 
 
 def parse_arguments():
@@ -49,21 +49,21 @@ def parse_arguments():
     )
     parser.add_argument(
         "--limit",
-        type=whole(1),
+        type=int_at_least(1),
         default=500,
         metavar="N",
         help="sentences in each direction (500), from the head of the file: no more of it is read than they take, unless"
         " --references all or --choices needs all of it, or a direction has too few there",
     )
-    parser.add_argument("--shots", type=whole(0), default=3, metavar="K", help="examples in the prompt (3)")
+    parser.add_argument("--shots", type=int_at_least(0), default=3, metavar="K", help="examples in the prompt (3)")
     parser.add_argument(
-        "--draws", type=whole(0), default=3, metavar="N", help="draws of these examples (3); 0: no k-shot"
+        "--draws", type=int_at_least(0), default=3, metavar="N", help="draws of these examples (3); 0: no k-shot"
     )
-    parser.add_argument("--beam", type=whole(1), default=1, metavar="N", help="beams for the prefix (1: greedy)")
-    parser.add_argument("--max-tokens", type=whole(3), default=384, metavar="N", help="longest pair, in tokens (384)")
-    parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="sentences decoded at once")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the draws")
-    parser.add_argument("--examples", type=whole(0), default=3, metavar="N", help="sentences to show side by side (3)")
+    parser.add_argument("--beam", type=int_at_least(1), default=1, metavar="N", help="beams for the prefix (1: greedy)")
+    parser.add_argument("--max-tokens", type=int_at_least(3), default=384, metavar="N", help="longest pair, in tokens (384)")
+    parser.add_argument("--batch-size", type=int_at_least(1), default=32, metavar="N", help="sentences decoded at once")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, metavar="N", help="of the draws")
+    parser.add_argument("--examples", type=int_at_least(0), default=3, metavar="N", help="sentences to show side by side (3)")
     parser.add_argument("--show-prompt", action="store_true", help="show the first k-shot prompt of each direction")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here as well")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page to look at, one file")
@@ -88,7 +88,7 @@ def main():
     args = parse_arguments()
     distributed.start()
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
-    trained_on, wanted = read_metadata(prefixes[0])["training"], directions(args, banks)
+    trained_on, wanted = read_header(prefixes[0])["training"], directions(args, banks)
     files = run.data_paths(args.data or cli.data_of(prefixes))
     paths, columns = rows.columns_for(files, banks.names, args.columns)
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
@@ -152,13 +152,13 @@ def settings_of(args, prefixes, model):
     """What an evaluation is to be repeated with: the options, the machine's, and how each prefix file came to be."""
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "report")}
     settings |= {"prefix": [str(path) for path in prefixes], "trained": list(map(training_of, prefixes))}
-    settings |= {"base": read_metadata(prefixes[0])["base"]["fingerprint"], "torch": torch.__version__}
+    settings |= {"base": read_header(prefixes[0])["base"]["fingerprint"], "torch": torch.__version__}
     return settings | {"device": str(model.device), "dtype": str(model.dtype)}
 
 
 def training_of(path):
     """What a prefix file says of its training, in a line. It may say nothing: an imported one does not."""
-    metadata = read_metadata(path)
+    metadata = read_header(path)
     record = metadata["training"]
     settings = record.get("settings")
     said = {**record, **(settings if isinstance(settings, dict) else {}), "prefix_len": metadata["prefix_len"]}
@@ -203,5 +203,5 @@ def look_at_first(model, tokenizer, banks, report):
 
 
 if __name__ == "__main__":
-    with cli.telling_errors():
+    with cli.cli_errors():
         main()

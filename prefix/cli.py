@@ -10,8 +10,9 @@ import torch
 
 from minigpt import GPT, Tokenizer, UserError
 from minigpt.errors import visible
-from minigpt.quantize import pack, quantize
-from prefix.banks import Banks, file_of, read_metadata
+from minigpt.quantize import prepack, quantize
+from prefix import prefix_file
+from prefix.banks import Banks
 from prefix.distributed import log
 from prefix.run import CHOICES, DEMO_PREFIX, DTYPES, RUNS
 from prefix.trainer import out_of_memory
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def telling_errors():
+def cli_errors():
     """A UserError, a full disk or too little memory becomes one line on standard error and exit code 2; Ctrl-C a quiet
     130. Standard output is UTF-8, as standard input is, whatever the locale says."""
     with suppress(AttributeError):  # a notebook's standard output is no file
@@ -67,7 +68,7 @@ def add_prefix_option(parser):
     )
 
 
-def whole(least):
+def int_at_least(least):
     """An argparse type: a whole number that is at least `least`."""
 
     def parse(text):
@@ -84,7 +85,7 @@ def whole(least):
     return parse
 
 
-def number(least, most, open_low=False):
+def float_range(least, most, open_low=False):
     """An argparse type: a number from `least` to `most`, the low end left out where open_low says so."""
 
     def parse(text):
@@ -133,14 +134,14 @@ def find_prefix(path):
         found = max(runs, key=lambda p: p.stat().st_mtime, default=DEMO_PREFIX)
         log(f"Using the prefix {found}")
         return found
-    return file_of(path)
+    return prefix_file.find(path)
 
 
 def load_with_base(args):
     """(model, tokenizer, banks, paths of the prefix files) for translate.py and evaluate.py. The banks of several
     files are one Banks."""
     paths = [find_prefix(path) for path in args.prefix or [None]]
-    name = args.model or read_metadata(paths[0])["training"].get("model")
+    name = args.model or prefix_file.read_header(paths[0])["training"].get("model")
     if not isinstance(name, str):
         raise UserError(f"{paths[0]} does not say which model it was trained on: name it with --model")
     if not args.model and Path(name).is_absolute() and not Path(name).is_dir():
@@ -151,7 +152,7 @@ def load_with_base(args):
         args.device, args.dtype = "cpu", "bfloat16"
     model, tokenizer = load_model(args, name)
     if model.device.type == "cpu" and model.dtype == torch.bfloat16:
-        (quantize if args.weights else pack)(model)
+        (quantize if args.weights else prepack)(model)
     return model, tokenizer, Banks.joined([(path, Banks.load(path, model)) for path in paths]), paths
 
 
@@ -174,7 +175,7 @@ def direction(args, banks):
 
 def data_of(prefixes):
     """The files that these prefixes were trained on. Raises UserError where they do not say, or differ."""
-    records = [read_metadata(path)["training"].get("data") for path in prefixes]
+    records = [prefix_file.read_header(path)["training"].get("data") for path in prefixes]
     for path, files in zip(prefixes, records):
         if not files:
             raise UserError(f"{path} does not say what it was trained on: name the text with --data")

@@ -22,6 +22,7 @@ from minigpt import GPT, Tokenizer
 from prefix.banks import Banks
 from prefix.data.splits import split_of
 from prefix.evaluation import attention_maps, report
+from prefix.init import random_banks
 
 NAMES = ["chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "google-chrome-stable", "chrome"]
 PLAYWRIGHT = Path.home() / ".cache/ms-playwright"
@@ -45,7 +46,7 @@ def place(tmp_path_factory):
         csv.writer(file).writerows(rows)
     record = {"model": str(place / "base"), "data": [str(place / "en-fr.csv")], "columns": ["en", "fr"]}
     record |= {"init": "random", "settings": {"lr": 0.03, "steps": 7, "seed": 5}}
-    banks = Banks.random(model.config, ["en", "fr"], prefix_len=3)
+    banks = random_banks(model.config, ["en", "fr"], prefix_len=3)
     banks.training_record = record
     banks.save(place / "prefix.safetensors", model)
     return place
