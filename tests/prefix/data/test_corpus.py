@@ -262,15 +262,6 @@ def test_whatever_changes_the_result_makes_a_new_cache(write, load, encoded, tok
     assert load([path], tokenizer=swapped).ids(0, 0).tolist() != load([path]).ids(0, 0).tolist()
 
 
-def test_a_changed_file_is_encoded_anew(write, load):
-    path = write("a.csv", "en,fr\none,un\n")
-    load([path])
-    later = path.stat().st_mtime_ns + 1_000_000_000
-    path.write_text("en,fr\ntwo,le\n")
-    os.utime(path, ns=(later, later))
-    assert texts_of(load([path])) == [("two", "le")]
-
-
 DAMAGES = {
     "gone": lambda path: path.unlink(),
     "cut": lambda path: os.truncate(path, path.stat().st_size - 1),

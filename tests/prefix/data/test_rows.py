@@ -241,13 +241,6 @@ def test_other_spaces_than_line_breaks_stay(write):
     assert read(write("a.csv", "en,fr\n« a\u00a0»  b,c\u202f!\n"))[0] == [(2, ("« a\u00a0»  b", "c\u202f!"))]
 
 
-def test_counts_are_written_with_separators():
-    skipped = Skipped()
-    for line in range(17, 12017):
-        skipped.add("empty side", line)
-    assert skipped.report() == ["12,000 rows skipped: empty side (first at line 17)"]
-
-
 LINE_BREAKS = "\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029"
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0" + LINE_BREAKS))
 sides = words.map(str.strip).filter(bool)
