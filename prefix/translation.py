@@ -187,14 +187,19 @@ def groups(model, prompts, decoding):
 
 
 def halving(run, prompts, rows, decoding):
-    """run(prompts, rows), again with half the rows while memory runs out."""
+    """run(prompts, rows), again with half the rows for as long as memory runs out."""
+    fitting = rows
     while True:
         try:
-            return run(prompts, rows)
+            results = run(prompts, fitting)
+            break
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-        if rows == 1:  # here, outside, what the error held on to is free again
+        if fitting == 1:  # here, outside, what the error held on to is free again
             raise UserError("out of memory, even with one sentence at a time: lower --beam or --max-new-tokens")
-        decoding.batch_size = rows = rows // 2
-        log_once(f"Out of memory: now {rows} sentences at a time")
+        fitting //= 2
+    if fitting < rows:
+        decoding.batch_size = fitting
+        log_once(f"Out of memory with {rows} sentences at a time: now {fitting}")
+    return results
