@@ -92,13 +92,14 @@ class Tokenizer:
             raise UserError(f"a text has more than {LONGEST_BLANK:,} spaces in a row")
         parts = [text] * bool(text)  # of texts and ids
         for pattern, tokens in self.passes:
-            found = (_find_added(p, pattern, tokens) if isinstance(p, str) else [p] for p in parts)
-            parts = [part for some in found for part in some]
-        return [i for part in parts for i in (self._encode_text(part) if isinstance(part, str) else [part])]
+            parts = [new for part in parts for new in _find_added(part, pattern, tokens)]
+        return [i for part in parts for i in self._encode_part(part)]
 
-    def _encode_text(self, text):
-        space = " " * (self.prefix_space and not text.startswith(" "))
-        return [self.ids[rank] for rank in self.encoding.encode_ordinary(space + text)]
+    def _encode_part(self, part):
+        if isinstance(part, int):
+            return [part]
+        space = " " * (self.prefix_space and not part.startswith(" "))
+        return [self.ids[rank] for rank in self.encoding.encode_ordinary(space + part)]
 
     def decode(self, ids):
         """Ids -> text; bytes that are not UTF-8 become U+FFFD, ids of no token (a padded model has some) nothing."""
@@ -107,11 +108,14 @@ class Tokenizer:
 
 def _find_added(text, pattern, tokens):
     """Yield the ids of the added tokens in a text and the texts between them, as tokenizers' AddedVocabulary does."""
+    if isinstance(text, int):  # found before
+        yield text
+        return
     start = 0
     for match in pattern.finditer(text):
         token, (first, end) = tokens[match[0]], match.span()
-        alone = not (_is_word(text[first - 1 : first]) or _is_word(text[end : end + 1]))
-        if token["special"] or token["single_word"] and not alone:
+        inside = _is_word(text[first - 1 : first]) or _is_word(text[end : end + 1])
+        if token["special"] or (token["single_word"] and inside):
             continue
         if token["lstrip"]:
             first = max(start, len(text[:first].rstrip(BLANKS)))
@@ -141,19 +145,21 @@ def _read_directory(directory):
         _check(path, content, ONLY_TOKENIZER)
         with reading(path, "a byte-level BPE"):
             vocab, merges = content["model"]["vocab"], content["model"]["merges"]
-            given, added = added, [FLAGS | token for token in content.get("added_tokens", [])]
             asked = bool(content["pre_tokenizer"].get("add_prefix_space"))
+            here = sorted((FLAGS | token for token in content.get("added_tokens", [])), key=lambda token: token["id"])
         if config["tokenizer_class"] in FROM_JSON and "add_prefix_space" not in config:
             prefix_space = asked
-        if prefix_space != asked or ("added_tokens_decoder" in config and given != added):
-            what = "add_prefix_space" if prefix_space != asked else "added tokens"
-            raise UserError(f"{path}: tokenizer_config.json says otherwise about {what}")
+        if prefix_space != asked:
+            raise UserError(f"{path}: add_prefix_space is {asked}, but {prefix_space} for tokenizer_config.json")
+        if "added_tokens_decoder" in config and [_seen(token) for token in added] != [_seen(token) for token in here]:
+            raise UserError(f"{path}: the added tokens are not those of tokenizer_config.json")
+        added = here
     else:
-        path, merges = directory / "merges.txt", _read_merges(directory / "merges.txt")
-        vocab = read_object(directory / "vocab.json")
+        vocab, lines = read_object(directory / "vocab.json"), read_text(path := directory / "merges.txt").splitlines()
+        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     with reading(path, "a byte-level BPE"):
         added = [token | {"special": token["special"] or token["content"] in named.values()} for token in added]
-        return *_build(vocab, merges, added, named["eos_token"]), prefix_space
+        return *_build(vocab, merges, added, named.get("eos_token") or END_OF_TEXT), prefix_space
 
 
 def _read_config(directory):
@@ -163,17 +169,23 @@ def _read_config(directory):
     config["tokenizer_class"] = config.get("tokenizer_class") or model.get("tokenizer_class")
     _check(path := directory / "tokenizer_config.json", config, ONLY_CONFIG)
     with reading(path, "a tokenizer_config.json"):
-        given = config.get("added_tokens_decoder")
-        roles = config if given is not None else config | roles
-        named = {
-            role: t["content"] if isinstance(t, dict) else t for role, t in roles.items() if role.endswith("_token")
-        }
-        added = given if given is not None else {i: {"content": token} for token, i in more.items()}
-        added = [FLAGS | token | {"id": int(i)} for i, token in sorted(added.items(), key=lambda item: int(item[0]))]
-    return config, named | {"eos_token": named.get("eos_token") or END_OF_TEXT}, added
+        if "added_tokens_decoder" in config:
+            added, roles = config["added_tokens_decoder"], config
+        else:
+            added, roles = {i: {"content": token} for token, i in more.items()}, config | roles
+        named = {role: value for role, value in roles.items() if role.endswith("_token")}
+        named = {role: value["content"] if isinstance(value, dict) else value for role, value in named.items()}
+        added = [FLAGS | token | {"id": int(i)} for i, token in added.items()]
+    return config, named, sorted(added, key=lambda token: token["id"])
+
+
+def _seen(token):
+    """What makes a difference of an added token: no text encodes to a special one."""
+    return (token["id"], token["content"]) if token["special"] else token
 
 
 def _check(path, content, only):
+    """Refuse by name the settings that `only` does not have."""
     for name, values in only.items():
         section, _, key = name.rpartition(".")
         holder = (content.get(section) or {}) if section else content
@@ -181,47 +193,31 @@ def _check(path, content, only):
             raise UserError(f"{path}: {name} = {value!r:.60} is not implemented")
 
 
-def _read_merges(path):
-    lines = [line.rstrip("\r") for line in read_text(path).split("\n")]
-    return [line for line in lines if line.strip() and not line.startswith("#version")]
-
-
 def _build(vocab, merges, added, eos):
     """-> (tiktoken's Encoding, ids, others, added): see Tokenizer. Raises ValueError."""
-    byte_of = {char: byte for byte, char in byte_characters().items()}
-    ranks = _rank(merges, sorted(byte_of, key=byte_of.get))
+    ranks = _rank(merges)
     if missing := [token for token in ranks if token not in vocab]:
         raise ValueError(f"its vocabulary lacks {len(missing)} bytes or merged tokens, the first {missing[0]!r}")
     tokens, free = dict(vocab), len(vocab)
     for token in added:  # transformers gives them the next free ids
         if tokens.setdefault(token["content"], free) != token["id"]:
-            raise ValueError(
-                f"the added token {token['content']!r} has the id {token['id']}, not {tokens[token['content']]}"
-            )
+            raise ValueError(f"added token {token['content']!r} has id {token['id']}, not {tokens[token['content']]}")
         free = max(free, token["id"] + 1)
     if any(type(i) is not int or i < 0 for i in tokens.values()) or len(set(tokens.values())) < len(tokens):
         raise ValueError("its ids are not whole numbers, each of one token")
     if eos not in tokens or eos in ranks:
         raise ValueError(f"its end-of-text token {eos!r} is {'made by merges' if eos in ranks else 'not in it'}")
 
-    def spelled(token):
-        return (
-            bytes(map(byte_of.get, token))
-            if all(char in byte_of for char in token)
-            else token.encode("utf-8", "replace")
-        )
-
-    ranked = {spelled(token): rank for token, rank in ranks.items()}
-    encoding = tiktoken.Encoding(
-        "gpt2", pat_str=PATTERN, mergeable_ranks=ranked, special_tokens={END_OF_TEXT: len(ranks)}
-    )
-    others = {i: spelled(token) for token, i in tokens.items() if token not in ranks}
+    ranked = {_spelled(token): rank for token, rank in ranks.items()}
+    special = {END_OF_TEXT: len(ranks)}
+    encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranked, special_tokens=special)
+    others = {i: _spelled(token) for token, i in tokens.items() if token not in ranks}
     return encoding, [tokens[token] for token in [*ranks, eos]], others, added
 
 
-def _rank(merges, alphabet):
+def _rank(merges):
     """{token: rank}: the 256 bytes, then what each merge makes of two tokens that are there before it."""
-    ranks, halves = {char: rank for rank, char in enumerate(alphabet)}, {}
+    ranks, halves = {char: byte for byte, char in sorted(byte_characters().items())}, {}
     for number, merge in enumerate(merges, 1):
         pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
         if len(pair) != 2 or not all(token in ranks for token in pair):
@@ -251,3 +247,11 @@ def byte_characters():
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTE = {char: byte for byte, char in byte_characters().items()}
+
+
+def _spelled(token):
+    """The bytes that a token of a file stands for; an added token may be plain text."""
+    return bytes(map(BYTE.get, token)) if BYTE.keys() >= set(token) else token.encode("utf-8", "replace")
