@@ -66,15 +66,16 @@ def default(tell):
 
 def on_disk(name):
     """The directory of a published checkpoint if it can be had without the network, else None."""
-    for directory in (home() / name, _from_hub(name, download=False)):
-        # Not so if a download was cut short, or if only the tokenizer was ever asked for.
-        if (
-            directory
-            and (directory / "config.json").exists()
-            and any((directory / f).exists() for f in (WEIGHTS, INDEX))
-        ):
-            return directory
-    return None
+    directory = home() / name
+    if _has_weights(directory):
+        return directory
+    directory = _from_hub(name, download=False)
+    return directory if directory and _has_weights(directory) else None
+
+
+def _has_weights(directory):
+    """False after a download that was cut short, or if only the tokenizer was ever asked for."""
+    return (directory / "config.json").exists() and any((directory / file).exists() for file in (WEIGHTS, INDEX))
 
 
 def home():
