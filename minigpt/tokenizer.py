@@ -11,6 +11,8 @@ Text is text: nothing in it encodes to a special token, as in transformers with 
 that are not special are found in text before BPE. What changes ids and is not implemented is refused by name.
 """
 
+import hashlib
+import os
 import re
 import unicodedata
 
@@ -53,7 +55,8 @@ FLAGS = {"special": False, "normalized": True, "single_word": False, "lstrip": F
 class Tokenizer:
     """Text to token ids and back.
 
-    eot: the id of the token that ends a text (eos_token, else <|endoftext|>). n_vocab: more than any id of a text."""
+    eot: the id of the token that ends a text (eos_token, else <|endoftext|>), which no text encodes to.
+    n_vocab: one more than the largest id of a text, eot included. A special token may have a larger one."""
 
     def __init__(self, encoding, ids, others=None, added=(), prefix_space=False):
         """encoding: tiktoken's, whose ids are merge ranks; ids[rank] is the checkpoint's own id. others: {id: bytes} of
@@ -75,15 +78,19 @@ class Tokenizer:
         directory = checkpoint.find(name)
         if any((directory / file).exists() for file in ("tokenizer.json", "vocab.json", "merges.txt")):
             return cls(*_read_directory(directory))
-        if checkpoint.published(name) is None:
-            raise UserError(
-                f"{directory}: no tokenizer: neither tokenizer.json nor vocab.json with merges.txt is there"
-            )
+        if os.path.isdir(name):
+            raise UserError(f"{directory}: no tokenizer: there is no tokenizer.json, nor vocab.json and merges.txt")
         try:
             encoding = tiktoken.get_encoding("gpt2")  # from tiktoken's cache, or downloaded into it
         except (OSError, ValueError) as error:
             raise UserError(f"{directory}: no tokenizer there, and tiktoken could not fetch gpt2's: {error}") from error
         return cls(encoding, list(range(encoding.n_vocab)))
+
+    @property
+    def fingerprint(self):
+        """16 hex digits: other tokenizers, which may give other ids, have others."""
+        content = self.ids, sorted(self.bytes.items()), self.added, self.prefix_space
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     def encode(self, text):
         """Text -> list of ids. A lone surrogate, which UTF-8 does not have, is U+FFFD. Raises UserError for a run of

@@ -297,6 +297,24 @@ def test_files_that_differ_in_their_added_tokens_are_refused(saved):
     assert refusal(folder).endswith("the added tokens are not those of tokenizer_config.json")
 
 
+def test_whatever_changes_ids_changes_the_fingerprint(saved, trained):
+    folder, edit = saved
+    fingerprints = {Tokenizer.from_pretrained(folder).fingerprint for folder in (trained, folder, folder)}
+    assert len(fingerprints) == 2
+    edit("tokenizer.json", "added_tokens", lambda tokens: [*tokens[:2], tokens[2] | {"rstrip": True}])
+    fingerprints.add(Tokenizer.from_pretrained(folder).fingerprint)
+    edit("tokenizer.json", "pre_tokenizer.add_prefix_space", True)
+    edit("tokenizer_config.json", "add_prefix_space", True)
+    assert len(fingerprints | {Tokenizer.from_pretrained(folder).fingerprint}) == 4
+
+
+def test_special_tokens_do_not_count_as_ids_of_a_text(saved):
+    folder, edit = saved
+    assert Tokenizer.from_pretrained(folder).n_vocab == SIZE + 2
+    edit("tokenizer.json", "added_tokens", lambda tokens: tokens[:2])  # a pad token, for which the model has no row
+    assert Tokenizer.from_pretrained(folder).n_vocab == SIZE
+
+
 def test_an_added_token_with_an_id_that_transformers_would_not_give_it_is_refused(saved):
     folder, edit = saved
     edit("tokenizer.json", "added_tokens", lambda tokens: [*tokens[:2], tokens[2] | {"id": 400}])
@@ -413,11 +431,14 @@ def test_a_file_that_is_something_else_is_an_error_that_names_it(content, file, 
 # No tokenizer in the directory.
 
 
-def test_a_directory_without_a_tokenizer_is_an_error_whatever_its_size(tmp_path):
+def test_a_directory_without_a_tokenizer_is_an_error_whatever_its_size(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 50257}')
-    assert refusal(tmp_path) == (
-        f"{tmp_path}: no tokenizer: neither tokenizer.json nor vocab.json with merges.txt is there"
-    )
+    told = f"{tmp_path}: no tokenizer: there is no tokenizer.json, nor vocab.json and merges.txt"
+    assert refusal(tmp_path) == told
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gpt2: no tokenizer: "):  # a directory, whatever its name
+        Tokenizer.from_pretrained("gpt2")
 
 
 @pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
