@@ -5,7 +5,7 @@ import os
 import pytest
 from safetensors import SafetensorError
 
-from minigpt import UserError
+from minigpt import UserError, files
 from minigpt.files import locked, remove_leftovers, replacing
 
 
@@ -17,6 +17,14 @@ def test_on_a_clean_exit_the_new_file_takes_the_place_of_the_old(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "a.txt", []
+    monkeypatch.setattr(files, "flush", lambda which: flushed.append((which, path.exists())))
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert flushed == [(temporary, False), (tmp_path, True)]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

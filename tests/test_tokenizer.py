@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiktoken
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from minigpt import Tokenizer, UserError
@@ -21,7 +21,12 @@ PIECES = [
     *[".", "...", " ?!", "…", "(", "_", "--", "🙂", " 👩‍👩‍👧", "🇫🇷", "日本語", " Ελλάδα", "नमस्ते", "\0", "\ufeff"],
 ]
 TEXTS = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
-FEW = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+FEW = settings(
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],  # to shrink would take minutes
+)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +184,37 @@ def test_ids_with_any_added_tokens_equal_transformers(trained, tmp_path, tokens,
     assert ours.decode(ids) == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"normalized": False},
+        {"single_word": True},
+        {"lstrip": True},
+        {"rstrip": True},
+        {"lstrip": True, "rstrip": True},
+        {"special": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("content", ["foo", "fo", "oba", "bar"])
+def test_each_flag_of_an_added_token_means_what_it_means_in_transformers(trained, tmp_path, content, flags):
+    tokenizer = transformers_tokenizer(trained)
+    others = [added_token(other, {"rstrip": True}) for other in ("foo", "foob") if other != content]
+    tokenizer.add_tokens([*others, added_token("oo", {"normalized": False}), added_token(content, flags)])
+    tokenizer.save_pretrained(tmp_path)
+    words = [
+        "foobar",
+        "foo   bar",
+        "xfoo fox fo",
+        "foo bar.",
+        " bar\u0301 bar½ bar_ barⒶ bar",
+        "a\x1cbar\x1c a",
+        "foo<x>",
+    ]
+    assert_same_ids(tmp_path, words)
+
+
 @FEW
 @given(seed=st.integers())
 def test_with_any_merges_ids_equal_transformers_or_the_merge_is_named(tmp_path, seed):
@@ -203,7 +239,7 @@ def test_with_any_merges_ids_equal_transformers_or_the_merge_is_named(tmp_path, 
 
 @pytest.fixture
 def saved(trained, tmp_path):
-    """A folder as transformers saves it, with a pad token and an added one, and a function that edits its JSON files."""
+    """A folder that transformers saved, with a pad token and an added one, and a function that edits its JSON files."""
     tokenizer = transformers_tokenizer(trained)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.add_tokens(["<x>"])
@@ -232,7 +268,7 @@ TEXT = [f"the cat <x> [PAD] sat{END_OF_TEXT}", " foo", ""]
         ("tokenizer.json", "pre_tokenizer.trim_offsets", False),
         ("tokenizer.json", "post_processor", None),
         ("tokenizer.json", "post_processor", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}),
-        ("tokenizer.json", "truncation", {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}),
+        ("tokenizer.json", "truncation", dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0)),
         ("tokenizer.json", "added_tokens", lambda tokens: tokens[:2]),
         ("tokenizer_config.json", "tokenizer_class", "GPT2TokenizerFast"),
         ("tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast"),
