@@ -224,7 +224,7 @@ def _check_tensor(path, stored, info, parameter):
 def _tie(sources, files, directory):
     """The head must be the token embedding: a checkpoint that trained them apart is another model."""
     if not read_object(directory / "config.json").get("tie_word_embeddings", True) and not set(TIED) <= set(sources):
-        raise UserError(f"{directory}: config.json has tie_word_embeddings = False, but only one of {', '.join(TIED)}")
+        raise UserError(f"{directory}: tie_word_embeddings is False, but it holds only one of {', '.join(TIED)}")
     if HEAD not in sources:
         return
     path, stored = sources.pop(HEAD)

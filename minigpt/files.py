@@ -84,11 +84,11 @@ def read_text(path):
 def read_object(path):
     """The dict in a JSON file."""
     text = read_text(path)
-    with reading(path, "a JSON object"):
+    with reading(path, "JSON"):
         value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"found {value!r:.40}")
-        return value
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
+    return value
 
 
 def open_tensors(path):

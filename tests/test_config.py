@@ -100,12 +100,12 @@ def test_heads_that_do_not_divide_the_width_are_an_error_with_both_numbers(tmp_p
 
 @pytest.mark.parametrize("content", ["[1]", "null", '"gpt2"', "3"])
 def test_a_config_that_is_no_object_is_an_error(content, tmp_path):
-    assert refusal(tmp_path, content) == f"not a JSON object: found {json.loads(content)!r}"
+    assert refusal(tmp_path, content) == f"expected a JSON object, found {json.loads(content)!r}"
 
 
 @pytest.mark.parametrize("content", ["", '{"n_head": 12', "[" * 100_000, "\ufeff{}", '{"n_head": 1' + "0" * 5000 + "}"])
 def test_a_config_that_is_no_json_is_an_error(content, tmp_path):
-    assert refusal(tmp_path, content).startswith("not a JSON object: ")
+    assert refusal(tmp_path, content).startswith("not JSON: ")
 
 
 @pytest.mark.parametrize(
