@@ -174,7 +174,8 @@ def _read_config(directory):
     names = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     model, config, roles, more = (read_object(path) if (path := directory / n).exists() else {} for n in names)
     config["tokenizer_class"] = config.get("tokenizer_class") or model.get("tokenizer_class")
-    _check(path := directory / "tokenizer_config.json", config, ONLY_CONFIG)
+    path = directory / (names[1] if (directory / names[1]).exists() else names[0])
+    _check(path, config, ONLY_CONFIG)
     with reading(path, "a tokenizer_config.json"):
         if "added_tokens_decoder" in config:
             added, roles = config["added_tokens_decoder"], config
