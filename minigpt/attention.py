@@ -112,7 +112,9 @@ def attend(qkv, n_head, packed, slots=None, backend="auto"):
     if backend == "plain":
         return reference_attention(qkv, n_head, packed, slots)
     if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= KERNELS_FROM:
-        from minigpt import kernels  # here, because only CUDA builds of torch bring triton
+        from minigpt import (
+            kernels,  # here, because only CUDA builds of torch bring triton
+        )
 
         with torch.cuda.device(qkv.device):  # Triton launches on the current one
             return kernels.triton_attention(qkv, n_head, packed, slots)

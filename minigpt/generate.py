@@ -14,7 +14,7 @@ import torch
 
 from minigpt.attention import to_device
 from minigpt.cache import Cache, decode_one_token, prefill
-from minigpt.errors import UserError
+from minigpt.files import UserError
 
 
 @dataclass

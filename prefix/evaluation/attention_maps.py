@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt.attention import attend
-from minigpt.errors import UserError
-from minigpt.files import replacing
+from minigpt.files import UserError, replacing
 from prefix import cli, run
 from prefix.banks import Banks
 from prefix.cli import int_at_least

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from minigpt.errors import UserError
+from minigpt.files import UserError
 from prefix.data.corpus import sample_rows
 from prefix.data.splits import SPLITS, TEST, VALIDATION
 from prefix.evaluation import metrics

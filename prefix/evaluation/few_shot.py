@@ -11,7 +11,7 @@ and shared by the whole batch; each sentence costs only its own two lines.
 
 import numpy as np
 
-from minigpt.errors import UserError
+from minigpt.files import UserError
 from minigpt.generate import Prompt, generate
 from minigpt.scoring import likeliest_answer, max_new_tokens
 from prefix.banks import Banks
