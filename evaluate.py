@@ -17,8 +17,8 @@ from minigpt.splits import SPLITS
 from prefix import command, data, distributed, evaluation, metrics, rows
 from prefix.banks import read_metadata
 from prefix.command import notice, shown, whole
-from prefix.inspect import look_at
-from prefix.report import write_page
+from prefix.evaluation.attention_maps import look_at
+from prefix.evaluation.report import write_page
 
 
 def parse_arguments():

@@ -139,7 +139,7 @@ def train(trainer):
     if not finished:
         notice(f"stopped after step {trainer.step}; to go on: {to_go_on}")
     if distributed.rank() == 0:
-        from prefix.report import draw_loss  # here, because it takes a while to import
+        from prefix.evaluation.report import draw_loss  # here, because it takes a while to import
 
         draw_loss(trainer.out)
     if not finished:

@@ -19,7 +19,7 @@ import torch
 
 from minigpt.attention import Layout, upload
 from minigpt.beam import beam_search
-from minigpt.choose import choose, room_for
+from minigpt.scoring import choose, room_for
 from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
 from prefix import distributed

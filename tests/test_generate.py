@@ -13,7 +13,7 @@ from minigpt.attention import Layout
 from minigpt.beam import beam_search
 from minigpt.generate import Cache, Prompt, Sampler, decode, generate, prefill
 from prefix.banks import Banks
-from prefix.few_shot import few_shot, prompt_text, stop_ids
+from prefix.evaluation.few_shot import few_shot, prompt_text, stop_ids
 
 CONFIG = GPTConfig(vocab_size=53, n_positions=64, n_embd=32, n_layer=2, n_head=4)
 STOP = 52

@@ -30,7 +30,7 @@ from common import Peak, best_rate, circumstances, fresh, measure_row
 from minigpt import GPT, Tokenizer
 from prefix import command, data, metrics
 from prefix.data import sample_rows
-from prefix.few_shot import draw_examples, few_shot, prompt_text
+from prefix.evaluation.few_shot import draw_examples, few_shot, prompt_text
 from ways import FineTuning, LoRA, Prefix, PromptTuning, bare_shots, bare_text, nearest_shots, train, validation_loss
 
 TRAINED = {  # name: (what trains, the middle one of the first three rates)

@@ -36,7 +36,7 @@ from minigpt.config import PUBLISHED
 from minigpt.generate import Prompt, generate
 from minigpt.weights import pack, quantize
 from prefix import Banks, command, data
-from prefix.few_shot import draw_examples, few_shot, prompt_text, stop_ids
+from prefix.evaluation.few_shot import draw_examples, few_shot, prompt_text, stop_ids
 from prefix.rows import read_rows, Skipped
 from prefix.translation import separator, translate
 

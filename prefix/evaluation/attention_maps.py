@@ -1,7 +1,7 @@
 """What the slots learned, to look at: where attention goes, and which tokens a slot resembles.
 
-python -m prefix.inspect prefix/demo "Il pleut."                     as text
-python -m prefix.inspect runs/x "Il pleut." --out attention.svg      and as a picture (.png takes matplotlib)
+python -m prefix.evaluation.attention_maps prefix/demo "Il pleut."                     as text
+python -m prefix.evaluation.attention_maps runs/x "Il pleut." --out attention.svg      and as a picture (.png takes matplotlib)
 
 The sentence is followed by <sep> and the model's own translation, so that both banks are open in it.
 
@@ -297,7 +297,7 @@ def _inches(panel):
 
 
 def parse_arguments():
-    parser = command.Parser(prog="python -m prefix.inspect", description="Look at what the slots of a prefix learned.")
+    parser = command.Parser(prog="python -m prefix.evaluation.attention_maps", description="Look at what the slots of a prefix learned.")
     parser.add_argument("prefix", nargs="+", metavar="RUN", help="run or prefix file; of several, the banks of all")
     parser.add_argument("text", help="the sentence")
     parser.add_argument("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")

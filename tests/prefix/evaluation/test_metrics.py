@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import sentence_bleu
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from prefix.metrics import (
+from prefix.evaluation.metrics import (
     bleu_from_statistics,
     bleu_statistics,
     chrf,

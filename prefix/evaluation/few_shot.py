@@ -11,7 +11,7 @@ and shared by the whole batch; each sentence costs only its own two lines.
 
 import numpy as np
 
-from minigpt.choose import choose, room_for
+from minigpt.scoring import choose, room_for
 from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
 from prefix.banks import Banks

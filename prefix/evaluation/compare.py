@@ -13,9 +13,9 @@ import numpy as np
 
 from minigpt.errors import UserError
 from minigpt.splits import SPLITS, TEST, VALIDATION
-from prefix import metrics
+from prefix.evaluation import metrics
 from prefix.data import sample_rows
-from prefix.few_shot import draw_examples, few_shot, prompt_text
+from prefix.evaluation.few_shot import draw_examples, few_shot, prompt_text
 from prefix.translation import translate
 
 MAX_CHOICES = 1000  # texts of a column among which an answer can be chosen

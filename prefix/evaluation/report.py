@@ -11,7 +11,7 @@ from difflib import SequenceMatcher
 from html import escape
 
 from minigpt.files import replacing
-from prefix import evaluation, inspect
+from prefix.evaluation import attention_maps, compare
 from prefix.command import notice
 
 SMOOTHED = 20  # steps whose mean is the loss curve's thick line
@@ -57,7 +57,7 @@ def write_page(path, *content):
 
 def page(reports, shots, n_examples, settings, signatures, attention=None):
     """The whole page as a string. reports: of evaluation.compare; settings, signatures: {name: value};
-    attention: an inspect.Attention of the first direction, or None."""
+    attention: an attention_maps.Attention of the first direction, or None."""
     directions = ", ".join(f"{report['source']} → {report['target']}" for report in reports)
     against = f" against {shots}-shot prompting" if reports[0]["few_shot"] else ""
     title = escape(f"Prefix{against}: {directions}")
@@ -76,7 +76,7 @@ def page(reports, shots, n_examples, settings, signatures, attention=None):
     if attention:
         parts.append(attention_section(attention))
     parts += ["<h2>Settings</h2>", listed(settings)]
-    if "bleu" in evaluation.scores_of(reports[0]):
+    if "bleu" in compare.scores_of(reports[0]):
         parts += ["<h2>Signatures</h2>", listed(signatures)]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     head = [
@@ -92,12 +92,12 @@ def scores(report, shots):
     """One direction's table and what it says."""
     n, few = report["sentences"], report["few_shot"]
     title = escape(f"{report['source']} → {report['target']}, {n} sentence{'s' * (n != 1)}")
-    columns = [*evaluation.scores_of(report), *COUNTS, "seconds"]
-    head = "".join(f'<th scope="col">{escape(evaluation.SCORES.get(name, name))}</th>' for name in columns)
+    columns = [*compare.scores_of(report), *COUNTS, "seconds"]
+    head = "".join(f'<th scope="col">{escape(compare.SCORES.get(name, name))}</th>' for name in columns)
     rows = [_row("prefix", columns, report["prefix"])]
     if few:
         rows.append(_row(f"{shots}-shot", columns, few["mean"], few["spread"]))
-    said = f"<p>{escape(evaluation.difference(report))}</p>" if few else ""
+    said = f"<p>{escape(compare.difference(report))}</p>" if few else ""
     return (
         f'<div class="wide" role="region" tabindex="0" aria-label="{title}"><table><caption>{title}</caption>'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{said}"
@@ -163,18 +163,18 @@ def _compared(reference, found):
 
 def attention_section(attention):
     """The pictures of prefix.inspect, and the same as text."""
-    panels = inspect.panels(attention)
-    most = inspect.most_of(panels)
+    panels = attention_maps.panels(attention)
+    most = attention_maps.most_of(panels)
     parts = [
         "<h2>Attention to the slots</h2>",
         "<p>Of the first sentence that has a translation, over the tokens at which a bank is open: by head, the mean of"
         " these tokens; by token, the mean of the heads. What is on no bank is on the text.</p>",
-        inspect.STYLE,
+        attention_maps.STYLE,
     ]
     for panel in panels:
-        title, (drawing, _, _) = escape(panel.title), inspect.svg_panel(panel, most)
+        title, (drawing, _, _) = escape(panel.title), attention_maps.svg_panel(panel, most)
         parts.append(f'<figure class="wide" tabindex="0" aria-label="{title}">{drawing}</figure>')
-    text = escape("\n".join(inspect.mass_lines(attention)))
+    text = escape("\n".join(attention_maps.mass_lines(attention)))
     return "\n".join([*parts, f'<details><summary>As text</summary><pre tabindex="0">{text}</pre></details>'])
 
 

@@ -13,7 +13,7 @@ import evaluate
 import train
 import translate
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
-from minigpt.choose import choose, log_p
+from minigpt.scoring import choose, log_p
 from minigpt.generate import Prompt, generate
 from minigpt.splits import split_of
 from prefix import evaluation, metrics
