@@ -14,14 +14,16 @@ import torch
 
 from minigpt import UserError
 from minigpt.files import locked, remove_leftovers
-from prefix import command, data, distributed, run
-from prefix.command import notice, number, whole
+from prefix import cli, distributed, run
+from prefix.cli import number, whole
+from prefix.data import corpus as data
+from prefix.distributed import log
 from prefix.state import METRICS
 from prefix.trainer import SECONDS, Settings, Trainer
 
 
 def parse_arguments():
-    parser = command.Parser(prog="train.py", description="Learn one bank of slots per language for a frozen GPT-2.")
+    parser = cli.Parser(prog="train.py", description="Learn one bank of slots per language for a frozen GPT-2.")
     parser.add_argument("--prefix-len", type=whole(1), default=10, metavar="N", help="slots in each bank (10)")
     parser.add_argument("--model", help="a directory, demo, or a published name such as gpt2-xl")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines, or one text file per column")
@@ -76,7 +78,7 @@ def parse_arguments():
         "--micro-batch-tokens", type=whole(1), metavar="N", help="tokens in memory at a time (by device)"
     )
     parser.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more time")
-    command.add_machine_options(parser)
+    cli.add_machine_options(parser)
     args = parser.parse_args()
     if args.resume:
         given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
@@ -90,7 +92,7 @@ def main():
     args = parse_arguments()
     distributed.start()
     config = run.resume_config(args) if args.resume else run.resolve(args)
-    model, tokenizer = command.load_model(args, config["model"])
+    model, tokenizer = cli.load_model(args, config["model"])
     model.checkpoint_activations = args.checkpoint_activations
     longest = min(config["max_tokens"], model.config.n_positions - config["position_offset"])
     if longest < 3:
@@ -98,12 +100,12 @@ def main():
             f"--position-offset prefix: {config['position_offset']} positions for the slots leave too few for text "
             f"in this model's context of {model.config.n_positions}"
         )
-    paths = command.data_paths(config["data"])
+    paths = run.data_paths(config["data"])
     corpus = distributed.first_then_others(
         lambda: data.load(paths, config["columns"], tokenizer, config["limit"], longest)
     )
     for line in corpus.report:
-        notice(line)
+        log(line)
     micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
     banks = run.start(config, model, tokenizer, corpus)
     banks.position_offset = config["position_offset"]
@@ -122,9 +124,9 @@ def main():
                 remove_leftovers(folder)
             run.write_config(out, config)
         names, n = ", ".join(banks.names), len(trainer.train_set)
-        notice(f"Training {names} on {n:,} examples, {model.device}, {model.dtype}, {out}")
+        log(f"Training {names} on {n:,} examples, {model.device}, {model.dtype}, {out}")
         train(trainer)
-    notice(closing_line(trainer, model, out))
+    log(closing_line(trainer, model, out))
 
 
 def train(trainer):
@@ -137,9 +139,11 @@ def train(trainer):
             raise
         raise UserError(f"{error}; to go on from step {trainer.saved_step}: {to_go_on}") from error
     if not finished:
-        notice(f"stopped after step {trainer.step}; to go on: {to_go_on}")
+        log(f"stopped after step {trainer.step}; to go on: {to_go_on}")
     if distributed.rank() == 0:
-        from prefix.evaluation.report import draw_loss  # here, because it takes a while to import
+        from prefix.evaluation.report import (
+            draw_loss,  # here, because it takes a while to import
+        )
 
         draw_loss(trainer.out)
     if not finished:
@@ -167,5 +171,5 @@ def closing_line(trainer, model, out):
 
 
 if __name__ == "__main__":
-    with command.telling_errors():
+    with cli.telling_errors():
         main()

@@ -107,7 +107,9 @@ def attend(qkv, n_head, layout, slots=None, how="auto"):
     if how == "plain":
         return plain(qkv, n_head, layout, slots)
     if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= KERNELS_FROM:
-        from minigpt import kernels  # here, because triton comes with CUDA builds of torch only
+        from minigpt import (
+            kernels,  # here, because triton comes with CUDA builds of torch only
+        )
 
         with torch.cuda.device(qkv.device):  # Triton launches on the current one
             return kernels.fused(qkv, n_head, layout, slots)

@@ -8,10 +8,13 @@ the files and speaks. In a program that torchrun did not start there is one proc
 """
 
 import os
+import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from minigpt.errors import visible
 
 PATIENCE = timedelta(hours=6)  # processes wait for the first to encode a large file, or to read a slow pipe
 
@@ -82,3 +85,15 @@ def from_first(value):
     if world() > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def log(text):
+    """Print a line to standard error, from process 0 alone."""
+    if rank() == 0:
+        print(printable(text, sys.stderr), file=sys.stderr)
+
+
+def printable(text, stream=None):
+    """`text` as it is printed to `stream` (standard output): on a terminal with control characters other than newline
+    and tab spelled out, since they come from a model or a stranger's file; anywhere else as it is."""
+    return visible(text, keep="\n\t") if (stream or sys.stdout).isatty() else text

@@ -10,15 +10,29 @@ A run is a directory, runs/<time> by default, with these files:
 
 import json
 import time
+from pathlib import Path
+
+import torch
 
 from minigpt import UserError, checkpoint
 from minigpt.files import TEMPORARY, read_object, replacing
-from prefix import command, rows
 from prefix.banks import MAX_SLOTS, Banks
+from prefix.data import rows
+from prefix.distributed import log
 from prefix.reparam import Reparametrised
 from prefix.state import METRICS
 from prefix.trainer import Settings, n_tokens
 from prefix.translation import pack, separator
+
+DEMO = Path(__file__).parent / "demo"
+DEMO_CORPUS, DEMO_PREFIX = DEMO / "en-fr.csv", DEMO / "prefix.safetensors"
+RUNS = Path("runs")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHOICES = {
+    "device": ["auto", "cpu", "cuda", "mps"],
+    "dtype": ["auto", *DTYPES],
+    "attention": ["auto", "fused", "plain"],
+}
 
 # What suits the base: the demo learns in two minutes on a CPU, a published model takes the notebook's 2,048 steps.
 # The demo's learning rates come from a sweep (tests/benchmarks/RESULTS.md); those of published models are not measured.
@@ -43,15 +57,15 @@ def resolve(args):
     check_unused(args.out)
     if args.prefix_len > MAX_SLOTS:
         raise UserError(f"--prefix-len {args.prefix_len:,}: a bank has {MAX_SLOTS:,} slots at most")
-    name = args.model or checkpoint.default(command.notice)
+    name = args.model or checkpoint.default(log)
     demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
-    paths = command.data_paths(args.data)
+    paths = data_paths(args.data)
     columns = list(rows.resolve_columns(paths, args.columns))
     unused = [] if args.columns else rows.unused_columns(paths, columns)
     if unused:
-        command.notice(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
+        log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
     if args.init == "zero-effect" and args.position_offset == "prefix":
-        command.notice(
+        log(
             f"--position-offset prefix starts text at position {args.prefix_len}, behind nothing, where the base itself "
             "is worse: --init text stands in those positions"
         )
@@ -68,8 +82,8 @@ def resolve(args):
         label_smoothing=args.label_smoothing,
     )
     return {
-        "model": command.model_name(name),
-        "data": command.data_names(paths),
+        "model": model_name(name),
+        "data": data_names(paths),
         "columns": columns,
         "limit": args.limit,
         "max_tokens": args.max_tokens,
@@ -115,7 +129,7 @@ def check_config(config):
         "settings": lambda value: isinstance(value, dict),
         "machine": lambda value: (
             isinstance(value, dict)
-            and all(value.get(name, "auto") in choices for name, choices in command.CHOICES.items())
+            and all(value.get(name, "auto") in choices for name, choices in CHOICES.items())
             and value.get("checkpoint_activations", False) in (False, True)
             and ((tokens := value.get("micro_batch_tokens")) is None or is_whole(tokens, 1))
         ),
@@ -143,7 +157,7 @@ def make_directory(out):
         return out
     while True:
         try:
-            out = command.RUNS / time.strftime("%Y%m%d-%H%M%S")
+            out = RUNS / time.strftime("%Y%m%d-%H%M%S")
             out.mkdir(parents=True)
             return out
         except FileExistsError:  # by a run of this same second
@@ -194,3 +208,18 @@ def opening(corpus, column, n):
     if not ids:
         raise UserError(f"no training pair has a text in the column {corpus.columns[column]!r}: give more data")
     return ids[:n]
+
+
+def model_name(name):
+    """How a prefix file records its base: a directory absolute, anything else by its name."""
+    return name if name == "demo" or not Path(name).is_dir() else str(Path(name).resolve())
+
+
+def data_paths(paths):
+    """The files to read: those given, with "demo" (and None) standing for the sample corpus."""
+    return [str(DEMO_CORPUS) if path == "demo" else path for path in paths or ["demo"]]
+
+
+def data_names(paths):
+    """How a run records its files: absolute, but the sample corpus by its name, wherever the project lies."""
+    return ["demo" if Path(path).resolve() == DEMO_CORPUS.resolve() else str(Path(path).resolve()) for path in paths]

@@ -25,8 +25,7 @@ from minigpt.attention import Slots
 from minigpt.errors import UserError
 from minigpt.loss import nll_sum
 from prefix import distributed
-from prefix.command import out_of_memory
-from prefix.data import sample_rows
+from prefix.data.corpus import sample_rows
 from prefix.state import COUNTS, METRICS, State, add_line, cut_after
 from prefix.translation import pack, separator
 
@@ -381,3 +380,9 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def out_of_memory(error):
+    """torch has a class of its own for a full GPU, but only words for a full main memory and in CUDA's libraries."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)

@@ -19,11 +19,11 @@ import torch
 
 from minigpt.attention import Layout, upload
 from minigpt.beam import beam_search
-from minigpt.scoring import choose, room_for
 from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
+from minigpt.scoring import choose, room_for
 from prefix import distributed
-from prefix.rows import MAX_FIELD, clean
+from prefix.data.rows import MAX_FIELD, clean
 
 CLOSING = """["'”’»)\\]]"""
 SENTENCE_END = re.compile(  # spaces behind a mark that ends a sentence, or behind what closes such a one: « Oui ! »

@@ -31,8 +31,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
 from minigpt.tokenizer import END_OF_TEXT, byte_characters
-from prefix import Banks, data, peft
-from prefix.rows import Skipped, read_rows
+from prefix import Banks, peft
+from prefix.data import corpus as data
+from prefix.data.rows import Skipped, read_rows
 from prefix.run import FREE, MACHINE, resume_config
 from prefix.trainer import Settings, Trainer
 

@@ -11,18 +11,21 @@ import pytest
 
 import translate
 from minigpt import GPT, Tokenizer
-from prefix import Banks, command
-from prefix.translation import divide, translate as translate_texts
+from prefix import Banks
+from prefix.distributed import printable
+from prefix.run import DEMO_PREFIX
+from prefix.translation import divide
+from prefix.translation import translate as translate_texts
 
 ROOT = Path(__file__).parents[1]
-PREFIX = ["--prefix", command.DEMO_PREFIX, "--device", "cpu"]
+PREFIX = ["--prefix", DEMO_PREFIX, "--device", "cpu"]
 LONG = "Je suis ici. Il pleut. " * 40  # more tokens than the demo's context has
 
 
 @pytest.fixture(scope="module")
 def demo():
     model, tokenizer = GPT.from_pretrained("demo"), Tokenizer.from_pretrained("demo")
-    return model, tokenizer, Banks.load(command.DEMO_PREFIX, model)
+    return model, tokenizer, Banks.load(DEMO_PREFIX, model)
 
 
 @pytest.fixture
@@ -52,8 +55,8 @@ def terminal():
 
 
 def test_a_terminal_shows_a_translation_as_it_grows(run, monkeypatch, demo):
-    written, write = [], command.shown
-    monkeypatch.setattr(translate, "shown", lambda text: written.append(text) or write(text))
+    written, write = [], printable
+    monkeypatch.setattr(translate, "printable", lambda text: written.append(text) or write(text))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     code, out, _ = run(translate, *PREFIX, "Il pleut depuis ce matin.")
     assert (code, out) == (0, translate_texts(*demo, ["Il pleut depuis ce matin."], "fr", "en")[0].text + "\n")

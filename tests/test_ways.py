@@ -18,9 +18,9 @@ from benchmarks.ways import (
 
 from minigpt import GPT, Tokenizer
 from minigpt.generate import Prompt, generate
-from prefix import data
+from prefix.data import corpus as data
+from prefix.data.rows import clean
 from prefix.evaluation.few_shot import few_shot, prompt_text, stop_ids
-from prefix.rows import clean
 
 TEXTS = ["Le chat dort.", "Le chien dort.", "Il pleut à Paris.", "Où est la gare ?", "Il pleut.", "LE CHAT dort."]
 

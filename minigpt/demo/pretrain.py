@@ -38,8 +38,8 @@ from minigpt.config import GPTConfig
 from minigpt.errors import UserError
 from minigpt.files import replacing
 from minigpt.model import GPT
-from minigpt.splits import split_of
 from minigpt.tokenizer import END_OF_TEXT, Tokenizer
+from prefix.data.splits import split_of
 
 CONFIG = GPTConfig(vocab_size=4096, n_positions=256, n_embd=256, n_layer=6, n_head=4)
 FLOOR, WARMUP, BATCH_TOKENS, SEED = 0.03, 0.02, 4096, 1

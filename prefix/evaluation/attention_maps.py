@@ -27,9 +27,12 @@ import torch.nn.functional as F
 from minigpt.attention import attend
 from minigpt.errors import UserError
 from minigpt.files import replacing
-from prefix import command, data, rows
+from prefix import cli, run
 from prefix.banks import Banks
-from prefix.command import notice, shown, whole
+from prefix.cli import whole
+from prefix.data import corpus as data
+from prefix.data import rows
+from prefix.distributed import log, printable
 from prefix.translation import pack, separator, translate
 
 TEXT_ROWS, TEXT_TOKENS = 1000, 4096  # of the training data, at most: the text whose keys slots are held against
@@ -297,7 +300,7 @@ def _inches(panel):
 
 
 def parse_arguments():
-    parser = command.Parser(prog="python -m prefix.evaluation.attention_maps", description="Look at what the slots of a prefix learned.")
+    parser = cli.Parser(prog="python -m prefix.evaluation.attention_maps", description="Look at what the slots of a prefix learned.")
     parser.add_argument("prefix", nargs="+", metavar="RUN", help="run or prefix file; of several, the banks of all")
     parser.add_argument("text", help="the sentence")
     parser.add_argument("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")
@@ -308,7 +311,7 @@ def parse_arguments():
     parser.add_argument(
         "--data", nargs="+", metavar="FILE", help="text for the nearest tokens (what each file learned from)"
     )
-    command.add_machine_options(parser)
+    cli.add_machine_options(parser)
     parser.set_defaults(weights=None)  # as they are: nobody waits for one sentence
     args = parser.parse_args()
     if args.out:
@@ -321,18 +324,18 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    model, tokenizer, banks, prefixes = command.load_with_base(args)
-    source, target = command.direction(args, banks)
+    model, tokenizer, banks, prefixes = cli.load_with_base(args)
+    source, target = cli.direction(args, banks)
     texts = texts_for_nearest(args, prefixes, model, tokenizer, banks) if args.nearest else []
     attention = look_at(model, tokenizer, banks, args.text, source, target)
     if args.out:
         draw(panels(attention), args.out)
-        notice(f"Drew {args.out}")
-    print(shown("\n".join([f"{source} -> {target}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
+        log(f"Drew {args.out}")
+    print(printable("\n".join([f"{source} -> {target}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
     for part, text in texts:
         n = min(args.nearest, len(text.ids.unique()))
         found = nearest_tokens(model, part, text.ids, text.layout, n)
-        print(shown("\n".join(["", *nearest_lines(found, part, tokenizer)])))
+        print(printable("\n".join(["", *nearest_lines(found, part, tokenizer)])))
 
 
 def texts_for_nearest(args, prefixes, model, tokenizer, banks):
@@ -341,15 +344,15 @@ def texts_for_nearest(args, prefixes, model, tokenizer, banks):
     if args.data:
         parts = [(banks, args.data)]
     else:
-        parts = [(Banks.load(path, model), command.data_of([path])) for path in prefixes]
+        parts = [(Banks.load(path, model), cli.data_of([path])) for path in prefixes]
     longest, texts = min(384, model.config.n_positions - banks.position_offset), []
     for part, files in parts:
-        paths, columns = rows.columns_for(command.data_paths(files), part.names)
+        paths, columns = rows.columns_for(run.data_paths(files), part.names)
         corpus = data.load(paths, columns, tokenizer, TEXT_ROWS, longest)
         texts.append((part, training_text(corpus, tokenizer, model.device)))
     return texts
 
 
 if __name__ == "__main__":
-    with command.telling_errors():
+    with cli.telling_errors():
         main()

@@ -11,8 +11,9 @@ from difflib import SequenceMatcher
 from html import escape
 
 from minigpt.files import replacing
-from prefix.evaluation import attention_maps, compare
-from prefix.command import notice
+from prefix.distributed import log
+from prefix.evaluation import attention_maps
+from prefix.evaluation import compare as evaluation
 
 SMOOTHED = 20  # steps whose mean is the loss curve's thick line
 WORD = re.compile(r"\s*(?:\w+['’]?|[^\w\s]+)")  # or a run of punctuation, each with the space before it
@@ -76,7 +77,7 @@ def page(reports, shots, n_examples, settings, signatures, attention=None):
     if attention:
         parts.append(attention_section(attention))
     parts += ["<h2>Settings</h2>", listed(settings)]
-    if "bleu" in compare.scores_of(reports[0]):
+    if "bleu" in evaluation.scores_of(reports[0]):
         parts += ["<h2>Signatures</h2>", listed(signatures)]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     head = [
@@ -92,12 +93,12 @@ def scores(report, shots):
     """One direction's table and what it says."""
     n, few = report["sentences"], report["few_shot"]
     title = escape(f"{report['source']} → {report['target']}, {n} sentence{'s' * (n != 1)}")
-    columns = [*compare.scores_of(report), *COUNTS, "seconds"]
-    head = "".join(f'<th scope="col">{escape(compare.SCORES.get(name, name))}</th>' for name in columns)
+    columns = [*evaluation.scores_of(report), *COUNTS, "seconds"]
+    head = "".join(f'<th scope="col">{escape(evaluation.SCORES.get(name, name))}</th>' for name in columns)
     rows = [_row("prefix", columns, report["prefix"])]
     if few:
         rows.append(_row(f"{shots}-shot", columns, few["mean"], few["spread"]))
-    said = f"<p>{escape(compare.difference(report))}</p>" if few else ""
+    said = f"<p>{escape(evaluation.difference(report))}</p>" if few else ""
     return (
         f'<div class="wide" role="region" tabindex="0" aria-label="{title}"><table><caption>{title}</caption>'
         f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{said}"
@@ -162,7 +163,7 @@ def _compared(reference, found):
 
 
 def attention_section(attention):
-    """The pictures of prefix.inspect, and the same as text."""
+    """The pictures of prefix.evaluation.attention_maps, and the same as text."""
     panels = attention_maps.panels(attention)
     most = attention_maps.most_of(panels)
     parts = [
@@ -196,7 +197,9 @@ def draw_loss(run):
     """Write loss.png beside the metrics.jsonl of a run directory, where matplotlib is installed. Raises nothing: no run
     shall fail for a picture."""
     try:
-        from matplotlib.figure import Figure  # an optional extra, and slow to import: not before the end of a run
+        from matplotlib.figure import (
+            Figure,  # an optional extra, and slow to import: not before the end of a run
+        )
     except ImportError:
         return
     try:
@@ -207,7 +210,7 @@ def draw_loss(run):
         with replacing(run / "loss.png") as temporary:
             figure.savefig(temporary, format="png", dpi=120)
     except Exception as error:
-        notice(f"{run / 'loss.png'}: not drawn: {error}")
+        log(f"{run / 'loss.png'}: not drawn: {error}")
 
 
 def _draw_curves(axes, lines):

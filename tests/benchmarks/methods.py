@@ -29,18 +29,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, which has a train.py of its own
 
 from common import best_rate, circumstances
+from ways import FineTuning, train, validation_loss
 
 from minigpt import GPT, Tokenizer
 from minigpt.files import replacing
-from minigpt.splits import split_of
-from prefix import command, data, metrics, run
+from prefix import cli, run
 from prefix.banks import Banks
-from prefix.data import sample_rows
+from prefix.data import corpus as data
+from prefix.data.corpus import sample_rows
+from prefix.data.rows import Skipped, read_rows
+from prefix.data.splits import split_of
+from prefix.evaluation import metrics
 from prefix.reparam import Reparametrised
-from prefix.rows import Skipped, read_rows
+from prefix.run import DEMO_CORPUS
 from prefix.trainer import Settings, Trainer
 from prefix.translation import translate
-from ways import FineTuning, train, validation_loss
 
 LONGEST = 60  # characters of either side, of the sentences that are reported on
 MIDDLE = {"slots": 1e-1, "network": 3e-3, "fine-tuning": 1e-4}  # of the first three learning rates, by what is trained
@@ -52,14 +55,14 @@ PAIRS = [100, 300, 1000, None]  # None: all
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
-    parser.add_argument("--data", default=str(command.DEMO_CORPUS), help="held-out sentences (the sample corpus)")
-    parser.add_argument("--train-data", default=str(command.DEMO_CORPUS), help="training pairs (the sample corpus)")
+    parser.add_argument("--data", default=str(DEMO_CORPUS), help="held-out sentences (the sample corpus)")
+    parser.add_argument("--train-data", default=str(DEMO_CORPUS), help="training pairs (the sample corpus)")
     parser.add_argument("--model", default="demo", help="a checkpoint's directory (the demo)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--sentences", type=int, default=200, help="for BLEU, in each direction")
-    parser.add_argument("--dtype", choices=list(command.DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=list(cli.DTYPES), default="float32")
     parser.add_argument("--results", type=Path, default=Path("methods.jsonl"))
     return parser.parse_args()
 
@@ -69,7 +72,7 @@ class Bench:
 
     def __init__(self, args):
         self.args = args
-        self.model = GPT.from_pretrained(args.model, dtype=command.DTYPES[args.dtype])
+        self.model = GPT.from_pretrained(args.model, dtype=cli.DTYPES[args.dtype])
         self.tokenizer = Tokenizer.from_pretrained(args.model)
         self.corpus = data.load([args.train_data], ("en", "fr"), self.tokenizer, max_tokens=256)
         held_out = data.load([new_pairs(args.data, args.results.parent)], ("en", "fr"), self.tokenizer, max_tokens=256)

@@ -49,13 +49,27 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from common import Peak, ceiling, circumstances, clock, first_line, fresh, make_checkpoint, measure_row
-from common import multiplies_bf16, run_rows, timings
+from common import (
+    Peak,
+    ceiling,
+    circumstances,
+    clock,
+    first_line,
+    fresh,
+    make_checkpoint,
+    measure_row,
+    multiplies_bf16,
+    run_rows,
+    timings,
+)
+
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
 from minigpt.attention import Layout, Slots, attend
 from minigpt.config import PUBLISHED
 from minigpt.loss import nll_sum
-from prefix import Banks, command, data
+from prefix import Banks
+from prefix.data import corpus as data
+from prefix.run import DEMO_CORPUS
 from prefix.trainer import MICRO_BATCH_TOKENS, Settings, Trainer, n_tokens
 from prefix.translation import Batch, separator
 
@@ -97,7 +111,7 @@ def parse_arguments():
     parser.add_argument("--what", nargs="+", choices=[*PARTS], default=["ladder"])
     parser.add_argument("--shape", choices=[*SHAPES], default="gpt2", help="of the model; its weights are random")
     parser.add_argument("--prefix-len", type=int, default=10, help="slots in each of two banks (10)")
-    parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else command.DEMO_CORPUS)
+    parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else DEMO_CORPUS)
     parser.add_argument("--batch-size", type=int, default=64, help="pairs of an optimizer step (64)")
     parser.add_argument("--micro-batch", type=int, nargs="+", help="sentences at a time: peft tries all of these, and "
                         "the first rungs take the first (CPU: 16, GPU: 64 16)")  # fmt: skip

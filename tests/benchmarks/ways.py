@@ -31,8 +31,8 @@ from minigpt.loss import nll_sum
 from minigpt.model import Embedding
 from prefix import translation
 from prefix.banks import Banks
+from prefix.data.rows import clean
 from prefix.evaluation.few_shot import few_shot, prompt_text, stop_ids
-from prefix.rows import clean
 from prefix.translation import Batch, Translation, answered, separator
 
 

@@ -1,6 +1,5 @@
 """Looking at what the slots learned."""
 
-import inspect as standard_inspect
 import math
 import subprocess
 import sys
@@ -13,11 +12,11 @@ from conftest import random_model
 
 from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.attention import Layout
-from prefix import command
-from prefix.evaluation import attention_maps
 from prefix.banks import Banks
+from prefix.evaluation import attention_maps
+from prefix.run import DEMO, DEMO_PREFIX
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 SIZES = dict(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=2)
 OPENED = [1, 1, 1, 3, 3, 2, 0]  # of the banks a, b, c
 
@@ -139,7 +138,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 def looked(run, *options):
-    code, out, err = run(inspect, command.DEMO, *options)
+    code, out, err = run(attention_maps, DEMO, *options)
     assert code == 0, err
     return out
 
@@ -147,7 +146,7 @@ def looked(run, *options):
 def test_the_command_shows_the_mass_of_the_sentence_and_of_its_translation(run):
     out = looked(run, "Il pleut & vente.", "--nearest", 0)
     model, tokenizer = GPT.from_pretrained("demo"), Tokenizer.from_pretrained("demo")
-    banks = Banks.load(command.DEMO_PREFIX, model)
+    banks = Banks.load(DEMO_PREFIX, model)
     attention = attention_maps.look_at(model, tokenizer, banks, "Il pleut & vente.", "fr", "en")
     sep = attention.tokens.index("\\n")
     assert attention.seen.tolist() == [[i >= sep, True] for i in range(len(attention.tokens))]
@@ -183,7 +182,7 @@ def test_an_svg_has_every_number_and_takes_no_matplotlib(run, monkeypatch):
     root = ElementTree.parse("picture.svg").getroot()
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     model, tokenizer = GPT.from_pretrained("demo"), Tokenizer.from_pretrained("demo")
-    attention = attention_maps.look_at(model, tokenizer, Banks.load(command.DEMO_PREFIX, model), "<b> & co", "fr", "en")
+    attention = attention_maps.look_at(model, tokenizer, Banks.load(DEMO_PREFIX, model), "<b> & co", "fr", "en")
     expected = []
     for panel in attention_maps.panels(attention):
         expected += [panel.title, *panel.columns]
@@ -213,7 +212,7 @@ def test_a_png_is_a_picture(run):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(run, options, words):
-    code, _, err = run(inspect, command.DEMO, *options)
+    code, _, err = run(attention_maps, DEMO, *options)
     assert (code, err.count("\n")) == (2, 1), err
     assert all(word in err for word in words), err
 
@@ -222,7 +221,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, options, words):
 def silent(tmp_path):
     """A prefix file with the demo's banks, but no record of what they learned from."""
     model = GPT.from_pretrained("demo")
-    banks = Banks.load(command.DEMO_PREFIX, model)
+    banks = Banks.load(DEMO_PREFIX, model)
     banks.training_record = {}
     banks.save(tmp_path / "silent.safetensors", model)
     return tmp_path / "silent.safetensors"
@@ -230,11 +229,11 @@ def silent(tmp_path):
 
 def test_text_for_nearest_tokens_must_be_named_where_the_prefix_has_no_record_of_any(run, silent):
     options = ["--model", "demo", silent, "Il pleut."]
-    code, out, err = run(inspect, *options)
+    code, out, err = run(attention_maps, *options)
     assert (code, out, err.count("\n")) == (2, "", 1) and "trained on: name the text with --data" in err
-    code, out, err = run(inspect, *options, "--nearest", 0)
+    code, out, err = run(attention_maps, *options, "--nearest", 0)
     assert code == 0 and "nearest token keys" not in out
-    code, out, err = run(inspect, *options, "--data", "demo", "--nearest", 1)
+    code, out, err = run(attention_maps, *options, "--data", "demo", "--nearest", 1)
     assert code == 0 and "nearest token keys" in out, err
 
 
@@ -247,7 +246,7 @@ def test_the_banks_of_each_of_several_files_have_the_nearest_tokens_that_they_ha
         banks.save(file, model)
 
     def nearest(*files):
-        code, out, err = run(inspect, *files, "Il pleut.", "--nearest", 3)
+        code, out, err = run(attention_maps, *files, "Il pleut.", "--nearest", 3)
         assert code == 0, err
         return [part.strip() for part in out.split("nearest token keys")[1:]]
 
@@ -257,13 +256,12 @@ def test_the_banks_of_each_of_several_files_have_the_nearest_tokens_that_they_ha
 
 def test_a_png_without_matplotlib_is_refused_in_one_line(run, monkeypatch):
     monkeypatch.setattr(attention_maps.importlib.util, "find_spec", lambda name: None)
-    code, out, err = run(inspect, command.DEMO, "Bonjour", "--out", "picture.png")
+    code, out, err = run(attention_maps, DEMO, "Bonjour", "--out", "picture.png")
     assert (code, out, err.count("\n")) == (2, "", 1) and "pip install matplotlib" in err
 
 
 def test_the_module_runs_by_its_name_and_hides_nothing_of_pythons():
-    assert inspect is not standard_inspect and hasattr(standard_inspect, "signature")
-    line = [sys.executable, "-m", "prefix.inspect", str(command.DEMO), "Oui.", "--nearest", "0"]
+    line = [sys.executable, "-m", "prefix.evaluation.attention_maps", str(DEMO), "Oui.", "--nearest", "0"]
     done = subprocess.run(line, capture_output=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0 and done.stdout.decode().startswith("fr -> en: "), done.stderr
 

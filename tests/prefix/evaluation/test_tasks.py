@@ -13,13 +13,14 @@ import evaluate
 import train
 import translate
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
-from minigpt.scoring import choose, log_p
 from minigpt.generate import Prompt, generate
-from minigpt.splits import split_of
-from prefix import evaluation, metrics
+from minigpt.scoring import choose, log_p
 from prefix.banks import Banks
-from prefix.data import load
-from prefix.rows import columns_for
+from prefix.data.corpus import load
+from prefix.data.rows import columns_for
+from prefix.data.splits import split_of
+from prefix.evaluation import compare as evaluation
+from prefix.evaluation import metrics
 from prefix.translation import translate as translate_texts
 
 CONFIG = GPTConfig(vocab_size=61, n_positions=48, n_embd=24, n_layer=2, n_head=3)

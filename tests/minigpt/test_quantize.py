@@ -8,7 +8,7 @@ import torch
 from minigpt import GPT, GPTConfig
 from minigpt.attention import Slots, attend_cached
 from minigpt.generate import Cache, decode, prefill
-from minigpt.weights import ROWS, Weights8, pack, quantize
+from minigpt.quantize import ROWS, Weights8, pack, quantize
 
 CONFIG = GPTConfig(vocab_size=301, n_positions=64, n_embd=96, n_layer=2, n_head=3)
 

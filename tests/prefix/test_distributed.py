@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import sys, torch
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from minigpt import GPT, GPTConfig, Tokenizer
-from prefix import data, distributed
+from prefix import distributed
+from prefix.data import corpus as data
 from prefix.banks import Banks
 from prefix.trainer import Settings, Trainer
 

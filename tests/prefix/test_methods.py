@@ -31,9 +31,11 @@ import train
 from minigpt import GPT, Tokenizer
 from minigpt.attention import Slots
 from minigpt.loss import nll_sum
-from prefix import command, data, run
+from prefix import cli, run
 from prefix.banks import Banks
+from prefix.data import corpus as data
 from prefix.reparam import INNER, Reparametrised
+from prefix.run import DEMO_CORPUS
 from prefix.trainer import Settings, Trainer
 from prefix.translation import pack
 
@@ -48,7 +50,7 @@ LOSS, MEAN_KL, WORST_LOG_P = 1e-3, 1e-4, 2.0
 def demo():
     """The demo checkpoint, its tokenizer and its corpus."""
     tokenizer = Tokenizer.from_pretrained("demo")
-    return GPT.from_pretrained("demo"), tokenizer, data.load([command.DEMO_CORPUS], ("en", "fr"), tokenizer)
+    return GPT.from_pretrained("demo"), tokenizer, data.load([DEMO_CORPUS], ("en", "fr"), tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,11 @@ import torch
 
 from minigpt import GPT, Tokenizer, UserError
 from minigpt.errors import visible
-from minigpt.weights import pack, quantize
-from prefix import distributed
+from minigpt.quantize import pack, quantize
 from prefix.banks import Banks, file_of, read_metadata
-
-DEMO = Path(__file__).parent / "demo"
-DEMO_CORPUS, DEMO_PREFIX = DEMO / "en-fr.csv", DEMO / "prefix.safetensors"
-RUNS = Path("runs")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHOICES = {
-    "device": ["auto", "cpu", "cuda", "mps"],
-    "dtype": ["auto", *DTYPES],
-    "attention": ["auto", "fused", "plain"],
-}
+from prefix.distributed import log
+from prefix.run import CHOICES, DEMO_PREFIX, DTYPES, RUNS
+from prefix.trainer import out_of_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,23 +46,6 @@ def telling_errors():
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def out_of_memory(error):
-    """torch has a class of its own for a full GPU, but only words for a full main memory and in CUDA's libraries."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
-
-
-def notice(text):
-    if distributed.rank() == 0:
-        print(shown(text, sys.stderr), file=sys.stderr)
-
-
-def shown(text, stream=None):
-    """`text` as it is printed to `stream` (standard output): on a terminal with control characters other than newline
-    and tab spelled out, since they come from a model or a stranger's file; anywhere else as it is."""
-    return visible(text, keep="\n\t") if (stream or sys.stdout).isatty() else text
 
 
 def add_machine_options(parser):
@@ -156,7 +131,7 @@ def find_prefix(path):
     if path is None:
         runs = [p for p in RUNS.glob("*/prefix.safetensors") if p.is_file()]
         found = max(runs, key=lambda p: p.stat().st_mtime, default=DEMO_PREFIX)
-        notice(f"Using the prefix {found}")
+        log(f"Using the prefix {found}")
         return found
     return file_of(path)
 
@@ -195,21 +170,6 @@ def direction(args, banks):
     if source == target:
         raise UserError(f"--from {source} --to {target}: the same bank twice")
     return source, target
-
-
-def model_name(name):
-    """How a prefix file records its base: a directory absolute, anything else by its name."""
-    return name if name == "demo" or not Path(name).is_dir() else str(Path(name).resolve())
-
-
-def data_paths(paths):
-    """The files to read: those given, with "demo" (and None) standing for the sample corpus."""
-    return [str(DEMO_CORPUS) if path == "demo" else path for path in paths or ["demo"]]
-
-
-def data_names(paths):
-    """How a run records its files: absolute, but the sample corpus by its name, wherever the project lies."""
-    return ["demo" if Path(path).resolve() == DEMO_CORPUS.resolve() else str(Path(path).resolve()) for path in paths]
 
 
 def data_of(prefixes):

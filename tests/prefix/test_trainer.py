@@ -20,9 +20,10 @@ from torch.nn.functional import cross_entropy
 
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
 from minigpt.attention import Layout
-from minigpt.splits import split_of
-from prefix import data, run
+from prefix import run
 from prefix.banks import Banks
+from prefix.data import corpus as data
+from prefix.data.splits import split_of
 from prefix.trainer import BAD_STEPS, Settings, Trainer
 
 PREFIX_LEN, N_LAYER, N_HEAD, HEAD_DIM = 3, 2, 2, 16

@@ -105,9 +105,9 @@ def test_an_adapter_trained_in_peft_writes_the_same_text_here(base, tmp_path, pr
     assert not torch.allclose(logits, before, atol=0.1)
     torch.testing.assert_close(bank.logits(model, ids, open=["fr"]), logits, rtol=1e-4, atol=1e-4)
     ours = generate(model, [Prompt(row, 7, [1] * 6) for row in ids.tolist()], [], bank.slots(), P)
-    options = dict(max_new_tokens=7, do_sample=False, pad_token_id=0)
-    written = adapter.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[:, 6:].tolist()
-    assert [result.ids for result in ours] == written
+    for _ in range(7):  # by peft's forward: its generate drops the prefix under transformers 5.24.0
+        ids = torch.cat([ids, adapter(input_ids=ids).logits[:, -1:].argmax(dim=-1)], dim=1)
+    assert [result.ids for result in ours] == ids[:, 6:].tolist()
 
 
 def test_the_tensor_and_its_order_are_what_peft_reads(base, tmp_path):
