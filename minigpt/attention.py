@@ -81,17 +81,19 @@ class Layout:
 @dataclass
 class Slots:
     """The slots of all banks, one after another. key, value: (n_layer, n_head, S, head_dim) or, of one layer, (n_head,
-    S, head_dim); bank: (S,) int32, the number of the bank that each slot belongs to (the bit that opens it)."""
+    S, head_dim); bank: (S,) int32, the number of the bank that each slot belongs to (the bit that opens it).
+    closed_layer: the number of a layer that sees none of them, or None."""
 
     key: torch.Tensor
     value: torch.Tensor
     bank: torch.Tensor
+    closed_layer: int | None = None
 
     def to(self, dtype):
-        return Slots(self.key.to(dtype), self.value.to(dtype), self.bank)
+        return Slots(self.key.to(dtype), self.value.to(dtype), self.bank, self.closed_layer)
 
     def layer(self, i):
-        return Slots(self.key[i], self.value[i], self.bank)
+        return None if i == self.closed_layer else Slots(self.key[i], self.value[i], self.bank)
 
     def open_to(self, opened):
         """opened (...), bank masks -> (..., S): True for the slots of open banks."""
@@ -168,7 +170,10 @@ def attend_cached(q, key, value, bias, slots=None, how="auto"):
     q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
     bias (B, Q, S + T): 0 for the slots, then the cached keys, that count for a query, -inf for others; how: "plain" (as
     on a GPU) or another word -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each sentence."""
-    slots = None if slots is None else slots.to(q.dtype)
+    if slots is None:
+        bias = bias[..., bias.size(-1) - key.size(2) :]
+    else:
+        slots = slots.to(q.dtype)
     out = (fused_cached if q.device.type == "cpu" and how != "plain" else plain_cached)(q, key, value, bias, slots)
     return out.transpose(1, 2).flatten(2)  # (B, Q, n_embd)
 

@@ -40,7 +40,9 @@ class Search:
 
 
 @torch.no_grad()
-def beam_search(model, prompts, stop, slots=None, position_offset=0, beams=5, batch_size=32, length_penalty=1.0):
+def beam_search(
+    model, prompts, stop, slots=None, position_offset=0, beams=5, batch_size=32, length_penalty=1.0, on_finished=None
+):
     """Prompts -> a list of Generated, in the same order: for each the hypothesis of the highest score.
 
     stop: ids that end a sentence. batch_size: seats, each for a sentence with all of its beams."""
@@ -62,6 +64,8 @@ def beam_search(model, prompts, stop, slots=None, position_offset=0, beams=5, ba
                 results[numbers[seat]] = Generated(*seated[seat].finished[0][1:])
                 belongs[seat] = belongs[len(seated) - 1]
                 generate.leave(cache, seat, seated, numbers)
+                if on_finished:
+                    on_finished()
 
     while waiting or seated:
         B = len(seated)

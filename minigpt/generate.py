@@ -203,10 +203,11 @@ class Sampler:
 
 
 @torch.no_grad()
-def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32, sampler=None, on_token=None):
+def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32, sampler=None, on_token=None, on_finished=None):
     """Prompts -> a list of Generated, in the same order.
 
-    stop: ids that end a sentence. batch_size: seats. on_token(number, id): called for each new token."""
+    stop: ids that end a sentence. batch_size: seats. on_token(number, id): called for each new token; on_finished(): for each
+    sentence that ends."""
     sampler, stop = sampler or Sampler(), set(stop)
     check_prompts(model, prompts, position_offset)
     results, waiting = [Generated() for _ in prompts], longest_first(prompts)
@@ -231,6 +232,8 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
         for seat in reversed(range(len(seated))):
             if last[seat] is None:
                 leave(cache, seat, seated, last)
+                if on_finished:
+                    on_finished()
     return results
 
 

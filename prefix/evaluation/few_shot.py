@@ -13,17 +13,16 @@ pretrained on, so both are tried on a few other training pairs. The examples are
 and values are computed once, as a bank read off text, and shared by the whole batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
-import torch
 
 from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
 from minigpt.scoring import likeliest_answer, log_p, max_new_tokens
 from prefix.banks import Banks
-from prefix.rows import clean
+from prefix.data.rows import clean
 from prefix.translation import Translation, answered
 
 FORMS = ("names", "lines")
@@ -88,18 +87,22 @@ def draw_shots(corpus, source, target, k, seed, avoid=()):
 
 def form_log_p(model, tokenizer, shots, trials):
     """For each form, the mean over `trials` of log p(target text | examples, source text) -> {form: float}; {} where no
-    trial fits into the context."""
-    found, limit = {}, model.config.n_positions
-    for form in FORMS:
-        asked = Shots(shots.pairs, shots.source, shots.target, form)
-        slots, offset, mask = asked.read(model, tokenizer)
-        encoded = [(tokenizer.encode(asked.question(s)), tokenizer.encode(asked.answer(t))) for s, t in trials]
-        fitting = [(ids, answer) for ids, answer in encoded if offset + len(ids) + len(answer) - 1 <= limit]
-        if len(fitting) < len(trials) or not trials:
-            return {}
-        scores = [log_p(model, [(Prompt(ids, 0, mask and mask * len(ids)), a)], slots, offset) for ids, a in fitting]
-        found[form] = float(torch.cat(scores).mean())
-    return found
+    trial fits into the context in both forms."""
+    scores = {form: trial_log_p(model, tokenizer, replace(shots, form=form), trials) for form in FORMS}
+    both = [i for i in range(len(trials)) if None not in (scores[form][i] for form in FORMS)]
+    return {form: sum(scores[form][i] for i in both) / len(both) for form in FORMS} if both else {}
+
+
+def trial_log_p(model, tokenizer, shots, trials):
+    """log p of each trial's target text, with the end of its line; None where it does not fit into the context."""
+    slots, offset, mask = shots.read(model, tokenizer)
+    scores, room = [], model.config.n_positions - offset
+    for source, target in trials:
+        ids, answer = tokenizer.encode(shots.question(source)), tokenizer.encode(shots.answer(target))
+        prompt = Prompt(ids, 0, mask and mask * len(ids))
+        fits = len(ids) + len(answer) - 1 <= room
+        scores.append(float(log_p(model, [(prompt, answer)], slots, offset)) if fits else None)
+    return scores
 
 
 def few_shot(model, tokenizer, shots, texts, decoding):
@@ -115,9 +118,10 @@ def few_shot(model, tokenizer, shots, texts, decoding):
         prompts[i] = Prompt(ids, most, mask and mask * len(ids))
 
     def answer(prompts):
+        last = {"batch_size": decoding.batch_size, "on_finished": decoding.on_finished}
         if answers:
-            return likeliest_answer(model, prompts, answers, slots, offset, decoding.batch_size)
-        return generate(model, prompts, stop_ids(tokenizer), slots, offset, decoding.batch_size)
+            return likeliest_answer(model, prompts, answers, slots, offset, **last)
+        return generate(model, prompts, stop_ids(tokenizer), slots, offset, **last)
 
     return answered([Translation() for _ in texts], prompts, answer, tokenizer)
 

@@ -30,8 +30,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial, reduce
-from operator import or_
+from functools import cache, partial
 
 import numpy as np
 from nltk.stem.porter import PorterStemmer
@@ -139,7 +138,9 @@ def sentence_bleu_counts(hypothesis, references):
 
 def chrf_counts(hypothesis, references):
     """correct, total in the hypothesis, total in the reference, each for n = 1 .. 6, of the reference that suits best."""
-    grams, *references = (Counter(everygrams("".join(s.split()), max_len=CHRF_ORDER)) for s in [hypothesis, *references])
+    grams, *references = (
+        Counter(everygrams("".join(s.split()), max_len=CHRF_ORDER)) for s in [hypothesis, *references]
+    )
     return max((_chrf_row(grams, reference) for reference in references), key=chrf_score)
 
 
@@ -276,10 +277,8 @@ def paired_bootstrap(metric, hypotheses_a, hypotheses_b, references, n_resamples
     return {"delta": delta(slice(None)), "interval": (float(low), float(high)), "p": float(p)}
 
 
-def verdict(p, n_sentences):
-    """What the p of a paired bootstrap says, in words."""
-    if n_sentences < ENOUGH:
-        return f"no verdict on fewer than {ENOUGH} sentences"
+def verdict(p):
+    """What the p of a paired bootstrap on ENOUGH sentences or more says, in words."""
     return f"significant at p = {p:.3f}" if p < 0.05 else f"not significant (p = {p:.3f})"
 
 

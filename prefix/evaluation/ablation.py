@@ -1,0 +1,42 @@
+"""What slots are for, tried by closing some: the output and the BLEU without one bank, or without one layer's slots."""
+
+import copy
+import sys
+from dataclasses import dataclass, replace
+
+from tqdm import tqdm
+
+from prefix.evaluation.compare import Plan, sentences
+from prefix.evaluation.metrics import METRICS
+from prefix.translation import translate
+
+
+@dataclass
+class Ablation:
+    """closed: "nothing", "bank NAME" or "layer N". output: what becomes of one sentence. bleu: of so many others."""
+
+    closed: str
+    output: str
+    bleu: float
+    sentences: int
+
+
+def without(banks, bank=None, layer=None):
+    """These banks with one of them closed everywhere, or with all slots of one layer closed."""
+    closed = copy.copy(banks)
+    closed.mask = lambda names: banks.mask([name for name in names if name != bank])
+    closed.slots = lambda: replace(banks.slots(), closed_layer=layer)
+    return closed
+
+
+def ablate(model, tokenizer, banks, text, corpus, ends):
+    """ends: (source, target) names of banks, the only ones closed -> a list of Ablation. BLEU is on 200 sentences of the
+    corpus's test split. Raises UserError where it has none."""
+    sources, references = sentences(corpus, Plan(limit=200), *ends)
+    closed = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in ends}
+    closed |= {f"layer {i}": without(banks, layer=i) for i in range(model.config.n_layer)}
+    found = []
+    for name, part in tqdm(closed.items(), desc="closing", disable=not sys.stderr.isatty(), file=sys.stderr):
+        output, *outputs = (result.text for result in translate(model, tokenizer, part, [text, *sources], *ends))
+        found.append(Ablation(name, output, METRICS["bleu"](outputs, references), len(sources)))
+    return found
