@@ -16,7 +16,7 @@ from minigpt import UserError
 from minigpt.files import replacing
 from prefix import cli, distributed, run
 from prefix.banks import read_metadata
-from prefix.cli import whole
+from prefix.cli import int_at_least
 from prefix.data import corpus as data
 from prefix.data import rows
 from prefix.data.splits import SPLITS
@@ -54,7 +54,7 @@ def parse_arguments():
     )
     parser.add_argument(
         "--limit",
-        type=whole(1),
+        type=int_at_least(1),
         default=500,
         metavar="N",
         help="sentences in each direction (500), from the head of the file: no more of it is read than they take, unless"
@@ -68,14 +68,19 @@ def parse_arguments():
         metavar="NAME",
         help=f"of {', '.join([*METRICS, *GROUPS])} (bleu chrf); the first decides which draw is the median",
     )
-    parser.add_argument("--shots", type=whole(0), default=3, metavar="K", help="examples in the prompt (3)")
+    parser.add_argument("--shots", type=int_at_least(0), default=3, metavar="K", help="examples in the prompt (3)")
     parser.add_argument(
-        "--draws", type=whole(0), default=3, metavar="N", help="draws of these examples (3); 0: no k-shot"
+        "--draws", type=int_at_least(0), default=3, metavar="N", help="draws of these examples (3); 0: no k-shot"
     )
-    parser.add_argument("--beam", type=whole(1), default=1, metavar="N", help="beams for the prefix (1: greedy)")
-    parser.add_argument("--max-tokens", type=whole(3), default=384, metavar="N", help="longest pair, in tokens (384)")
+    parser.add_argument("--beam", type=int_at_least(1), default=1, metavar="N", help="beams for the prefix (1: greedy)")
     parser.add_argument(
-        "--max-new-tokens", type=whole(1), metavar="N", help="tokens of an answer at most (twice the source and 16)"
+        "--max-tokens", type=int_at_least(3), default=384, metavar="N", help="longest pair, in tokens (384)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int_at_least(1),
+        metavar="N",
+        help="tokens of an answer at most (twice the source and 16)",
     )
     parser.add_argument(
         "--truncate-source",
@@ -83,9 +88,11 @@ def parse_arguments():
         help="use pairs of any length: cut a source at its end where --max-new-tokens (a quarter of the context) would "
         "not fit behind it",
     )
-    parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="sentences decoded at once")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the draws")
-    parser.add_argument("--examples", type=whole(0), default=3, metavar="N", help="sentences to show side by side (3)")
+    parser.add_argument("--batch-size", type=int_at_least(1), default=32, metavar="N", help="sentences decoded at once")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, metavar="N", help="of the draws")
+    parser.add_argument(
+        "--examples", type=int_at_least(0), default=3, metavar="N", help="sentences to show side by side (3)"
+    )
     parser.add_argument("--show-prompt", action="store_true", help="show the first k-shot prompt of each direction")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here as well")
     parser.add_argument(
@@ -209,5 +216,5 @@ def look_at_first(model, tokenizer, banks, result):
 
 
 if __name__ == "__main__":
-    with cli.telling_errors():
+    with cli.cli_errors():
         main()

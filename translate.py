@@ -14,7 +14,7 @@ from tqdm import tqdm
 from minigpt import UserError
 from minigpt.generate import Sampler
 from prefix import cli, distributed
-from prefix.cli import number, whole
+from prefix.cli import float_range, int_at_least
 from prefix.distributed import log, printable
 from prefix.translation import Decoding, translate
 
@@ -30,16 +30,16 @@ def parse_arguments():
     parser.add_argument("--to", dest="target", metavar="BANK", help="target (the first bank that is not --from)")
     cli.add_prefix_option(parser)
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
-    parser.add_argument("--beam", type=whole(1), default=1, metavar="N", help="beams (1: no beam search)")
+    parser.add_argument("--beam", type=int_at_least(1), default=1, metavar="N", help="beams (1: no beam search)")
     parser.add_argument(
-        "--length-penalty", type=number(-10, 10), metavar="X", help="beams are ranked by log p / length**X (1)"
+        "--length-penalty", type=float_range(-10, 10), metavar="X", help="beams are ranked by log p / length**X (1)"
     )
-    parser.add_argument("--temperature", type=number(0, 100), metavar="X", help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-k", type=whole(0), default=0, metavar="N", help="sample among the N likeliest; 0: all")
-    parser.add_argument("--top-p", type=number(0, 1, open_low=True), default=1.0, metavar="X")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N")
-    parser.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="default: twice the source plus 16")
-    parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="sentences decoded at once")
+    parser.add_argument("--temperature", type=float_range(0, 100), metavar="X", help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-k", type=int_at_least(0), default=0, metavar="N", help="sample among the N likeliest; 0: all")
+    parser.add_argument("--top-p", type=float_range(0, 1, open_low=True), default=1.0, metavar="X")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int_at_least(1), metavar="N", help="default: twice the source plus 16")
+    parser.add_argument("--batch-size", type=int_at_least(1), default=32, metavar="N", help="sentences decoded at once")
     parser.add_argument(
         "--choices", nargs="+", metavar="ANSWER", help="answer with the likeliest of these; put it behind the text"
     )
@@ -72,7 +72,7 @@ def main():
     chunks = iter([args.text]) if args.text else lines_as_they_come(LINES_AT_A_TIME * args.batch_size)
     first, done, cut, faults, divided = distributed.rank() == 0, 0, 0, 0, 0
     with progress(args.text) as bar:
-        while chunk := distributed.from_first(next(chunks, None) if first else None):
+        while chunk := distributed.broadcast(next(chunks, None) if first else None):
             output = Output()
             decoding = Decoding(
                 max_new=args.max_new_tokens,
@@ -162,5 +162,5 @@ def lines_ahead(fd):
 
 
 if __name__ == "__main__":
-    with cli.telling_errors():
+    with cli.cli_errors():
         main()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from minigpt import generate
-from minigpt.attention import upload
+from minigpt.attention import to_device
 from minigpt.generate import Cache, Generated, Prompt
 
 
@@ -56,7 +56,7 @@ def beam_search(
 
     def choose(logits, first):
         """logits (B, beams, vocab_size) of the seats from `first` on -> their new beams, or what they have found."""
-        parents = upload(torch.tensor(_choose(seated[first:], logits, stop, length_penalty)), model.device)
+        parents = to_device(torch.tensor(_choose(seated[first:], logits, stop, length_penalty)), model.device)
         rows = torch.arange(first, len(seated), device=model.device)[:, None]
         belongs[first : len(seated)] = belongs[rows, parents]
         for seat in reversed(range(first, len(seated))):
@@ -73,24 +73,24 @@ def beam_search(
             new, logits = generate.sit_down(model, cache, waiting, prompts, B, slots, position_offset)
             seated += [Search(prompts[n], [[]] * beams, [0.0] + [-torch.inf] * (beams - 1)) for n in new]
             numbers += new
-            length = upload(torch.tensor(cache.length[B : len(seated)]), model.device)[:, None, None]
+            length = to_device(torch.tensor(cache.length[B : len(seated)]), model.device)[:, None, None]
             belongs[B : len(seated)] = torch.arange(cache.capacity, device=model.device) < length
             choose(logits[:, None].expand(-1, beams, -1), B)  # all beams are the same yet: one of them counts
         else:
             newest = [[tokens[-1] for tokens in search.beams] for search in seated]
-            ids, position = upload(torch.tensor([newest, [[s.position] * beams for s in seated]]), model.device)
-            length = upload(torch.tensor(cache.length[:B]), model.device)[:, None]
+            ids, position = to_device(torch.tensor([newest, [[s.position] * beams for s in seated]]), model.device)
+            length = to_device(torch.tensor(cache.length[:B]), model.device)[:, None]
             entry = length + torch.arange(beams, device=model.device)  # (B, beams)
             belongs[:B].scatter_(2, entry[:, :, None], True)
             past = belongs[:B, :, : generate.reach(cache, B, beams)]
-            opened = generate.open_now([search.prompt for search in seated], slots)
-            choose(generate.extend(model, cache, ids, position + position_offset, past, opened, slots), 0)
+            bank_mask = generate.open_now([search.prompt for search in seated], slots)
+            choose(generate.extend(model, cache, ids, position + position_offset, past, bank_mask, slots), 0)
     return results
 
 
 def _choose(searches, logits, stop, length_penalty):
     """Give each sentence its new beams -> the beam that each of them goes on from: a list of beams for each."""
-    scores = upload(torch.tensor([search.scores for search in searches]), logits.device)  # (B, beams)
+    scores = to_device(torch.tensor([search.scores for search in searches]), logits.device)  # (B, beams)
     logp = logits.float().log_softmax(dim=-1) + scores[:, :, None]
     likeliest = logp.flatten(1).topk((len(stop) + 1) * scores.size(1), dim=1)  # (B, 2 * beams) with one stop token
     best, offer = torch.stack([likeliest.values.double(), likeliest.indices.double()]).tolist()  # one wait, all exact

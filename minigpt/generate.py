@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minigpt.attention import Layout, attend, attend_cached, upload
+from minigpt.attention import PackedBatch, attend, attend_cached, to_device
 from minigpt.errors import UserError
 
 ROUND = 128  # entries of the cache: recorded steps look at multiples of this
@@ -29,7 +29,7 @@ class Prompt:
 
     ids: list
     max_new: int
-    opened: list | None = None
+    bank_mask: list | None = None
     stream: int | tuple | None = None
 
 
@@ -72,34 +72,34 @@ class Cache:
         self.length[target] = n
 
 
-def prefill(model, cache, seats, prompts, opened=None, slots=None, position_offset=0):
+def prefill(model, cache, seats, prompts, bank_mask=None, slots=None, position_offset=0):
     """Run whole prompts (lists of ids) into free seats; opened: a list of masks for each -> the logits after the last
     token of each (B, vocab_size)."""
     lengths = [len(ids) for ids in prompts]
     cache.clear(seats)
-    masks = None if opened is None else torch.tensor([bit for masks in opened for bit in masks])
-    layout = Layout(lengths, masks, model.device)
+    masks = None if bank_mask is None else torch.tensor([bit for masks in bank_mask for bit in masks])
+    packed = PackedBatch(lengths, masks, model.device)
     ids = torch.tensor([i for ids in prompts for i in ids], device=model.device)  # (N,)
     seat = torch.tensor(seats).repeat_interleave(torch.tensor(lengths)).to(model.device)  # (N,)
 
-    def look(i, qkv):
+    def attn_fn(i, qkv):
         _, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (N, n_head, head_dim)
-        cache.put(i, seat, layout.position, k, v)
-        return attend(qkv, model.config.n_head, layout, slots and slots.layer(i), model.attention)
+        cache.put(i, seat, packed.position, k, v)
+        return attend(qkv, model.config.n_head, packed, slots and slots.layer(i), model.attention)
 
-    hidden = model.run(model.embed(ids, layout.position + position_offset), look)  # (N, n_embd)
+    hidden = model.blocks(model.embed(ids, packed.position + position_offset), attn_fn)  # (N, n_embd)
     for taken, n in zip(seats, lengths):
         cache.length[taken] = n
     last = torch.tensor(lengths).cumsum(0) - 1
     return model.logits(hidden[last.to(model.device)])
 
 
-def decode(model, cache, ids, opened=None, slots=None, position_offset=0):
+def decode(model, cache, ids, bank_mask=None, slots=None, position_offset=0):
     """One more token, ids (B,), for each of the first B seats; opened (B,) masks -> logits (B, vocab_size), which on a
     GPU the next call overwrites."""
-    length = upload(torch.tensor(cache.length[: len(ids)]), model.device)[:, None]  # (B, 1)
+    length = to_device(torch.tensor(cache.length[: len(ids)]), model.device)[:, None]  # (B, 1)
     past = torch.arange(reach(cache, len(ids), 1), device=model.device) <= length  # (B, T)
-    logits = extend(model, cache, ids[:, None], length + position_offset, past[:, None], opened, slots)
+    logits = extend(model, cache, ids[:, None], length + position_offset, past[:, None], bank_mask, slots)
     return logits[:, 0]
 
 
@@ -115,16 +115,16 @@ def records_steps(device):
     return device.type == "cuda"
 
 
-def extend(model, cache, ids, position, past, opened=None, slots=None):
+def extend(model, cache, ids, position, past, bank_mask=None, slots=None):
     """Q more tokens, each the next one of another beginning, for each of the first B seats; they become the newest Q
     entries of the cache.
 
     ids, position (B, Q); past (B, Q, T): the entries that belong to each one's beginning, its own among them;
     opened (B,) masks -> logits (B, Q, vocab_size)."""
     B, Q = ids.shape
-    entry = upload(torch.tensor(cache.length[:B]), ids.device)[:, None] + torch.arange(Q, device=ids.device)
+    entry = to_device(torch.tensor(cache.length[:B]), ids.device)[:, None] + torch.arange(Q, device=ids.device)
     if slots is not None:
-        past = torch.cat([slots.open_to(opened)[:, None].expand(-1, Q, -1), past], dim=-1)  # (B, Q, S + T)
+        past = torch.cat([slots.visible_slots(bank_mask)[:, None].expand(-1, Q, -1), past], dim=-1)  # (B, Q, S + T)
     logits = (replay if records_steps(model.device) else step)(model, cache, slots, ids, position, entry, past)
     cache.length[:B] = [n + Q for n in cache.length[:B]]
     return logits
@@ -137,14 +137,14 @@ def step(model, cache, slots, ids, position, entry, visible):
     bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, -torch.inf)
     seat = torch.arange(B, device=ids.device).repeat_interleave(Q)
 
-    def look(i, qkv):
+    def attn_fn(i, qkv):
         q, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (B * Q, n_head, head_dim)
         cache.put(i, seat, entry.flatten(), k, v)
         key, value = cache.key[i, :B, :, :n_entries], cache.value[i, :B, :, :n_entries]
         q = q.unflatten(0, (B, Q)).transpose(1, 2)  # (B, n_head, Q, head_dim)
         return attend_cached(q, key, value, bias, slots and slots.layer(i), model.attention).flatten(0, 1)
 
-    hidden = model.run(model.embed(ids.flatten(), position.flatten()), look)  # (B * Q, n_embd)
+    hidden = model.blocks(model.embed(ids.flatten(), position.flatten()), attn_fn)  # (B * Q, n_embd)
     return model.logits(hidden).unflatten(0, (B, Q))
 
 
@@ -203,11 +203,13 @@ class Sampler:
 
 
 @torch.no_grad()
-def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32, sampler=None, on_token=None, on_finished=None):
+def generate(
+    model, prompts, stop, slots=None, position_offset=0, batch_size=32, sampler=None, on_token=None, on_finished=None
+):
     """Prompts -> a list of Generated, in the same order.
 
-    stop: ids that end a sentence. batch_size: seats. on_token(number, id): called for each new token; on_finished(): for each
-    sentence that ends."""
+    stop: ids that end a sentence. batch_size: seats. on_token(number, id): called for each new token; on_finished(): for
+    each sentence that ends."""
     sampler, stop = sampler or Sampler(), set(stop)
     check_prompts(model, prompts, position_offset)
     results, waiting = [Generated() for _ in prompts], longest_first(prompts)
@@ -226,9 +228,9 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
             new, logits = sit_down(model, cache, waiting, prompts, len(seated), slots, position_offset)
             seated, last = seated + new, last + take(logits, new)
         else:
-            ids = upload(torch.tensor(last), model.device)
-            opened = open_now([prompts[n] for n in seated], slots)
-            last = take(decode(model, cache, ids, opened, slots, position_offset), seated)
+            ids = to_device(torch.tensor(last), model.device)
+            bank_mask = open_now([prompts[n] for n in seated], slots)
+            last = take(decode(model, cache, ids, bank_mask, slots, position_offset), seated)
         for seat in reversed(range(len(seated))):
             if last[seat] is None:
                 leave(cache, seat, seated, last)
@@ -253,8 +255,8 @@ def sit_down(model, cache, waiting, prompts, first, slots, position_offset):
     """Waiting prompts take the seats from `first` on -> (their numbers, the logits after each (B, vocab_size))."""
     new = [waiting.popleft() for _ in range(min(len(waiting), cache.seats - first))]
     seats, ids = list(range(first, first + len(new))), [prompts[n].ids for n in new]
-    opened = None if slots is None else [prompts[n].opened for n in new]
-    return new, prefill(model, cache, seats, ids, opened, slots, position_offset)
+    bank_mask = None if slots is None else [prompts[n].bank_mask for n in new]
+    return new, prefill(model, cache, seats, ids, bank_mask, slots, position_offset)
 
 
 def leave(cache, seat, *lists):
@@ -269,7 +271,7 @@ def leave(cache, seat, *lists):
 
 def open_now(prompts, slots):
     """The masks of the banks that these sentences' new tokens see: (B,), or None without slots."""
-    return None if slots is None else upload(torch.tensor([p.opened[-1] for p in prompts]), slots.bank.device)
+    return None if slots is None else to_device(torch.tensor([p.bank_mask[-1] for p in prompts]), slots.bank.device)
 
 
 def check_prompts(model, prompts, position_offset):

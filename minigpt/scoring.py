@@ -9,7 +9,7 @@ costs. And since the end token counts, answers of different lengths compare as t
 
 import torch
 
-from minigpt.attention import Layout
+from minigpt.attention import PackedBatch
 from minigpt.generate import Generated
 
 
@@ -38,16 +38,16 @@ def max_new_tokens(answers, left):
 @torch.no_grad()
 def log_p(model, pairs, slots=None, position_offset=0):
     """(prompt, answer) each -> log p(answer | prompt) (B,), float32."""
-    ids, opened, at, targets = [], [], [], []
+    ids, bank_mask, at, targets = [], [], [], []
     for prompt, answer in pairs:
         at += range(len(ids) + len(prompt.ids) - 1, len(ids) + len(prompt.ids) + len(answer) - 1)
         ids += prompt.ids + answer[:-1]
         targets += answer
         if slots is not None:
-            opened += prompt.opened + prompt.opened[-1:] * (len(answer) - 1)
+            bank_mask += prompt.bank_mask + prompt.bank_mask[-1:] * (len(answer) - 1)
     lengths = [len(prompt.ids) + len(answer) - 1 for prompt, answer in pairs]
-    layout = Layout(lengths, None if slots is None else torch.tensor(opened), model.device)
-    hidden = model.hidden(torch.tensor(ids, device=model.device), layout, slots, position_offset)  # (N, n_embd)
+    packed = PackedBatch(lengths, None if slots is None else torch.tensor(bank_mask), model.device)
+    hidden = model.hidden(torch.tensor(ids, device=model.device), packed, slots, position_offset)  # (N, n_embd)
     logp = model.logits(hidden[at]).float().log_softmax(dim=-1)  # (M, vocab_size), M = all tokens of all answers
     of_targets = logp.gather(1, torch.tensor(targets, device=model.device)[:, None])[:, 0]
     return torch.stack([part.sum() for part in of_targets.split([len(answer) for _, answer in pairs])])

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minigpt.attention import Layout, Slots, attend
+from minigpt.attention import PackedBatch, Slots, attend
 from minigpt.checkpoint import check_finite, fingerprint, sample
 from minigpt.config import GPTConfig
 from minigpt.errors import UserError, visible
@@ -72,26 +72,26 @@ class Banks(nn.Module):
         for name, tokens in ids.items():
             tokens = tokens[: model.config.n_positions]
             tiled = [i % len(tokens) for i in range(prefix_len)]
-            banks[name] = [x[:, :, tiled] for x in read_text(model, tokens)]
+            banks[name] = [x[:, :, tiled] for x in compute_kv(model, tokens)]
         return cls(banks).to(model.device)
 
     @classmethod
-    def zero_effect(cls, model, ids, layout, names, prefix_len, seed=0, position_offset=0):
+    def zero_effect(cls, model, ids, packed, names, prefix_len, seed=0, position_offset=0):
         """Slots that leave the model as it is, nearly: values of zero, and keys that next to no query of its own looks
         at, with noise that tells the slots apart. ids (N,), packed as `layout` says: the sentences that the queries are
         read off, from position_offset on. A wider margin is quieter but learns more slowly: at 10, gradients sink below
         AdamW's epsilon."""
         margin = QUIET_MARGIN + math.log(max(1, len(names) * prefix_len))
-        keys = quiet_keys(model, ids, layout, margin, position_offset).cpu()
+        keys = quiet_keys(model, ids, packed, margin, position_offset).cpu()
         generator = torch.Generator().manual_seed(seed)
         shape = (*keys.shape[:2], prefix_len, keys.size(-1))
         draw = lambda: keys[:, :, None] + RANDOM_STD * torch.randn(shape, generator=generator)
         return cls({name: (draw(), torch.zeros(shape)) for name in names}).to(model.device)
 
     @classmethod
-    def reading(cls, model, name, ids):
+    def from_prompt(cls, model, name, ids):
         """One bank that stands for `ids` exactly: text after it gives the logits that it gives after the tokens."""
-        return cls({name: read_text(model, ids)}, position_offset=len(ids))
+        return cls({name: compute_kv(model, ids)}, position_offset=len(ids))
 
     @property
     def prefix_len(self):
@@ -117,9 +117,9 @@ class Banks(nn.Module):
     def logits(self, model, ids, open=()):
         """ids (B, T), with the banks named in `open` open from the first token on -> logits (B, T, vocab_size)."""
         B, T = ids.shape
-        opened = torch.full((B * T,), self.mask(open), device=ids.device)
-        layout = Layout([T] * B, opened, ids.device)
-        hidden = model.hidden(ids.flatten(), layout, self.slots(), self.position_offset)
+        bank_mask = torch.full((B * T,), self.mask(open), device=ids.device)
+        packed = PackedBatch([T] * B, bank_mask, ids.device)
+        hidden = model.hidden(ids.flatten(), packed, self.slots(), self.position_offset)
         return model.logits(hidden).view(B, T, -1)
 
     def save(self, path, model):
@@ -264,7 +264,7 @@ def describe(base):
 
 
 @torch.no_grad()
-def read_text(model, ids):
+def compute_kv(model, ids):
     """The keys and values that the frozen model computes for `ids` -> two of (n_layer, n_head, T, head_dim). Raises
     UserError for more of them than the context has positions."""
     if len(ids) > model.config.n_positions:
@@ -275,23 +275,23 @@ def read_text(model, ids):
 
 
 @torch.no_grad()
-def quiet_keys(model, ids, layout, margin, position_offset=0):
+def quiet_keys(model, ids, packed, margin, position_offset=0):
     """For every layer and head, a key that its queries score at least `margin` below all of their text together
     (the log of the sum of exp(score)), as far as one key can -> (n_layer, n_head, head_dim), float32."""
     keys, n_head = [], model.config.n_head
-    future = torch.ones(layout.longest, layout.longest, dtype=torch.bool, device=ids.device).triu(1)
+    future = torch.ones(packed.longest, packed.longest, dtype=torch.bool, device=ids.device).triu(1)
 
-    def look(i, qkv):
+    def attn_fn(i, qkv):
         q, k, _ = qkv.float().unflatten(-1, (3, n_head, -1)).permute(1, 2, 0, 3)  # (n_head, N, head_dim)
         q, text = q / math.sqrt(q.size(-1)), []
-        for one_q, one_k in zip(q.split(layout.lengths, 1), k.split(layout.lengths, 1)):  # all scores are too many
+        for one_q, one_k in zip(q.split(packed.lengths, 1), k.split(packed.lengths, 1)):  # all scores are too many
             T = one_q.size(1)
             scores = (one_q @ one_k.transpose(-2, -1)).masked_fill(future[:T, :T], -torch.inf)  # (n_head, T, T)
             text.append(scores.logsumexp(dim=-1))
         keys.append(smallest_below(q, torch.cat(text, 1) - margin))
-        return attend(qkv, n_head, layout, how=model.attention)
+        return attend(qkv, n_head, packed, backend=model.attention)
 
-    model.run(model.embed(ids, layout.position + position_offset), look)
+    model.blocks(model.embed(ids, packed.position + position_offset), attn_fn)
     return torch.stack(keys)
 
 

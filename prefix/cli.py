@@ -10,7 +10,7 @@ import torch
 
 from minigpt import GPT, Tokenizer, UserError
 from minigpt.errors import visible
-from minigpt.quantize import pack, quantize
+from minigpt.quantize import prepack, quantize
 from prefix.banks import Banks, file_of, read_metadata
 from prefix.distributed import log
 from prefix.run import CHOICES, DEMO_PREFIX, DTYPES, RUNS
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def telling_errors():
+def cli_errors():
     """A UserError, a full disk or too little memory becomes one line on standard error and exit code 2; Ctrl-C a quiet
     130. Standard output is UTF-8, as standard input is, whatever the locale says."""
     with suppress(AttributeError):  # a notebook's standard output is no file
@@ -67,7 +67,7 @@ def add_prefix_option(parser):
     )
 
 
-def whole(least):
+def int_at_least(least):
     """An argparse type: a whole number that is at least `least`."""
 
     def parse(text):
@@ -84,7 +84,7 @@ def whole(least):
     return parse
 
 
-def number(least, most, open_low=False):
+def float_range(least, most, open_low=False):
     """An argparse type: a number from `least` to `most`, the low end left out where open_low says so."""
 
     def parse(text):
@@ -151,7 +151,7 @@ def load_with_base(args):
         args.device, args.dtype = "cpu", "bfloat16"
     model, tokenizer = load_model(args, name)
     if model.device.type == "cpu" and model.dtype == torch.bfloat16:
-        (quantize if args.weights else pack)(model)
+        (quantize if args.weights else prepack)(model)
     return model, tokenizer, Banks.joined([(path, Banks.load(path, model)) for path in paths]), paths
 
 

@@ -170,5 +170,5 @@ def _positions(banks, name):
 
 
 if __name__ == "__main__":
-    with cli.telling_errors():
+    with cli.cli_errors():
         main()

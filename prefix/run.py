@@ -20,9 +20,9 @@ from prefix.banks import MAX_SLOTS, Banks
 from prefix.data import rows
 from prefix.distributed import log
 from prefix.reparam import Reparametrised
+from prefix.sequences import n_tokens, pack_pairs, separator
 from prefix.state import METRICS
-from prefix.trainer import Settings, n_tokens
-from prefix.translation import pack, separator
+from prefix.trainer import Settings
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_CORPUS, DEMO_PREFIX = DEMO / "en-fr.csv", DEMO / "prefix.safetensors"
@@ -181,7 +181,7 @@ def start(config, model, tokenizer, corpus):
     elif config["init"] == "zero-effect":
         batch = some_pairs(model, tokenizer, corpus)
         offset = config["position_offset"]
-        banks = Banks.zero_effect(model, batch.ids, batch.layout, names, prefix_len, seed, offset)
+        banks = Banks.zero_effect(model, batch.ids, batch.packed, names, prefix_len, seed, offset)
     else:
         banks = Banks.from_text(model, ids, prefix_len)
     return (Reparametrised(banks, seed) if config.get("reparam") else banks).to(model.device)
@@ -195,7 +195,7 @@ def some_pairs(model, tokenizer, corpus):
         n += n_tokens(examples[-1])
         if n >= QUERIES:
             break
-    return pack(examples, separator(tokenizer), tokenizer.eot, model.device)
+    return pack_pairs(examples, separator(tokenizer), tokenizer.eot, model.device)
 
 
 def opening(corpus, column, n):

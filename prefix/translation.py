@@ -1,70 +1,21 @@
-"""How a pair of sentences becomes one sequence, for training and for decoding.
-
-    open source                 open target
-      |                           |
-      v                           v
-      source tokens               <sep>    target tokens   <|endoftext|>
-
-      sees source bank            sees both banks
-      no loss                     the token after each of these counts
-
-<sep> is the token of "\\n". Nothing here knows which languages there are: a direction is a pair of bank numbers.
-"""
+"""Translating with a learned prefix: texts in, texts out."""
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-from minigpt.attention import Layout, upload
 from minigpt.beam import beam_search
-from minigpt.errors import UserError
 from minigpt.generate import Prompt, Sampler, generate
 from minigpt.scoring import likeliest_answer, max_new_tokens
 from prefix import distributed
 from prefix.data.rows import MAX_FIELD, clean
+from prefix.sequences import separator
 
 CLOSING = """["'”’»)\\]]"""
 SENTENCE_END = re.compile(  # spaces behind a mark that ends a sentence, or behind what closes such a one: « Oui ! »
     rf"(?:(?<=[.!?…。！？])|(?<=[.!?…]{CLOSING})|(?<=[.!?…]\s{CLOSING}))\s+(?!{CLOSING})"
 )
-
-
-def separator(tokenizer):
-    """The id of <sep>. Raises UserError where a vocabulary has no single token for a newline."""
-    ids = tokenizer.encode("\n")
-    if len(ids) != 1:
-        raise UserError(f"this vocabulary spells a newline with {len(ids)} tokens; one is needed as the separator")
-    return ids[0]
-
-
-@dataclass
-class Batch:
-    """Packed sequences. ids: (N,); layout: their sentences and open banks; at: (M,) the tokens whose successor
-    counts; targets: (M,) those successors."""
-
-    ids: torch.Tensor
-    layout: Layout
-    at: torch.Tensor
-    targets: torch.Tensor
-
-
-def pack(examples, sep, eot, device="cpu"):
-    """examples: (source ids, target ids, source bank, target bank) each -> Batch on `device`."""
-    ids, opened, at, targets, lengths = [], [], [], [], []
-    for source, target, source_bank, target_bank in examples:
-        at.append(torch.arange(len(target) + 1) + sum(lengths) + len(source))
-        source, target = (torch.as_tensor(side, dtype=torch.int64) for side in (source, target))  # either may be empty
-        row = torch.cat([source, torch.tensor([sep]), target])
-        ids.append(row)
-        opened += [1 << source_bank] * len(source) + [1 << source_bank | 1 << target_bank] * (len(target) + 1)
-        targets.append(torch.cat([row[len(source) + 1 :], torch.tensor([eot])]))
-        lengths.append(len(row))
-    layout = Layout(lengths, torch.tensor(opened), device)
-    ids, at, targets = (upload(torch.cat(parts), layout.device) for parts in (ids, at, targets))
-    return Batch(ids, layout, at, targets)
 
 
 @dataclass
@@ -125,8 +76,8 @@ def translate(model, tokenizer, banks, texts, source, target, decoding=Decoding(
             results[number] = Translation(finished=False, fault=f"more than {MAX_FIELD:,} characters are no sentence")
         elif text:
             ids = tokenizer.encode(text)
-            opened = [sees_source] * len(ids) + [sees_both]
-            prompts[number] = Prompt([*ids, sep], tokens_for_answer(len(ids)), opened, stream=(i, j))
+            bank_mask = [sees_source] * len(ids) + [sees_both]
+            prompts[number] = Prompt([*ids, sep], tokens_for_answer(len(ids)), bank_mask, stream=(i, j))
     on_token = _whole_texts(on_text, tokenizer) if on_text and len(prompts) == 1 else None
 
     def answer(prompts):
@@ -175,7 +126,7 @@ def answered(results, prompts, answer, tokenizer):
     for i in [i for i, prompt in prompts.items() if prompt.max_new < 1]:
         fault = f"{len(prompts.pop(i).ids)} tokens leave no room to answer in this model's context"
         results[i] = Translation(finished=False, fault=fault)
-    generated = distributed.gather(answer(distributed.share(list(prompts.values()))))
+    generated = distributed.all_gather(answer(distributed.shard(list(prompts.values()))))
     for i, result in zip(prompts, generated):
         results[i] = Translation(clean(tokenizer.decode(result.ids)), result.finished)
     return results

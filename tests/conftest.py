@@ -134,7 +134,7 @@ def run(monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            with cli.telling_errors():
+            with cli.cli_errors():
                 script.main()
         except SystemExit as end:
             code = end.code

@@ -31,11 +31,11 @@ def demo():
 @pytest.fixture
 def terminal():
     """A function: arguments, lines to type -> what a terminal shows."""
-    opened = []
+    bank_mask = []
 
     def run(*arguments, typed=""):
         ours, theirs = pty.openpty()
-        opened.append(ours)
+        bank_mask.append(ours)
         line = [sys.executable, ROOT / "translate.py", *arguments]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
@@ -50,7 +50,7 @@ def terminal():
                 return shown.decode()
 
     yield run
-    for ours in opened:
+    for ours in bank_mask:
         os.close(ours)
 
 

@@ -33,7 +33,8 @@ from prefix.data import rows
 from prefix.distributed import log, printable
 from prefix.evaluation.ablation import ablate
 from prefix.evaluation.compare import rows_to_read
-from prefix.translation import pack, separator, translate
+from prefix.sequences import pack_pairs, separator
+from prefix.translation import translate
 
 TEXT_TOKENS = 4096  # of the training data, at most: the text whose keys slots are compared with
 
@@ -63,7 +64,7 @@ class Attention:
 
 
 @torch.no_grad()
-def attention_mass(model, banks, ids, opened):
+def attention_mass(model, banks, ids, bank_mask):
     """ids (T,), opened (T,) bank masks -> (n_layer, n_head, T, n_banks + 1): the share of its attention that each token
     gives to each bank, in order, and last to the text. A closed bank gets exactly 0. Raises UserError where the
     sequence is longer than the context."""
@@ -71,14 +72,14 @@ def attention_mass(model, banks, ids, opened):
     if T + banks.position_offset > c.n_positions:
         raise UserError(f"{T + banks.position_offset} positions are more than this model's context of {c.n_positions}")
     slots = banks.slots().to(model.dtype)
-    opened = torch.as_tensor(opened, device=model.device)
+    bank_mask = torch.as_tensor(bank_mask, device=model.device)
     text = torch.ones(T, T, dtype=torch.bool, device=model.device).tril()
-    visible = torch.cat([slots.open_to(opened), text], dim=1)  # (T, S + T)
+    visible = torch.cat([slots.visible_slots(bank_mask), text], dim=1)  # (T, S + T)
     text_number = torch.full((T,), n_banks, device=model.device)
     belongs = F.one_hot(torch.cat([slots.bank.long(), text_number]), n_banks + 1).float()  # (S + T, n_banks + 1)
     mass = torch.empty(c.n_layer, c.n_head, T, n_banks + 1)
 
-    def look(i, qkv):
+    def attn_fn(i, qkv):
         q, k, v = qkv.unflatten(-1, (3, c.n_head, -1)).permute(1, 2, 0, 3)  # each (n_head, T, head_dim)
         k, v = torch.cat([slots.key[i], k], dim=1), torch.cat([slots.value[i], v], dim=1)  # (n_head, S + T, head_dim)
         scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(c.head_dim)
@@ -87,7 +88,7 @@ def attention_mass(model, banks, ids, opened):
         return (weights.to(v.dtype) @ v).transpose(0, 1).flatten(1)  # (T, n_embd)
 
     position = torch.arange(T, device=model.device) + banks.position_offset
-    model.run(model.embed(ids.to(model.device), position), look)
+    model.blocks(model.embed(ids.to(model.device), position), attn_fn)
     return mass
 
 
@@ -104,9 +105,9 @@ def look_at(model, tokenizer, banks, text, ends, answer=None):
         raise UserError("the sentence is empty: there is nothing to look at")
     room = model.config.n_positions - banks.position_offset - len(ids) - 1
     numbers = [banks.names.index(name) for name in ends]
-    batch = pack([(ids, answer[: max(room, 0)], *numbers)], separator(tokenizer), tokenizer.eot)
-    seen = (batch.layout.opened[:, None] >> torch.arange(len(banks.names))) & 1 == 1
-    mass = attention_mass(model, banks, batch.ids, batch.layout.opened)
+    batch = pack_pairs([(ids, answer[: max(room, 0)], *numbers)], separator(tokenizer), tokenizer.eot)
+    seen = (batch.packed.bank_mask[:, None] >> torch.arange(len(banks.names))) & 1 == 1
+    mass = attention_mass(model, banks, batch.ids, batch.packed.bank_mask)
     return Attention([label(tokenizer, i) for i in batch.ids], banks.names, seen, mass)
 
 
@@ -120,12 +121,12 @@ def label(tokenizer, i):
 
 
 @torch.no_grad()
-def nearest_tokens(model, banks, ids, layout, n):
+def nearest_tokens(model, banks, ids, packed, n):
     """The tokens of a packed text, ids (N,), whose keys are most like those of each slot -> for each layer (cosine,
     token id), both (S, n), the nearest first. n at most the number of different tokens."""
     slots, n_head, found = banks.slots(), model.config.n_head, []
 
-    def look(i, qkv):
+    def attn_fn(i, qkv):
         key = qkv.unflatten(-1, (3, n_head, -1))[:, 1].transpose(0, 1).float()  # (n_head, N, head_dim)
         mean = key.mean(dim=1, keepdim=True)
         key, slot = F.normalize(key - mean, dim=-1), F.normalize(slots.key[i] - mean, dim=-1)
@@ -133,9 +134,9 @@ def nearest_tokens(model, banks, ids, layout, n):
         best = torch.full((len(cosine), model.config.vocab_size), -2.0)
         best.scatter_reduce_(1, ids.cpu().expand(len(cosine), -1), cosine, "amax")
         found.append(best.topk(n))
-        return attend(qkv, n_head, layout, how=model.attention)
+        return attend(qkv, n_head, packed, backend=model.attention)
 
-    model.run(model.embed(ids, layout.position + banks.position_offset), look)
+    model.blocks(model.embed(ids, packed.position + banks.position_offset), attn_fn)
     return found
 
 
@@ -150,7 +151,7 @@ def training_text(corpus, tokenizer, device):
         examples.append((*sides, int(source), int(target)))
     if not examples:
         raise UserError(f"none of the {len(corpus)} usable pairs falls into the training split: give more data")
-    return pack(examples, separator(tokenizer), tokenizer.eot, device)
+    return pack_pairs(examples, separator(tokenizer), tokenizer.eot, device)
 
 
 # As text
@@ -297,7 +298,9 @@ def parse_arguments():
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="draw the attention, or what closing does: .svg or .png"
     )
-    parser.add_argument("--nearest", type=cli.whole(0), default=5, metavar="N", help="tokens to list for each slot (5)")
+    parser.add_argument(
+        "--nearest", type=cli.int_at_least(0), default=5, metavar="N", help="tokens to list for each slot (5)"
+    )
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
     parser.add_argument(
         "--data", nargs="+", metavar="FILE", help="text for nearest tokens and BLEU (what it learned from)"
@@ -327,7 +330,7 @@ def main():
     if args.nearest:
         for part, corpus in texts:
             text = training_text(corpus, tokenizer, model.device)
-            nearest = nearest_tokens(model, part, text.ids, text.layout, min(args.nearest, len(text.ids.unique())))
+            nearest = nearest_tokens(model, part, text.ids, text.packed, min(args.nearest, len(text.ids.unique())))
             print(printable("\n".join(["", *nearest_lines(nearest, part, tokenizer)])))
     if args.ablate:
         corpus = next((corpus for _, corpus in texts if {*ends} <= {*corpus.columns}), None)
@@ -349,5 +352,5 @@ def read(files, banks, model, tokenizer):
 if __name__ == "__main__":
     from prefix import cli
 
-    with cli.telling_errors():
+    with cli.cli_errors():
         main()

@@ -63,7 +63,9 @@ class Shots:
             raise UserError(
                 f"{len(self.pairs)} shots of {len(ids)} tokens fill this model's context of {limit}: fewer --shots"
             )
-        return (Banks.reading(model, "shots", ids).slots().to(model.dtype), len(ids), [1]) if ids else (None, 0, None)
+        return (
+            (Banks.from_prompt(model, "shots", ids).slots().to(model.dtype), len(ids), [1]) if ids else (None, 0, None)
+        )
 
 
 def training_pairs(corpus, source, target, seed, avoid=()):

@@ -44,7 +44,7 @@ from common import (
 from minigpt import GPT, Tokenizer, checkpoint
 from minigpt.config import PUBLISHED
 from minigpt.generate import Prompt, generate
-from minigpt.quantize import pack, quantize
+from minigpt.quantize import prepack, quantize
 from prefix import Banks
 from prefix.data import corpus as data
 from prefix.data.rows import Skipped, read_rows
@@ -143,7 +143,7 @@ def our_batches(args, dtype, int8=False):
     model = GPT.from_pretrained(args.home, args.device, getattr(torch, dtype))
     bytes_per_weight = 1 if int8 else model.dtype.itemsize
     if args.device == "cpu" and dtype == "bfloat16":
-        (quantize if int8 else pack)(model)
+        (quantize if int8 else prepack)(model)
     slots = Banks.random(model.config, ["en", "fr"], SLOTS).to(args.device).slots().to(model.dtype)
 
     def run(prompts, new):

@@ -64,14 +64,14 @@ from common import (
 )
 
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
-from minigpt.attention import Layout, Slots, attend
+from minigpt.attention import PackedBatch, Slots, attend
 from minigpt.config import PUBLISHED
 from minigpt.loss import nll_sum
 from prefix import Banks
 from prefix.data import corpus as data
 from prefix.run import DEMO_CORPUS
+from prefix.sequences import TrainingBatch, separator
 from prefix.trainer import MICRO_BATCH_TOKENS, Settings, Trainer, n_tokens
-from prefix.translation import Batch, separator
 
 SHAPES = {"demo": GPTConfig.from_file(checkpoint.DEMO / "config.json"), **PUBLISHED}
 REAL_DATA, REAL_VOCABULARY = ROOT.parent / "shared/data/en-fr.csv", ROOT.parent / "shared/data/gpt2_tokenizer"
@@ -160,11 +160,11 @@ class AllLogits(Counted):
     def packed(self, examples):
         batch = super().packed(examples)
         targets = torch.full_like(batch.ids, IGNORED)
-        targets[batch.at] = batch.targets
-        return Batch(batch.ids, batch.layout, None, targets)
+        targets[batch.target_index] = batch.targets
+        return TrainingBatch(batch.ids, batch.packed, None, targets)
 
     def nll(self, batch, slots, smoothing):
-        logits = self.model.logits(self.model.hidden(batch.ids, batch.layout, slots))
+        logits = self.model.logits(self.model.hidden(batch.ids, batch.packed, slots))
         return F.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED, reduction="sum")
 
 
@@ -173,9 +173,9 @@ class Padded(AllLogits):
 
     def packed(self, examples):
         batch = super().packed(examples)
-        layout = batch.layout
-        ids, opened, targets = (layout.to_grid(x).flatten() for x in (batch.ids, layout.opened, batch.targets))
-        return Batch(ids, Layout([layout.longest] * len(examples), opened, layout.device), None, targets)
+        packed = batch.packed
+        ids, bank_mask, targets = (packed.pad(x).flatten() for x in (batch.ids, packed.bank_mask, batch.targets))
+        return TrainingBatch(ids, PackedBatch([packed.longest] * len(examples), bank_mask, packed.device), None, targets)
 
 
 def ladder(args):
@@ -212,7 +212,7 @@ def compile_blocks(model):
     """All of a block but attention, which takes lengths that are new in every batch."""
     for block in model.h:
         block.compile(dynamic=True)
-    model.run = lambda x, look: GPT.run(model, x, torch.compiler.disable(look))
+    model.run = lambda x, attn_fn: GPT.run(model, x, torch.compiler.disable(attn_fn))
 
 
 def train_peft(args, dtype):
@@ -390,9 +390,9 @@ def leaves(args, tokens, n_slots):
 
 def ours(how, args, lengths, n_slots):
     qkv, key, value, differentiate = leaves(args, [sum(lengths)], n_slots)
-    layout = Layout(lengths, torch.ones(sum(lengths)), args.device)
+    packed = PackedBatch(lengths, torch.ones(sum(lengths)), args.device)
     slots = Slots(key, value, torch.zeros(n_slots, dtype=torch.int32, device=args.device)) if n_slots else None
-    return lambda: differentiate(attend(qkv, SHAPES[args.shape].n_head, layout, slots, how))
+    return lambda: differentiate(attend(qkv, SHAPES[args.shape].n_head, packed, slots, how))
 
 
 def with_slots(qkv, n_head, key, value):
@@ -421,7 +421,7 @@ def flex(args, lengths, n_slots):
     torch.compiler.reset()  # or the ninth shape is not compiled any more
     N, n_head = sum(lengths), SHAPES[args.shape].n_head
     qkv, key, value, differentiate = leaves(args, [1, N], n_slots)
-    start = Layout(lengths, device=args.device).start
+    start = PackedBatch(lengths, device=args.device).start
 
     def sees(b, h, q, k):
         return (k < n_slots) | ((k - n_slots <= q) & (k - n_slots >= start[q]))
@@ -468,12 +468,12 @@ def curve_step(args, model, prefix_len, length):
     banks = Banks.random(model.config, ["only"], prefix_len).to(args.device)
     optimizer = torch.optim.AdamW(banks.parameters(), lr=0.001)
     lengths = [length] * (TOKENS[args.device] // length)
-    layout = Layout(lengths, torch.ones(sum(lengths)), args.device)
-    at = (layout.position >= length // 2).nonzero()[:, 0]
+    packed = PackedBatch(lengths, torch.ones(sum(lengths)), args.device)
+    at = (packed.position >= length // 2).nonzero()[:, 0]
     ids = torch.randint(model.config.vocab_size, (sum(lengths),), device=args.device)
 
     def step():
-        hidden = model.hidden(ids, layout, banks.slots())
+        hidden = model.hidden(ids, packed, banks.slots())
         nll_sum(hidden[at], model.wte.weight, ids[at]).backward()
         optimizer.step()
         optimizer.zero_grad()

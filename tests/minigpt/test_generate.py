@@ -9,7 +9,7 @@ import transformers
 import minigpt.beam
 import minigpt.generate
 from minigpt import GPT, GPTConfig, UserError, checkpoint
-from minigpt.attention import Layout
+from minigpt.attention import PackedBatch
 from minigpt.beam import beam_search
 from minigpt.generate import Cache, Prompt, Sampler, decode, generate, prefill
 from prefix.banks import Banks
@@ -33,20 +33,20 @@ def random_prompts(n, longest=20, banks=True):
     """Ragged prompts in both directions: mask 1 then 3, or 2 then 3."""
     prompts = []
     for i, length in enumerate(torch.randint(1, longest + 1, (n,)).tolist()):
-        opened = [1 + i % 2] * (length - 1) + [3]
-        prompts.append(Prompt(torch.randint(CONFIG.vocab_size, (length,)).tolist(), 12, opened if banks else None))
+        bank_mask = [1 + i % 2] * (length - 1) + [3]
+        prompts.append(Prompt(torch.randint(CONFIG.vocab_size, (length,)).tolist(), 12, bank_mask if banks else None))
     return prompts
 
 
 def greedy_by_full_forward(model, prompt, banks):
     """The same without a cache: the whole text through the model for every new token."""
-    ids, opened, new = list(prompt.ids), list(prompt.opened or [0] * len(prompt.ids)), []
+    ids, bank_mask, new = list(prompt.ids), list(prompt.bank_mask or [0] * len(prompt.ids)), []
     while len(new) < prompt.max_new:
-        hidden = model.hidden(torch.tensor(ids), Layout([len(ids)], torch.tensor(opened)), banks.slots())
+        hidden = model.hidden(torch.tensor(ids), PackedBatch([len(ids)], torch.tensor(bank_mask)), banks.slots())
         token = int(model.logits(hidden[-1]).argmax())
         if token == STOP:
             return new
-        ids, opened, new = ids + [token], opened + opened[-1:], new + [token]
+        ids, bank_mask, new = ids + [token], bank_mask + bank_mask[-1:], new + [token]
     return new
 
 
@@ -62,7 +62,7 @@ def test_each_sentence_gets_the_tokens_that_it_gets_alone_without_a_cache(model,
 @pytest.mark.parametrize("banks", [True, False])
 def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(model, banks):
     bank = Banks.random(CONFIG, ["only"], 7)
-    slots, opened = (bank.slots(), torch.ones(3, dtype=torch.int32)) if banks else (None, None)
+    slots, bank_mask = (bank.slots(), torch.ones(3, dtype=torch.int32)) if banks else (None, None)
     ids, lengths = torch.randint(CONFIG.vocab_size, (3, 64)), (5, 1, 54)
     cache = Cache(model, 3, 64)
     masks = [[1] * n for n in lengths] if banks else None
@@ -70,7 +70,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(model, banks)
     full = bank.logits(model, ids, open=["only"] if banks else ())
     for _ in range(10):
         at = list(cache.length)
-        logits = decode(model, cache, ids[range(3), at], opened, slots)
+        logits = decode(model, cache, ids[range(3), at], bank_mask, slots)
         torch.testing.assert_close(logits, full[range(3), at], rtol=1e-4, atol=1e-4)
 
 

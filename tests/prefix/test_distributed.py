@@ -39,7 +39,7 @@ if {fail!r} and distributed.rank() == 1:
     raise SystemExit("rank 1 has had enough")
 gradients = torch.cat([p.grad.flatten() for p in banks.parameters()])
 validation = trainer.validation_loss()
-results = distributed.gather([i * i for i in distributed.share(list(range(11)))])
+results = distributed.all_gather([i * i for i in distributed.shard(list(range(11)))])
 nll, calls = trainer.nll, []
 
 
@@ -56,7 +56,7 @@ assert any(calls) == (distributed.rank() == 1)
 repeated = torch.cat([p.grad.flatten() for p in banks.parameters()])
 if distributed.rank() == 0:
     found = dict(loss=loss, gradients=gradients, repeated=repeated, validation=validation, results=results)
-    torch.save(found, out / f"{{distributed.world()}}.pt")
+    torch.save(found, out / f"{{distributed.world_size()}}.pt")
 distributed.finish()
 """
 

@@ -163,7 +163,7 @@ def run_here(monkeypatch, place):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         try:
-            with cli.telling_errors():
+            with cli.cli_errors():
                 train.main()
         except SystemExit as end:
             return end.code

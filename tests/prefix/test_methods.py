@@ -36,8 +36,8 @@ from prefix.banks import Banks
 from prefix.data import corpus as data
 from prefix.reparam import INNER, Reparametrised
 from prefix.run import DEMO_CORPUS
+from prefix.sequences import pack_pairs
 from prefix.trainer import Settings, Trainer
-from prefix.translation import pack
 
 # What --init zero-effect may change of the demo on sentences that it has not seen: the share of the base's loss and, in
 # nats, the mean divergence of a token's distribution, and the log-probability that moves most of all 4,096 of all tokens.
@@ -65,15 +65,15 @@ def sentences(demo, split, n):
     """The first n pairs of a split, packed."""
     _, tokenizer, corpus = demo
     examples = [(corpus.ids(r, s), corpus.ids(r, t), int(s), int(t)) for r, s, t in corpus.examples(split)[:n]]
-    return pack(examples, *tokenizer.encode("\n"), tokenizer.eot)
+    return pack_pairs(examples, *tokenizer.encode("\n"), tokenizer.eot)
 
 
 def assert_nearly_the_base(model, batch, slots, offset=0):
     base, ours = (
-        model.logits(model.hidden(batch.ids, batch.layout, s, offset)).log_softmax(-1) for s in (None, slots)
+        model.logits(model.hidden(batch.ids, batch.packed, s, offset)).log_softmax(-1) for s in (None, slots)
     )  # (N, vocab_size)
     kl = (base.exp() * (base - ours)).sum(-1)
-    loss, loss_of_base = (-x[batch.at].gather(1, batch.targets[:, None]).mean() for x in (ours, base))
+    loss, loss_of_base = (-x[batch.target_index].gather(1, batch.targets[:, None]).mean() for x in (ours, base))
     assert abs(loss - loss_of_base) < LOSS * loss_of_base
     assert kl.mean() < MEAN_KL
     assert (ours - base).abs().max() < WORST_LOG_P
@@ -253,7 +253,7 @@ def test_a_step_in_which_all_slots_are_absent_is_the_base_model_and_moves_nothin
     t.present = lambda step: Slots(slots.key[:, :, :0], slots.value[:, :, :0], slots.bank[:0])
     prepared = t.prepare(0)
     with torch.no_grad():
-        hidden = [t.model.hidden(b.ids, b.layout)[b.at] for b in prepared.batches]
+        hidden = [t.model.hidden(b.ids, b.packed)[b.target_index] for b in prepared.batches]
         base = sum(nll_sum(h, t.model.wte.weight, b.targets) for h, b in zip(hidden, prepared.batches))
     assert float(t.backward(prepared)) == pytest.approx(float(base) / prepared.targets, rel=1e-5)
     assert not any(p.grad.any() for p in t.banks.parameters())

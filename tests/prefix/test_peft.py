@@ -76,7 +76,7 @@ def test_there_and_back_every_bit_and_the_position_are_kept(base, tmp_path, posi
 def test_a_bank_read_off_text_stands_for_that_text_in_peft_too(base, tmp_path):
     theirs, model = base
     text, ids = torch.randint(100, (1, 5)), torch.randint(100, (1, 8))
-    export_bank(Banks.reading(model, "text", text[0].tolist()), "text", tmp_path / "adapter")
+    export_bank(Banks.from_prompt(model, "text", text[0].tolist()), "text", tmp_path / "adapter")
     together = theirs(torch.cat([text, ids], dim=1)).logits[:, 5:]
     logits = adapter_of(theirs, tmp_path / "adapter")(input_ids=ids).logits
     torch.testing.assert_close(logits, together, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ import torch
 from conftest import random_model
 
 from minigpt import GPT, GPTConfig, Tokenizer
-from minigpt.attention import Layout
+from minigpt.attention import PackedBatch
 from prefix.banks import Banks
 from prefix.evaluation import attention_maps
 from prefix.run import DEMO, DEMO_PREFIX
@@ -47,8 +47,8 @@ def recorded(model, compute):
 
 
 def test_the_mass_is_what_the_softmax_written_out_gives(model, banks, ids):
-    layout = Layout([len(ids)], torch.tensor(OPENED))
-    activations = recorded(model, lambda: model.hidden(ids, layout, banks.slots()))
+    packed = PackedBatch([len(ids)], torch.tensor(OPENED))
+    activations = recorded(model, lambda: model.hidden(ids, packed, banks.slots()))
     mass = attention_maps.attention_mass(model, banks, ids, OPENED)
     assert mass.shape == (3, 2, len(ids), 4)
     for i, qkv in enumerate(activations):
@@ -63,8 +63,8 @@ def test_the_mass_is_what_the_softmax_written_out_gives(model, banks, ids):
 
 
 def test_what_is_looked_at_is_what_the_model_computes(model, banks, ids):
-    layout = Layout([len(ids)], torch.tensor(OPENED))
-    own = recorded(model, lambda: model.hidden(ids, layout, banks.slots()))
+    packed = PackedBatch([len(ids)], torch.tensor(OPENED))
+    own = recorded(model, lambda: model.hidden(ids, packed, banks.slots()))
     looked_at = recorded(model, lambda: attention_maps.attention_mass(model, banks, ids, OPENED))
     torch.testing.assert_close(looked_at, own, atol=1e-4, rtol=1e-4)
 
@@ -95,7 +95,7 @@ def test_a_sequence_longer_than_the_context_is_refused(model, banks):
 def test_slots_read_off_a_text_are_nearest_to_that_texts_own_tokens(model):
     ids = torch.randperm(50)[:12]
     banks = Banks.from_text(model, {"a": ids[:5].tolist()}, prefix_len=5)
-    found = attention_maps.nearest_tokens(model, banks, ids, Layout([5, 7]), n=3)
+    found = attention_maps.nearest_tokens(model, banks, ids, PackedBatch([5, 7]), n=3)
     assert len(found) == 3
     for cosine, tokens in found:
         assert tokens[:, 0].tolist() == ids[:5].tolist()
@@ -105,24 +105,24 @@ def test_slots_read_off_a_text_are_nearest_to_that_texts_own_tokens(model):
 
 def test_a_token_counts_once_where_it_is_nearest(model, banks):
     ids = torch.tensor([7, 8, 7, 9, 7])
-    for cosine, tokens in attention_maps.nearest_tokens(model, banks, ids, Layout([5]), n=3):
+    for cosine, tokens in attention_maps.nearest_tokens(model, banks, ids, PackedBatch([5]), n=3):
         assert all(sorted(row) == [7, 8, 9] for row in tokens.tolist())
-    alone = attention_maps.nearest_tokens(model, banks, ids[2:], Layout([3]), n=1)
+    alone = attention_maps.nearest_tokens(model, banks, ids[2:], PackedBatch([3]), n=1)
     assert all(set(tokens.flatten().tolist()) <= {7, 9} for _, tokens in alone)
 
 
 def test_what_all_keys_share_changes_neither_the_mass_nor_the_nearest_tokens(model, banks, ids):
-    look = lambda: (
+    attn_fn = lambda: (
         attention_maps.attention_mass(model, banks, ids, OPENED),
-        attention_maps.nearest_tokens(model, banks, ids, Layout([7]), n=3),
+        attention_maps.nearest_tokens(model, banks, ids, PackedBatch([7]), n=3),
     )
-    before = look()
+    before = attn_fn()
     shared = torch.randn(3, 2, 1, 12)
     for i, block in enumerate(model.h):
         block.attn.c_attn.bias[24:48] += shared[i].flatten()
     for key in banks.key:
         key.data += shared
-    after = look()
+    after = attn_fn()
     torch.testing.assert_close(after[0], before[0], atol=1e-4, rtol=1e-3)
     for (cosine, _), (cosine_before, _) in zip(after[1], before[1]):
         torch.testing.assert_close(cosine, cosine_before, atol=1e-4, rtol=1e-3)

@@ -14,7 +14,7 @@ import train
 import translate
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
 from minigpt.generate import Prompt, generate
-from minigpt.scoring import choose, log_p
+from minigpt.scoring import likeliest_answer, log_p
 from prefix.banks import Banks
 from prefix.data.corpus import load
 from prefix.data.rows import columns_for
@@ -214,7 +214,7 @@ def test_an_answer_scores_the_probability_of_its_tokens_and_of_its_end(model):
     torch.testing.assert_close(log_p(model, pairs, banks.slots()), torch.tensor(expected), rtol=1e-4, atol=1e-4)
     best = [max(answers, key=lambda a: written_out(model, prompt, a, banks)) for prompt in prompts]
     for batch_size in (1, 3, 32):
-        chosen = choose(model, prompts, answers, banks.slots(), batch_size=batch_size)
+        chosen = likeliest_answer(model, prompts, answers, banks.slots(), batch_size=batch_size)
         assert [result.ids for result in chosen] == [answer[:-1] for answer in best]
         assert all(result.finished for result in chosen)
 
@@ -263,8 +263,8 @@ def test_the_labels_of_training_are_those_of_the_whole_file(classifier, evaluate
     folder, _ = classifier
     splits = ["train"] * 4 + ["test"] * 2
     rows = [[sentence(split), label] for label in ("joy", "anger") for split in splits]
-    table, chosen, choose = write("sorted.csv", [["tweet", "label"], *rows]), [], evaluation.translate
-    translate = lambda *args, **options: chosen.append(options["choices"]) or choose(*args, **options)
+    table, chosen, likeliest_answer = write("sorted.csv", [["tweet", "label"], *rows]), [], evaluation.translate
+    translate = lambda *args, **options: chosen.append(options["choices"]) or likeliest_answer(*args, **options)
     monkeypatch.setattr(evaluation, "translate", translate)
     options = ["--prefix", folder, "--data", table, "--from", "tweet", "--to", "label", "--limit", 2, "--draws", 0]
     evaluated(*options, "--choices")
