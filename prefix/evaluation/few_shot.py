@@ -23,7 +23,7 @@ from minigpt.generate import Prompt, generate
 from minigpt.scoring import likeliest_answer, log_p, max_new_tokens
 from prefix.banks import Banks
 from prefix.data.rows import clean
-from prefix.translation import Translation, answered
+from prefix.translation import Decoding, Translation, answered
 
 FORMS = ("names", "lines")
 TRIALS = 12  # training pairs on which the two forms are compared
@@ -107,7 +107,7 @@ def trial_log_p(model, tokenizer, shots, trials):
     return scores
 
 
-def few_shot(model, tokenizer, shots, texts, decoding):
+def few_shot(model, tokenizer, shots, texts, decoding=Decoding()):
     """Texts -> a list of Translation, in the same order, greedy or the likeliest of decoding.choices. Raises UserError
     where the examples alone fill the context."""
     slots, offset, mask = shots.read(model, tokenizer)
