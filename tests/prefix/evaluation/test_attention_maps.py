@@ -1,20 +1,26 @@
-"""Looking at what the slots learned."""
+"""What the slots learned: where attention goes, which tokens a slot is like, and what closing slots does."""
 
+import csv
 import math
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, write_table
 
 from minigpt import GPT, GPTConfig, Tokenizer
-from minigpt.attention import PackedBatch
+from minigpt.attention import PackedBatch, attend
+from minigpt.generate import Prompt, generate
 from prefix.banks import Banks
+from prefix.data.splits import split_of
 from prefix.evaluation import attention_maps
-from prefix.run import DEMO, DEMO_PREFIX
+from prefix.evaluation.ablation import without
+from prefix.evaluation.metrics import METRICS
+from prefix.run import DEMO, DEMO_CORPUS, DEMO_PREFIX
+from prefix.translation import translate
 
 ROOT = Path(__file__).parents[3]
 SIZES = dict(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=2)
@@ -84,7 +90,12 @@ def test_means_are_over_the_tokens_at_which_a_bank_is_open():
     torch.testing.assert_close(attention.by_head(1), torch.tensor([[0.1]]))
     torch.testing.assert_close(attention.by_token(0), torch.tensor([[0.2, 0.4, 0.6]]))
     torch.testing.assert_close(attention.by_token(1), torch.tensor([[0.1]]))
-    assert [panel.columns for panel in attention_maps.panels(attention)] == [["head 0"], ["x", "y", "z"], ["head 0"], ["y"]]
+    assert [panel.columns for panel in attention_maps.panels(attention)] == [
+        ["head 0"],
+        ["x", "y", "z"],
+        ["head 0"],
+        ["y"],
+    ]
 
 
 def test_a_sequence_longer_than_the_context_is_refused(model, banks):
@@ -128,6 +139,38 @@ def test_what_all_keys_share_changes_neither_the_mass_nor_the_nearest_tokens(mod
         torch.testing.assert_close(cosine, cosine_before, atol=1e-4, rtol=1e-3)
 
 
+# Closing slots
+
+
+def layer_by_layer(model, banks, ids, bank_mask, closed):
+    """The logits of a model whose layer `closed` is given no slots."""
+    packed, slots = PackedBatch([len(ids)], torch.tensor(bank_mask)), banks.slots()
+    attn_fn = lambda i, qkv: attend(qkv, 2, packed, None if i == closed else slots.layer(i))
+    return model.logits(model.blocks(model.embed(ids, packed.position), attn_fn))
+
+
+@pytest.mark.parametrize("backend", ["auto", "plain"])
+@pytest.mark.parametrize("layer", range(3))
+def test_a_closed_layer_is_one_without_slots_in_a_forward_pass_and_in_decoding(model, banks, ids, layer, backend):
+    model.attention, slots = backend, without(banks, layer=layer).slots()
+    hidden = model.hidden(ids, PackedBatch([len(ids)], torch.tensor(OPENED)), slots)
+    expected = layer_by_layer(model, banks, ids, OPENED, layer)
+    torch.testing.assert_close(model.logits(hidden), expected, atol=1e-4, rtol=1e-4)
+    prompt, tokens = ids[:4].tolist(), ids[:4].tolist()
+    for _ in range(6):
+        logits = layer_by_layer(model, banks, torch.tensor(tokens), [*OPENED[:3], *[3] * (len(tokens) - 3)], layer)
+        tokens.append(int(logits[-1].argmax()))
+    (found,) = generate(model, [Prompt(prompt, 6, OPENED[:4])], [], slots)
+    assert prompt + found.ids == tokens
+    assert not torch.allclose(expected, layer_by_layer(model, banks, ids, OPENED, None), atol=1e-2)
+
+
+def test_a_closed_bank_is_one_that_is_never_opened_and_the_others_stay(model, banks, ids):
+    ours = without(banks, bank="a").logits(model, ids[None], open=("a", "c"))
+    assert torch.equal(ours, banks.logits(model, ids[None], open=("c",)))
+    assert banks.mask(["a", "c"]) == 5  # the banks themselves are as they were
+
+
 # The command
 
 
@@ -147,7 +190,7 @@ def test_the_command_shows_the_mass_of_the_sentence_and_of_its_translation(run):
     out = looked(run, "Il pleut & vente.", "--nearest", 0)
     model, tokenizer = GPT.from_pretrained("demo"), Tokenizer.from_pretrained("demo")
     banks = Banks.load(DEMO_PREFIX, model)
-    attention = attention_maps.look_at(model, tokenizer, banks, "Il pleut & vente.", "fr", "en")
+    attention = attention_maps.look_at(model, tokenizer, banks, "Il pleut & vente.", ("fr", "en"))
     sep = attention.tokens.index("\\n")
     assert attention.seen.tolist() == [[i >= sep, True] for i in range(len(attention.tokens))]
     assert len(attention.tokens) > sep + 2  # there is a translation
@@ -176,28 +219,55 @@ def test_each_slot_of_each_bank_has_its_nearest_tokens_in_every_layer(run):
     assert line[:2] == ["layer", "0"] and -1 <= float(line[5]) <= float(line[3]) <= 1
 
 
-def test_an_svg_has_every_number_and_takes_no_matplotlib(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    looked(run, "<b> & co", "--nearest", 0, "--out", "picture.svg")
-    root = ElementTree.parse("picture.svg").getroot()
-    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+@pytest.fixture
+def held_out():
+    """A table of 6 test pairs of the sample corpus."""
+    with open(DEMO_CORPUS, encoding="utf-8") as file:
+        pairs = list(islice((row for row in csv.reader(file) if split_of(row[0]) == "test" and row[0] != "en"), 6))
+    return write_table("held-out.csv", [["en", "fr"], *pairs]), pairs
+
+
+def test_closing_says_what_becomes_of_the_sentence_and_of_bleu(run, held_out):
+    table, pairs = held_out
+    out = looked(run, "Il pleut.", "--nearest", 0, "--ablate", "--data", table, "--out", "bars.svg")
+    head, *lines = out.split("what closing does: ")[1].splitlines()
+    assert head.startswith("BLEU on 6 sentences") and "<svg" in Path("bars.svg").read_text(encoding="utf-8")
     model, tokenizer = GPT.from_pretrained("demo"), Tokenizer.from_pretrained("demo")
-    attention = attention_maps.look_at(model, tokenizer, Banks.load(DEMO_PREFIX, model), "<b> & co", "fr", "en")
-    expected = []
-    for panel in attention_maps.panels(attention):
-        expected += [panel.title, *panel.columns]
-        for name, row in zip(panel.rows, panel.values):
-            expected += [name, *(f"{100 * x:.0f}" for x in row)]
-    assert texts == expected and any("<" in text for text in texts) and any("&" in text for text in texts)
+    banks = Banks.load(DEMO_PREFIX, model)
+    closed = {"nothing": banks, "bank fr": without(banks, bank="fr"), "bank en": without(banks, bank="en")}
+    closed |= {f"layer {i}": without(banks, layer=i) for i in range(6)}
+    mass = attention_maps.look_at(model, tokenizer, banks, "Il pleut.", ("fr", "en")).mass
+    scores = []
+    for line, (name, part) in zip(lines, closed.items(), strict=True):
+        texts = ["Il pleut.", *(fr for _, fr in pairs)]
+        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, "fr", "en"))
+        scores.append(METRICS["bleu"](outputs, [en for en, _ in pairs]))
+        numbers = [f"{scores[-1]:.2f}"] + [f"{scores[-1] - scores[0]:+.2f}"] * (name != "nothing")
+        numbers += [f"{100 * (1 - mass[int(name[-1]), ..., -1].mean()):.1f}"] if "layer" in name else []
+        assert line.split() == [*name.split(), *numbers, *output.split()]
+    assert len({*scores}) > 3
 
 
-def test_a_png_is_a_picture(run):
-    pytest.importorskip("matplotlib")
-    from matplotlib.image import imread
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_attention_is_drawn_with_its_numbers(run, suffix):
+    image = pytest.importorskip("matplotlib.image")
+    looked(run, "<b> & co", "--nearest", 0, "--out", f"picture.{suffix}")
+    if suffix == "png":
+        pixels = image.imread("picture.png")
+        assert pixels.shape[0] > 400 and pixels.shape[1] > 300 and pixels.std() > 0.05
+    else:
+        model, tokenizer = GPT.from_pretrained("demo"), Tokenizer.from_pretrained("demo")
+        attention = attention_maps.look_at(model, tokenizer, Banks.load(DEMO_PREFIX, model), "<b> & co", ("fr", "en"))
+        drawn = Path("picture.svg").read_text(encoding="utf-8")
+        cells = sum(panel.values.numel() + sum(panel.values.shape) + 1 for panel in attention_maps.panels(attention))
+        assert drawn.count("<!-- ") == cells  # matplotlib writes each text in a comment beside its shape
 
-    looked(run, "Il pleut.", "--nearest", 0, "--out", "picture.png")
-    pixels = imread("picture.png")
-    assert pixels.shape[0] > 400 and pixels.shape[1] > 300 and pixels.std() > 0.05
+
+def test_without_matplotlib_the_text_is_there_and_one_notice(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = run(attention_maps, DEMO, "Bonjour", "--nearest", 0, "--out", "picture.png")
+    assert (code, err.count("\n")) == (0, 1) and "pip install matplotlib" in err and out.startswith("fr -> en: ")
+    assert not Path("picture.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -252,12 +322,6 @@ def test_the_banks_of_each_of_several_files_have_the_nearest_tokens_that_they_ha
 
     (one,), (other,) = map(nearest, files)
     assert nearest(*files) == [one, other]
-
-
-def test_a_png_without_matplotlib_is_refused_in_one_line(run, monkeypatch):
-    monkeypatch.setattr(attention_maps.importlib.util, "find_spec", lambda name: None)
-    code, out, err = run(attention_maps, DEMO, "Bonjour", "--out", "picture.png")
-    assert (code, out, err.count("\n")) == (2, "", 1) and "pip install matplotlib" in err
 
 
 def test_the_module_runs_by_its_name_and_hides_nothing_of_pythons():
