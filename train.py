@@ -138,8 +138,6 @@ def train(trainer):
         if not trainer.state.exists():
             raise
         raise UserError(f"{error}; to go on from step {trainer.saved_step}: {to_go_on}") from error
-    if not finished:
-        log(f"stopped after step {trainer.step}; to go on: {to_go_on}")
     if distributed.rank() == 0:
         from prefix.evaluation.report import (
             draw_loss,  # here, because it takes a while to import
@@ -147,6 +145,7 @@ def train(trainer):
 
         draw_loss(trainer.out)
     if not finished:
+        log(f"stopped after step {trainer.step}; to go on: {to_go_on}")
         sys.exit(128 + (trainer.stop[0] if trainer.stop else signal.SIGTERM))
 
 
