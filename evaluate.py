@@ -15,7 +15,6 @@ import torch
 from minigpt import UserError
 from minigpt.files import replacing
 from prefix import cli, distributed, run
-from prefix.banks import read_metadata
 from prefix.cli import int_at_least
 from prefix.data import corpus as data
 from prefix.data import rows
@@ -25,6 +24,7 @@ from prefix.evaluation import report
 from prefix.evaluation.attention_maps import look_at
 from prefix.evaluation.compare import Evaluation, Plan, compare, enough, rows_to_read
 from prefix.evaluation.metrics import GROUPS, METRICS
+from prefix.prefix_file import read_header
 from prefix.translation import Decoding
 
 ANY_LENGTH = 1 << 30  # tokens of a pair, where sources are cut later
@@ -121,7 +121,7 @@ def main():
     args = parse_arguments()
     distributed.start()
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
-    trained_on, wanted = read_metadata(prefixes[0])["training"], directions(args, banks)
+    trained_on, wanted = read_header(prefixes[0])["training"], directions(args, banks)
     paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names, args.columns)
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
     load = lambda limit, longest: data.load(paths, columns, tokenizer, limit, longest)
@@ -162,7 +162,7 @@ def read(args, wanted, load):
 
 def training_text(args, prefixes, paths, columns, tokenizer, longest):
     """For --split all: the Corpus that the prefix was trained on, where examples or labels come from it; else None."""
-    trained_on = read_metadata(prefixes[0])["training"]
+    trained_on = read_header(prefixes[0])["training"]
     if set(run.data_names(paths)) & set(trained_on.get("data", [])):
         log("--split all: among these sentences are those that the prefix was trained on")
     if not args.draws and args.choices != []:
@@ -178,7 +178,7 @@ def settings_of(args, prefixes, model):
     """What an evaluation is to be repeated with: the options, the machine's, and how each prefix file came to be."""
     settings = {name: value for name, value in vars(args).items() if name not in FILES}
     settings |= {"prefix": [str(path) for path in prefixes], "trained": list(map(training_of, prefixes))}
-    settings |= {"base": read_metadata(prefixes[0])["base"]["fingerprint"], "torch": torch.__version__}
+    settings |= {"base": read_header(prefixes[0])["base"]["fingerprint"], "torch": torch.__version__}
     likeliest = "likeliest choice" if args.choices is not None else None
     settings["decoding"] = likeliest or (f"beam {args.beam}" if args.beam > 1 else "greedy")
     settings["date"] = datetime.now().astimezone().isoformat(" ", timespec="minutes")
@@ -187,7 +187,7 @@ def settings_of(args, prefixes, model):
 
 def training_of(path):
     """What a prefix file says of its training, in a line. It may say nothing: an imported one does not."""
-    metadata = read_metadata(path)
+    metadata = read_header(path)
     record = metadata["training"]
     settings = record.get("settings")
     said = {**record, **(settings if isinstance(settings, dict) else {}), "prefix_len": metadata["prefix_len"]}

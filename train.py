@@ -18,6 +18,7 @@ from prefix import cli, distributed, run
 from prefix.cli import float_range, int_at_least
 from prefix.data import corpus as data
 from prefix.distributed import log
+from prefix.init import INITS, initial_banks
 from prefix.state import METRICS
 from prefix.trainer import SECONDS, Settings, Trainer
 
@@ -42,7 +43,7 @@ def parse_arguments():
     parser.add_argument("--max-tokens", type=int_at_least(3), default=384, metavar="N", help="longest pair, in tokens (384)")
     parser.add_argument(
         "--init",
-        choices=run.INITS,
+        choices=INITS,
         default="text",
         help="slots start as keys and values of real sentences, at random, or so that they change nothing (text)",
     )
@@ -107,7 +108,7 @@ def main():
     for line in corpus.report:
         log(line)
     micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
-    banks = run.start(config, model, tokenizer, corpus)
+    banks = initial_banks(config, model, tokenizer, corpus)
     banks.position_offset = config["position_offset"]
     banks.training_record = {name: config[name] for name in ("model", "data", "columns", "limit", "init")}
     banks.training_record["reparam"] = config.get("reparam", False)

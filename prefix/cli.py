@@ -11,7 +11,8 @@ import torch
 from minigpt import GPT, Tokenizer, UserError
 from minigpt.errors import visible
 from minigpt.quantize import prepack, quantize
-from prefix.banks import Banks, file_of, read_metadata
+from prefix import prefix_file
+from prefix.banks import Banks
 from prefix.distributed import log
 from prefix.run import CHOICES, DEMO_PREFIX, DTYPES, RUNS
 from prefix.trainer import out_of_memory
@@ -133,14 +134,14 @@ def find_prefix(path):
         found = max(runs, key=lambda p: p.stat().st_mtime, default=DEMO_PREFIX)
         log(f"Using the prefix {found}")
         return found
-    return file_of(path)
+    return prefix_file.find(path)
 
 
 def load_with_base(args):
     """(model, tokenizer, banks, paths of the prefix files) for translate.py and evaluate.py. The banks of several
     files are one Banks."""
     paths = [find_prefix(path) for path in args.prefix or [None]]
-    name = args.model or read_metadata(paths[0])["training"].get("model")
+    name = args.model or prefix_file.read_header(paths[0])["training"].get("model")
     if not isinstance(name, str):
         raise UserError(f"{paths[0]} does not say which model it was trained on: name it with --model")
     if not args.model and Path(name).is_absolute() and not Path(name).is_dir():
@@ -174,7 +175,7 @@ def direction(args, banks):
 
 def data_of(prefixes):
     """The files that these prefixes were trained on. Raises UserError where they do not say, or differ."""
-    records = [read_metadata(path)["training"].get("data") for path in prefixes]
+    records = [prefix_file.read_header(path)["training"].get("data") for path in prefixes]
     for path, files in zip(prefixes, records):
         if not files:
             raise UserError(f"{path} does not say what it was trained on: name the text with --data")

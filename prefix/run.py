@@ -16,11 +16,10 @@ import torch
 
 from minigpt import UserError, checkpoint
 from minigpt.files import TEMPORARY, read_object, replacing
-from prefix.banks import MAX_SLOTS, Banks
+from prefix.banks import MAX_SLOTS
 from prefix.data import rows
 from prefix.distributed import log
-from prefix.reparam import Reparametrised
-from prefix.sequences import n_tokens, pack_pairs, separator
+from prefix.init import INITS
 from prefix.state import METRICS
 from prefix.trainer import Settings
 
@@ -45,8 +44,6 @@ REPARAM_LR = {
     "demo": {"text": 0.001, "random": 0.003, "zero-effect": 0.001},
     "published": {"text": 0.001, "random": 0.001, "zero-effect": 0.001},
 }
-INITS = ("text", "random", "zero-effect")
-QUERIES = 8192  # tokens that --init zero-effect reads
 # Options that may be new when a run goes on.
 FREE = ("steps", "save_every")
 MACHINE = ("device", "dtype", "attention", "checkpoint_activations", "micro_batch_tokens")
@@ -167,47 +164,6 @@ def make_directory(out):
 def write_config(out, config):
     with replacing(out / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def start(config, model, tokenizer, corpus):
-    """The slots before the first step: random, read off the corpus's own sentences in each language, or where its
-    pairs do not look; behind the network that moves them, where there is to be one."""
-    names, prefix_len, seed = corpus.columns, config["prefix_len"], config["settings"]["seed"]
-    ids = {
-        name: opening(corpus, column, min(prefix_len, model.config.n_positions)) for column, name in enumerate(names)
-    }
-    if config["init"] == "random":
-        banks = Banks.random(model.config, names, prefix_len, seed)
-    elif config["init"] == "zero-effect":
-        batch = some_pairs(model, tokenizer, corpus)
-        offset = config["position_offset"]
-        banks = Banks.zero_effect(model, batch.ids, batch.packed, names, prefix_len, seed, offset)
-    else:
-        banks = Banks.from_text(model, ids, prefix_len)
-    return (Reparametrised(banks, seed) if config.get("reparam") else banks).to(model.device)
-
-
-def some_pairs(model, tokenizer, corpus):
-    """The first training pairs, in every direction, packed: QUERIES tokens or a few more."""
-    examples, n = [], 0
-    for row, s, t in corpus.examples("train"):
-        examples.append((corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)))
-        n += n_tokens(examples[-1])
-        if n >= QUERIES:
-            break
-    return pack_pairs(examples, separator(tokenizer), tokenizer.eot, model.device)
-
-
-def opening(corpus, column, n):
-    """The first training sentences of a column, until they have n tokens."""
-    ids = []
-    for row in corpus.rows("train"):
-        ids += corpus.ids(row, column).tolist()
-        if len(ids) >= n:
-            break
-    if not ids:
-        raise UserError(f"no training pair has a text in the column {corpus.columns[column]!r}: give more data")
-    return ids[:n]
 
 
 def model_name(name):

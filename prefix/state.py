@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from minigpt.errors import UserError
 from minigpt.files import flush, open_tensors, replacing
-from prefix.banks import base_of
 from prefix.distributed import log
+from prefix.prefix_file import base_of
 
 METRICS = "metrics.jsonl"
 # What is saved of a Trainer besides tensors, by name:

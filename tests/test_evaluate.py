@@ -18,6 +18,7 @@ from prefix.evaluation import compare
 from prefix.evaluation.attention_maps import look_at
 from prefix.evaluation.metrics import METRICS
 from prefix.evaluation.report import html_attention
+from prefix.init import random_banks
 from prefix.translation import Decoding
 from prefix.translation import translate as translate_texts
 
@@ -38,7 +39,7 @@ def place(tmp_path_factory):
         if "mr" in names:  # three test sentences of 3, 2 and 1 references
             rows = rows[:-2] + [[rows[-i][0], f"again {j}"] for i, j in ((5, 1), (4, 1), (5, 2))]
         table = write_table(place / f"{'-'.join(names)}.csv", [names, *rows])
-        banks = Banks.random(model.config, names, prefix_len=3, seed=1)
+        banks = random_banks(model.config, names, prefix_len=3, seed=1)
         banks.training_record = {"model": str(place / "base"), "data": [str(table)], "columns": names, "init": "random"}
         banks.training_record["settings"] = {"lr": 0.03, "steps": 7, "seed": 5}
         banks.save(place / f"{'-'.join(names)}.safetensors", model)

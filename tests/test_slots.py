@@ -11,6 +11,7 @@ from minigpt.attention import PackedBatch, Slots, attend
 from minigpt.generate import Prompt, generate
 from minigpt.loss import nll_sum
 from prefix.banks import Banks
+from prefix.init import random_banks
 from prefix.sequences import pack_pairs
 
 CONFIG = GPTConfig(vocab_size=61, n_positions=48, n_embd=24, n_layer=3, n_head=3)
@@ -20,8 +21,8 @@ def tiny(dtype=torch.float64):
     return random_model(CONFIG).to(dtype)
 
 
-def random_banks(model, names=("en", "fr"), prefix_len=4):
-    banks = Banks.random(model.config, names, prefix_len, seed=int(torch.randint(1 << 30, ())))
+def fresh_banks(model, names=("en", "fr"), prefix_len=4):
+    banks = random_banks(model.config, names, prefix_len, seed=int(torch.randint(1 << 30, ())))
     return banks.to(model.dtype)
 
 
@@ -91,19 +92,19 @@ def test_a_bank_read_off_tokens_stands_for_these_tokens(backend):
 
 def test_without_open_banks_the_model_is_plain_gpt2():
     model, text = tiny(), ids(2, 9)
-    banks = random_banks(model)
+    banks = fresh_banks(model)
     torch.testing.assert_close(banks.logits(model, text, open=[]), model(text))
 
 
 def test_an_empty_bank_is_the_plain_model():
     model, text = tiny(), ids(2, 9)
-    banks = random_banks(model, prefix_len=0)
+    banks = fresh_banks(model, prefix_len=0)
     torch.testing.assert_close(banks.logits(model, text, open=["en", "fr"]), model(text))
 
 
 def test_the_order_of_banks_and_slots_does_not_matter():
     model, text = tiny(), ids(1, 9)
-    banks = random_banks(model)
+    banks = fresh_banks(model)
     mirrored = Banks(
         {n: (k.flip(2), v.flip(2)) for n, k, v in reversed(list(zip(banks.names, banks.key, banks.value)))}
     )
@@ -113,10 +114,10 @@ def test_the_order_of_banks_and_slots_does_not_matter():
 
 def test_a_bank_is_seen_from_where_it_opens_on_and_not_before():
     model, banks = tiny(), None
-    banks = random_banks(model)
+    banks = fresh_banks(model)
     text, bank_mask = ids(9), torch.tensor([1] * 4 + [3] * 5)
     hidden = lambda b, o: model.hidden(text, PackedBatch([9], o), b.slots())
-    changed = random_banks(model)
+    changed = fresh_banks(model)
     changed.load_state_dict({**changed.state_dict(), "key.0": banks.key[0], "value.0": banks.value[0]})
     one, other = hidden(banks, bank_mask), hidden(changed, bank_mask)  # they differ in bank 1 alone
     torch.testing.assert_close(one[:4], other[:4])
@@ -127,7 +128,7 @@ def test_a_bank_is_seen_from_where_it_opens_on_and_not_before():
 def test_a_ragged_batch_gives_each_sentence_what_it_gets_alone(backend):
     model = tiny()
     model.attention = backend
-    slots = random_banks(model).slots()
+    slots = fresh_banks(model).slots()
     sentences = [(ids(n), torch.randint(4, (n,))) for n in (5, 1, 12, 3)]
     together = model.hidden(
         torch.cat([t for t, _ in sentences]), PackedBatch([5, 1, 12, 3], torch.cat([o for _, o in sentences])), slots
@@ -181,14 +182,14 @@ def slot_gradients(model, banks):
 
 def test_all_slots_of_all_layers_get_gradients_and_the_base_model_none():
     model = tiny()
-    gradients = slot_gradients(model, random_banks(model))
+    gradients = slot_gradients(model, fresh_banks(model))
     assert all((g.abs().amax(dim=(-1, -2)) > 0).all() for g in gradients)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
 def test_slots_still_get_gradients_after_a_translation_in_between():
     model = tiny()
-    banks = random_banks(model)
+    banks = fresh_banks(model)
     before = slot_gradients(model, banks)
     with torch.no_grad():
         generate(model, [Prompt([1, 2, 3], 5, [1, 1, 3])], [60], banks.slots())
@@ -198,7 +199,7 @@ def test_slots_still_get_gradients_after_a_translation_in_between():
 
 def test_a_prefix_file_keeps_every_bit(tmp_path):
     model = tiny(torch.float32)
-    banks = Banks.random(CONFIG, ["en", "fr", "de"], 4)
+    banks = random_banks(CONFIG, ["en", "fr", "de"], 4)
     banks.training_record = {"steps": 3}
     banks.save(tmp_path / "p.safetensors", model)
     again = Banks.load(tmp_path / "p.safetensors", model)
@@ -208,7 +209,7 @@ def test_a_prefix_file_keeps_every_bit(tmp_path):
 
 def test_a_run_directory_stands_for_its_prefix_file(tmp_path):
     model = tiny()
-    banks = Banks.random(CONFIG, ["en", "fr"], 4)
+    banks = random_banks(CONFIG, ["en", "fr"], 4)
     banks.save(tmp_path / "prefix.safetensors", model)
     assert torch.equal(Banks.load(tmp_path, model).key[1], banks.key[1])
     (tmp_path / "empty").mkdir()
@@ -218,7 +219,7 @@ def test_a_run_directory_stands_for_its_prefix_file(tmp_path):
 
 def test_a_prefix_refuses_another_base_naming_both(tmp_path):
     model, other = tiny(), tiny()
-    Banks.random(CONFIG, ["en", "fr"], 4).save(tmp_path / "p.safetensors", model)
+    random_banks(CONFIG, ["en", "fr"], 4).save(tmp_path / "p.safetensors", model)
     with pytest.raises(UserError) as error:
         Banks.load(tmp_path / "p.safetensors", other)
     assert model.fingerprint in str(error.value) and other.fingerprint in str(error.value)
@@ -238,7 +239,7 @@ def test_a_sentence_longer_than_the_context_is_an_error():
 
 def test_slots_and_the_numbers_of_their_banks_are_on_one_device():
     """Wherever banks come from; "meta" stands for a GPU."""
-    banks = Banks.random(CONFIG, ["en", "fr"], 3).to("meta")
-    joined = Banks.joined([("a", banks), ("b", Banks.random(CONFIG, ["de"], 2).to("meta"))])
+    banks = random_banks(CONFIG, ["en", "fr"], 3).to("meta")
+    joined = Banks.joined([("a", banks), ("b", random_banks(CONFIG, ["de"], 2).to("meta"))])
     for slots in (banks.slots(), joined.slots()):
         assert slots.key.device == slots.bank.device == torch.device("meta")

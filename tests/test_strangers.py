@@ -19,6 +19,7 @@ from minigpt import UserError
 from minigpt.errors import visible
 from prefix import Banks
 from prefix.distributed import log, printable
+from prefix.init import random_banks
 from prefix.run import DEMO_PREFIX
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +126,7 @@ MODEL = fuzz.tiny()
 def refusal(tmp_path):
     """A function: a change of a sound prefix file's (tensors, metadata) -> the one line that says why it is refused."""
     path = tmp_path / "p.safetensors"
-    Banks.random(fuzz.CONFIG, ["en", "fr"], 3).save(path, MODEL)
+    random_banks(fuzz.CONFIG, ["en", "fr"], 3).save(path, MODEL)
     Banks.load(path, MODEL)
 
     def refusal(change):

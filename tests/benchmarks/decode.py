@@ -49,6 +49,7 @@ from prefix import Banks
 from prefix.data import corpus as data
 from prefix.data.rows import Skipped, read_rows
 from prefix.evaluation.few_shot import draw_shots, few_shot, stop_ids
+from prefix.init import random_banks
 from prefix.run import DEMO_CORPUS, DEMO_PREFIX
 from prefix.translation import Decoding, separator, translate
 
@@ -144,7 +145,7 @@ def our_batches(args, dtype, int8=False):
     bytes_per_weight = 1 if int8 else model.dtype.itemsize
     if args.device == "cpu" and dtype == "bfloat16":
         (quantize if int8 else prepack)(model)
-    slots = Banks.random(model.config, ["en", "fr"], SLOTS).to(args.device).slots().to(model.dtype)
+    slots = random_banks(model.config, ["en", "fr"], SLOTS).to(args.device).slots().to(model.dtype)
 
     def run(prompts, new):
         prompts = [Prompt(ids, new, [2] * (len(ids) - 1) + [3]) for ids in prompts]

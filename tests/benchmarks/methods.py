@@ -33,13 +33,14 @@ from ways import FineTuning, train, validation_loss
 
 from minigpt import GPT, Tokenizer
 from minigpt.files import replacing
-from prefix import cli, run
+from prefix import cli
 from prefix.banks import Banks
 from prefix.data import corpus as data
 from prefix.data.corpus import sample_rows
 from prefix.data.rows import Skipped, read_rows
 from prefix.data.splits import split_of
 from prefix.evaluation import metrics
+from prefix.init import initial_banks, random_banks
 from prefix.reparam import Reparametrised
 from prefix.run import DEMO_CORPUS
 from prefix.trainer import Settings, Trainer
@@ -110,7 +111,7 @@ class Bench:
         settings = Settings(**options, eval_every=0)
         config = {name: spec[name] for name in ("init", "reparam", "prefix_len")}
         config |= {"position_offset": 0, "settings": options}
-        banks = run.start(config, self.model, self.tokenizer, self.corpus)
+        banks = initial_banks(config, self.model, self.tokenizer, self.corpus)
         if spec["plain"]:
             banks = as_in_the_paper(banks, spec["seed"])
         with tempfile.TemporaryDirectory() as out:
@@ -156,7 +157,7 @@ class Bench:
 
     def without_slots(self):
         """The row of the base itself."""
-        result = self.measure(Banks.random(self.model.config, ("en", "fr"), 0))
+        result = self.measure(random_banks(self.model.config, ("en", "fr"), 0))
         return {"name": "no slots at all", "lr": None} | {name: [value] for name, value in result.items()}
 
 

@@ -67,8 +67,8 @@ from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
 from minigpt.attention import PackedBatch, Slots, attend
 from minigpt.config import PUBLISHED
 from minigpt.loss import nll_sum
-from prefix import Banks
 from prefix.data import corpus as data
+from prefix.init import random_banks
 from prefix.run import DEMO_CORPUS
 from prefix.sequences import TrainingBatch, separator
 from prefix.trainer import MICRO_BATCH_TOKENS, Settings, Trainer, n_tokens
@@ -201,7 +201,7 @@ def train_ours(args, dtype, kind=Rung, attention="auto", compiled=False, checkpo
     model.attention, model.checkpoint_activations = attention, checkpointing
     if compiled:
         compile_blocks(model)
-    banks = Banks.random(model.config, corpus.columns, args.prefix_len).to(args.device)
+    banks = random_banks(model.config, corpus.columns, args.prefix_len).to(args.device)
     settings = Settings(steps=args.warmup + args.steps, lr=0.001)
     trainer = kind(model, Tokenizer.from_pretrained(args.home), banks, corpus, settings, args.home)
     trainer.args = args
@@ -465,7 +465,7 @@ def measure_curve(args):
 
 
 def curve_step(args, model, prefix_len, length):
-    banks = Banks.random(model.config, ["only"], prefix_len).to(args.device)
+    banks = random_banks(model.config, ["only"], prefix_len).to(args.device)
     optimizer = torch.optim.AdamW(banks.parameters(), lr=0.001)
     lengths = [length] * (TOKENS[args.device] // length)
     packed = PackedBatch(lengths, torch.ones(sum(lengths)), args.device)

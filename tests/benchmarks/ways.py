@@ -29,9 +29,9 @@ from minigpt.attention import PackedBatch
 from minigpt.generate import Prompt, generate
 from minigpt.loss import nll_sum
 from minigpt.model import Embedding
-from prefix.banks import Banks
 from prefix.data.rows import clean
 from prefix.evaluation.few_shot import Shots, few_shot, stop_ids
+from prefix.init import from_text
 from prefix.sequences import TrainingBatch, pack_pairs, separator
 from prefix.translation import Translation, answered, translate
 
@@ -86,7 +86,7 @@ class Prefix:
     def __init__(self, directory, tokenizer, corpus, length=10):
         self.model, self.tokenizer, self.sep = GPT.from_pretrained(directory), tokenizer, separator(tokenizer)
         start = {name: opening(corpus, column, length) for column, name in enumerate(corpus.columns)}
-        self.banks = Banks.from_text(self.model, start, length)
+        self.banks = from_text(self.model, start, length)
 
     def parameters(self):
         return self.banks.parameters()

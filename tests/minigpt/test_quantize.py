@@ -7,7 +7,7 @@ import torch
 
 from minigpt import GPT, GPTConfig
 from minigpt.attention import Slots, attend_cached
-from minigpt.generate import Cache, decode, prefill
+from minigpt.cache import Cache, decode_one_token, prefill
 from minigpt.quantize import ROWS, Int8Weight, prepack, quantize
 
 CONFIG = GPTConfig(vocab_size=301, n_positions=64, n_embd=96, n_layer=2, n_head=3)
@@ -62,7 +62,7 @@ def test_a_model_in_another_form_decodes(model, form, bound):
     cache = Cache(form(model), 2, 12)
     with torch.no_grad():
         prefill(model, cache, [0, 1], [row[:-1].tolist() for row in ids])
-        assert error(decode(model, cache, ids[:, -1]), exact) < bound
+        assert error(decode_one_token(model, cache, ids[:, -1]), exact) < bound
 
 
 @pytest.mark.parametrize("n_embd", [3, 36, 72])

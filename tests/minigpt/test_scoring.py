@@ -10,6 +10,7 @@ from minigpt import GPTConfig
 from minigpt.generate import Prompt
 from minigpt.scoring import likeliest_answer, log_p, max_new_tokens
 from prefix.banks import Banks
+from prefix.init import random_banks
 
 CONFIG = GPTConfig(vocab_size=61, n_positions=48, n_embd=24, n_layer=2, n_head=3)
 
@@ -30,7 +31,7 @@ def written_out(model, prompt, answer, banks):
 
 
 def test_an_answer_scores_the_probability_of_its_tokens_and_of_its_end(model):
-    banks = Banks.random(CONFIG, ["a", "b"], 3)
+    banks = random_banks(CONFIG, ["a", "b"], 3)
     prompts = [Prompt(torch.randint(60, (n,)).tolist(), 5, [3] * n) for n in (4, 1, 7)]
     answers = [torch.randint(60, (n,)).tolist() + [60] for n in (1, 3, 2, 0)]
     pairs = list(itertools.product(prompts, answers))

@@ -21,6 +21,7 @@ from prefix import distributed
 from prefix.data import corpus as data
 from prefix.banks import Banks
 from prefix.trainer import Settings, Trainer
+from prefix.init import random_banks
 
 torch.set_num_threads(1)
 distributed.start()
@@ -32,7 +33,7 @@ model.requires_grad_(False)
 tokenizer = Tokenizer.from_pretrained("demo")
 out = Path({out!r})
 corpus = data.load([out / "pairs.csv"], None, tokenizer, max_tokens=60, home=out)
-banks = Banks.random(model.config, corpus.columns, 3).double()
+banks = random_banks(model.config, corpus.columns, 3).double()
 trainer = Trainer(model, tokenizer, banks, corpus, Settings(steps=5, lr=0.1, batch_size=7), out, 40)
 loss = trainer.backward(trainer.prepare(0))
 if {fail!r} and distributed.rank() == 1:

@@ -34,6 +34,7 @@ from minigpt.loss import nll_sum
 from prefix import cli, run
 from prefix.banks import Banks
 from prefix.data import corpus as data
+from prefix.init import initial_banks, random_banks
 from prefix.reparam import INNER, Reparametrised
 from prefix.run import DEMO_CORPUS
 from prefix.sequences import pack_pairs
@@ -58,7 +59,7 @@ def quiet(demo):
     """The slots of --init zero-effect there."""
     model, tokenizer, corpus = demo
     config = {"init": "zero-effect", "prefix_len": 10, "position_offset": 0, "settings": {"seed": 0}}
-    return run.start(config, model, tokenizer, corpus)
+    return initial_banks(config, model, tokenizer, corpus)
 
 
 def sentences(demo, split, n):
@@ -84,7 +85,7 @@ def assert_nearly_the_base(model, batch, slots, offset=0):
 def test_slots_of_zero_effect_leave_the_model_as_it_is_on_sentences_that_they_were_not_fitted_to(demo, quiet):
     model, batch = demo[0], sentences(demo, "test", 100)
     assert_nearly_the_base(model, batch, quiet.slots())
-    loud = Banks.random(model.config, quiet.names, 10)
+    loud = random_banks(model.config, quiet.names, 10)
     with pytest.raises(AssertionError):
         assert_nearly_the_base(model, batch, loud.slots())
 
@@ -93,10 +94,10 @@ def test_slots_of_zero_effect_leave_the_model_as_it_is_on_sentences_that_they_we
 def test_slots_of_zero_effect_leave_the_model_as_it_is_where_text_starts_behind_them(demo, monkeypatch):
     model, tokenizer, corpus = demo
     config = {"init": "zero-effect", "prefix_len": 100, "position_offset": 100, "settings": {"seed": 0}}
-    batch, slots = sentences(demo, "test", 40), run.start(config, model, tokenizer, corpus).slots()
+    batch, slots = sentences(demo, "test", 40), initial_banks(config, model, tokenizer, corpus).slots()
     assert_nearly_the_base(model, batch, slots, offset=100)
-    monkeypatch.setattr(run, "QUERIES", 1000)
-    elsewhere = run.start(config | {"position_offset": 0}, model, tokenizer, corpus).slots()
+    monkeypatch.setattr("prefix.init.QUERY_TOKENS", 1000)
+    elsewhere = initial_banks(config | {"position_offset": 0}, model, tokenizer, corpus).slots()
     with pytest.raises(AssertionError):
         assert_nearly_the_base(model, batch, elsewhere, offset=100)
 
@@ -135,7 +136,7 @@ def reparametrised(model, tokenizer, corpus, tmp_path):
 
     def build(out="run", seed=3, **settings):
         (tmp_path / out).mkdir(exist_ok=True)
-        banks = Reparametrised(Banks.random(model.config, corpus.columns, PREFIX_LEN), seed)
+        banks = Reparametrised(random_banks(model.config, corpus.columns, PREFIX_LEN), seed)
         settings = dict(steps=6, lr=0.01, batch_size=8, warmup=2, eval_every=0) | settings
         return Trainer(model, tokenizer, banks, corpus, Settings(**settings), tmp_path / out)
 
@@ -147,14 +148,14 @@ def flat(banks):
 
 
 def test_reparametrised_slots_are_where_they_start_until_they_are_trained(model, corpus):
-    start = Banks.random(model.config, corpus.columns, PREFIX_LEN)
+    start = random_banks(model.config, corpus.columns, PREFIX_LEN)
     assert all(map(torch.equal, flat(Reparametrised(start)), flat(start)))
 
 
 def test_the_network_is_that_of_the_paper(model, corpus):
     """Embeddings of n_embd numbers, 512 units of tanh, 2 * n_layer * n_embd numbers out; in these a slot's keys and
     values follow one another layer by layer."""
-    banks, n_embd = Reparametrised(Banks.random(model.config, corpus.columns, PREFIX_LEN)), model.config.n_embd
+    banks, n_embd = Reparametrised(random_banks(model.config, corpus.columns, PREFIX_LEN)), model.config.n_embd
     trained = {name: list(p.shape) for name, p in banks.named_parameters() if p.requires_grad}
     wide = 2 * N_LAYER * n_embd
     assert trained == {
@@ -311,7 +312,7 @@ def test_zero_effect_behind_positions_that_hold_nothing_is_told_to_be_worse(monk
 def test_a_run_is_done_and_recorded_with_all_of_these_options(monkeypatch, tmp_path, capsys):
     options = ["--init", "zero-effect", "--reparam", "--slot-dropout", "0.1", "--label-smoothing", "0.2"]
     size = ["--steps", "2", "--batch-size", "2", "--limit", "60", "--device", "cpu"]
-    monkeypatch.setattr(run, "QUERIES", 300)
+    monkeypatch.setattr("prefix.init.QUERY_TOKENS", 300)
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "demo", *options, *size, "--out", str(tmp_path / "run")])
     train.main()
     config = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -20,10 +20,10 @@ from torch.nn.functional import cross_entropy
 
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
 from minigpt.attention import PackedBatch
-from prefix import run
 from prefix.banks import Banks
 from prefix.data import corpus as data
 from prefix.data.splits import split_of
+from prefix.init import initial_banks, random_banks
 from prefix.trainer import BAD_STEPS, Settings, Trainer
 
 PREFIX_LEN, N_LAYER, N_HEAD, HEAD_DIM = 3, 2, 2, 16
@@ -87,7 +87,7 @@ def trainer(model, tokenizer, corpus, tmp_path):
 
     def build(out="run", slots=None, model=model, corpus=corpus, micro_batch_tokens=None, **settings):
         (tmp_path / out).mkdir(exist_ok=True)
-        banks = Banks.random(model.config, corpus.columns, PREFIX_LEN, int(torch.randint(1 << 30, ())))
+        banks = random_banks(model.config, corpus.columns, PREFIX_LEN, int(torch.randint(1 << 30, ())))
         if slots:
             banks.load_state_dict(slots)
         settings = dict(steps=6, lr=0.05, batch_size=8, warmup=2, eval_every=0) | settings
@@ -711,7 +711,7 @@ def test_a_run_saves_every_so_many_steps_or_seconds(trainer, monkeypatch):
 def test_a_run_does_not_go_on_with_more_slots_and_says_so(model, tokenizer, corpus, trainer):
     t = trainer()
     t.run()
-    longer = Banks.random(model.config, corpus.columns, PREFIX_LEN + 1)
+    longer = random_banks(model.config, corpus.columns, PREFIX_LEN + 1)
     with pytest.raises(UserError, match=r"this run has another prefix_len \(3, here 4\)$"):
         Trainer(model, tokenizer, longer, corpus, t.settings, t.out).resume()
 
@@ -732,7 +732,7 @@ def test_a_state_whose_tensors_have_another_shape_is_an_error(trainer):
 
 def start(model, tokenizer, corpus, init, prefix_len, seed=0):
     config = {"init": init, "prefix_len": prefix_len, "position_offset": 0, "settings": {"seed": seed}}
-    return run.start(config, model, tokenizer, corpus)
+    return initial_banks(config, model, tokenizer, corpus)
 
 
 def keys_and_values(model, ids):

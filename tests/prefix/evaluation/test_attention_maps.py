@@ -19,6 +19,7 @@ from prefix.data.splits import split_of
 from prefix.evaluation import attention_maps
 from prefix.evaluation.ablation import without
 from prefix.evaluation.metrics import METRICS
+from prefix.init import from_text, random_banks
 from prefix.run import DEMO, DEMO_CORPUS, DEMO_PREFIX
 from prefix.translation import translate
 
@@ -34,7 +35,7 @@ def model():
 
 @pytest.fixture
 def banks(model):
-    return Banks.random(model.config, ["a", "b", "c"], prefix_len=4, seed=int(torch.randint(1000, ())))
+    return random_banks(model.config, ["a", "b", "c"], prefix_len=4, seed=int(torch.randint(1000, ())))
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_a_sequence_longer_than_the_context_is_refused(model, banks):
 
 def test_slots_read_off_a_text_are_nearest_to_that_texts_own_tokens(model):
     ids = torch.randperm(50)[:12]
-    banks = Banks.from_text(model, {"a": ids[:5].tolist()}, prefix_len=5)
+    banks = from_text(model, {"a": ids[:5].tolist()}, prefix_len=5)
     found = attention_maps.nearest_tokens(model, banks, ids, PackedBatch([5, 7]), n=3)
     assert len(found) == 3
     for cosine, tokens in found:
@@ -311,7 +312,7 @@ def test_the_banks_of_each_of_several_files_have_the_nearest_tokens_that_they_ha
     model, files = GPT.from_pretrained("demo"), ["en.safetensors", "de.safetensors"]
     for file, names, word in zip(files, (["en", "fr"], ["de", "es"]), ("cat", "Hund")):
         table = write(f"{names[0]}.csv", "\n".join([",".join(names), *(f"{word} {i},{word}" for i in range(9))]))
-        banks = Banks.random(model.config, names, prefix_len=2)
+        banks = random_banks(model.config, names, prefix_len=2)
         banks.training_record = {"model": "demo", "data": [str(table)]}
         banks.save(file, model)
 

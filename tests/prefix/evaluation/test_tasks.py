@@ -16,6 +16,7 @@ from minigpt.generate import Prompt, generate
 from prefix.banks import Banks
 from prefix.data.corpus import load
 from prefix.data.rows import columns_for
+from prefix.init import random_banks
 from prefix.translation import Decoding
 from prefix.translation import translate as translate_texts
 
@@ -73,7 +74,7 @@ def test_three_columns_train_three_banks_in_six_directions_and_rows_may_lack_one
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     banks = Banks.read(trained("run", table, "--columns", *names, "--init", "random") / "prefix.safetensors")
     assert banks.names == names
-    start = Banks.random(GPTConfig(n_embd=32, n_layer=2, n_head=2), names, 2, seed=0)
+    start = random_banks(GPTConfig(n_embd=32, n_layer=2, n_head=2), names, 2, seed=0)
     for learned, first in zip(banks.parameters(), start.parameters()):
         assert (learned != first).any(dim=(1, 3)).all()  # every slot of every layer has moved
     corpus = load([table], names, Tokenizer.from_pretrained("demo"))
@@ -115,7 +116,7 @@ def test_columns_are_read_in_the_order_that_they_had_in_training(tmp_path, monke
 
 def test_a_text_without_room_for_the_longest_choice_is_a_fault(place):
     model, tokenizer = GPT.from_pretrained(place / "base"), Tokenizer.from_pretrained(place / "base")
-    banks, choices = Banks.random(model.config, ["a", "b"], 2), ["x", "one two three four five six seven"]
+    banks, choices = random_banks(model.config, ["a", "b"], 2), ["x", "one two three four five six seven"]
     longest = max(len(tokenizer.encode(choice)) for choice in choices)
     text = "x"
     while len(tokenizer.encode(text)) + 1 + longest < 100:
@@ -143,7 +144,7 @@ def test_choosing_and_searching_do_not_go_together(run, options, words):
 
 def test_a_batch_may_mix_banks_of_several_files_and_each_sentence_is_what_it_would_be_alone():
     model = random_model(CONFIG)
-    parts = [Banks.random(CONFIG, names, n, seed=n) for names, n in ((["en", "fr"], 4), (["de"], 2), (["es", "it"], 5))]
+    parts = [random_banks(CONFIG, names, n, seed=n) for names, n in ((["en", "fr"], 4), (["de"], 2), (["es", "it"], 5))]
     whole = Banks.joined([(f"{i}.safetensors", part) for i, part in enumerate(parts)])
     assert whole.names == ["en", "fr", "de", "es", "it"] and whole.prefix_len == [4, 4, 2, 5, 5]
     prompts, expected = [], []
