@@ -18,6 +18,7 @@ from prefix import cli, distributed, run
 from prefix.cli import float_range, int_at_least
 from prefix.data import corpus as data
 from prefix.distributed import log
+from prefix.evaluation.pictures import draw_loss
 from prefix.init import INITS, initial_banks
 from prefix.state import METRICS
 from prefix.trainer import SECONDS, Settings, Trainer
@@ -140,10 +141,6 @@ def train(trainer):
             raise
         raise UserError(f"{error}; to go on from step {trainer.saved_step}: {to_go_on}") from error
     if distributed.rank() == 0:
-        from prefix.evaluation.report import (
-            draw_loss,  # here, because it takes a while to import
-        )
-
         draw_loss(trainer.out)
     if not finished:
         log(f"stopped after step {trainer.step}; to go on: {to_go_on}")

@@ -25,14 +25,14 @@ import torch.nn.functional as F
 
 from minigpt.attention import attend
 from minigpt.errors import UserError
-from minigpt.files import replacing
 from prefix import run
 from prefix.banks import Banks
 from prefix.data import corpus as data
 from prefix.data import rows
-from prefix.distributed import log, printable
+from prefix.distributed import printable
 from prefix.evaluation.ablation import ablate
 from prefix.evaluation.compare import rows_to_read
+from prefix.evaluation.pictures import draw_ablation, draw_panels
 from prefix.sequences import pack_pairs, separator
 from prefix.translation import translate
 
@@ -200,7 +200,7 @@ def ablation_lines(found, attention):
     return lines
 
 
-# As a picture
+# As cells
 
 
 @dataclass
@@ -229,52 +229,6 @@ def panels(attention):
 def most_of(panels):
     """The largest share in any of these panels, which are all shaded by it."""
     return max(panel.values.max().item() for panel in panels) or 1.0
-
-
-def save_picture(path, draw, inches):
-    """draw(a matplotlib Figure) as an .svg or .png file, whole or not at all; where matplotlib is not installed, one
-    notice. inches: (width, height)."""
-    try:
-        from matplotlib.figure import Figure  # an optional extra, and slow to import
-    except ImportError:
-        log(f"{path}: not drawn: that takes matplotlib (pip install matplotlib)")
-        return
-    figure = Figure(figsize=inches, layout="constrained")
-    draw(figure)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:].lower(), dpi=120)
-
-
-def draw_panels(panels, path):
-    """Panels one below the other, a number in each cell."""
-
-    def draw(figure):
-        heights = [len(panel.rows) + 5 for panel in panels]
-        for axes, panel in zip(figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0], panels):
-            axes.imshow(
-                panel.values.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=2 * most
-            )  # numbers stay legible
-            axes.set_title(panel.title, loc="left", fontsize=9)
-            axes.set_xticks(
-                range(len(panel.columns)), panel.columns, rotation=50, ha="right", fontsize=7, parse_math=False
-            )
-            axes.set_yticks(range(len(panel.rows)), panel.rows, fontsize=7)
-            for r, row in enumerate(panel.values.tolist()):
-                for c, value in enumerate(row):
-                    axes.text(c, r, f"{100 * value:.0f}", ha="center", va="center", fontsize=7)
-
-    most, longest = most_of(panels), max(len(panel.columns) for panel in panels)
-    save_picture(path, draw, (2.5 + longest / 4, sum(len(panel.rows) / 4 + 1.3 for panel in panels)))
-
-
-def draw_ablation(found, path):
-    def draw(figure):
-        axes = figure.subplots()
-        axes.bar([ablation.closed for ablation in found], [ablation.bleu for ablation in found])
-        axes.set_ylabel("BLEU with this closed")
-        axes.tick_params(axis="x", rotation=50)
-
-    save_picture(path, draw, (2 + len(found) / 4, 4))
 
 
 # The command
@@ -339,7 +293,9 @@ def main():
         found = ablate(model, tokenizer, banks, args.text, corpus, ends)
         print(printable("\n".join(["", *ablation_lines(found, attention)])))
     if args.out:
-        draw_ablation(found, args.out) if args.ablate else draw_panels(panels(attention), args.out)
+        draw_ablation(found, args.out) if args.ablate else draw_panels(
+            panels(attention), most_of(panels(attention)), args.out
+        )
 
 
 def read(files, banks, model, tokenizer):

@@ -1,4 +1,4 @@
-"""What a run and an evaluation came to: the terminal's text, JSON, a table of outputs, an HTML page; and loss.png.
+"""What an evaluation came to: the terminal's text, JSON, a table of outputs, an HTML page.
 
 Every form shows the same compare.Evaluation, and its tables and sentences are put into words here once. The page is one
 HTML file that loads nothing: no script, no font, no picture from elsewhere, and a policy that forbids them. All text is
@@ -13,13 +13,11 @@ from difflib import SequenceMatcher
 from html import escape
 from pathlib import Path
 
-from prefix.distributed import log
 from prefix.evaluation import metrics
-from prefix.evaluation.attention_maps import most_of, panels, save_picture
+from prefix.evaluation.attention_maps import most_of, panels
 
 REFERENCES_SHOWN = 3  # of a sentence that has more
 LABELS_SHOWN = 12  # a larger confusion matrix is left to JSON and the page
-SMOOTHED = 20  # steps whose mean is the loss curve's thick line
 SHADES = 10
 WORD = re.compile(r"\s*(?:\w+['’]?|[^\w\s]+)")  # or a run of punctuation, each with the space before it
 BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
@@ -287,29 +285,3 @@ def _spelled(value):
     """A value as text, without the name of the home folder."""
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text.replace(str(Path.home()), "~")
-
-
-# The loss curve
-
-
-def draw_loss(run):
-    """Write loss.png beside the metrics.jsonl of a run directory. Raises nothing: no run shall fail for a picture."""
-    try:
-        with open(run / "metrics.jsonl", encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file]
-        save_picture(run / "loss.png", lambda figure: _draw_curves(figure.subplots(), lines), (7, 4))
-    except Exception as error:
-        log(f"{run / 'loss.png'}: not drawn: {error}")
-
-
-def _draw_curves(axes, lines):
-    trained = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    validated = [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
-    steps, losses = [step for step, _ in trained], [loss for _, loss in trained]
-    last = [losses[max(0, i - SMOOTHED) : i] for i in range(1, len(losses) + 1)]
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training")
-    axes.plot(steps, [sum(near) / len(near) for near in last], color="tab:blue", label=f"mean of {SMOOTHED} steps")
-    if validated:
-        axes.plot(*zip(*validated), "o", color="tab:orange", label="validation")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)")
-    axes.legend()

@@ -9,7 +9,6 @@ from conftest import random_model
 from minigpt import GPTConfig
 from minigpt.generate import Prompt
 from minigpt.scoring import likeliest_answer, log_p, max_new_tokens
-from prefix.banks import Banks
 from prefix.init import random_banks
 
 CONFIG = GPTConfig(vocab_size=61, n_positions=48, n_embd=24, n_layer=2, n_head=3)
