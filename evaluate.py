@@ -35,70 +35,9 @@ def parse_arguments():
     parser = cli.Parser(prog="evaluate.py", description="Compare a learned prefix with k-shot prompting.")
     cli.add_prefix_option(parser)
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="default: what the prefix was trained on")
-    parser.add_argument("--columns", nargs="+", metavar="NAME", help="evaluate between these (all that have a bank)")
-    parser.add_argument("--from", dest="source", metavar="BANK", help="evaluate directions from this column only")
-    parser.add_argument("--to", dest="target", metavar="BANK", help="evaluate directions into this column only")
-    parser.add_argument("--split", choices=[*SPLITS, "all"], default="test", help="all: every row of a file apart")
-    parser.add_argument(
-        "--references",
-        choices=["one", "all"],
-        default="one",
-        help="all: rows with the same source are one sentence, their targets its references; reads the whole file",
-    )
-    parser.add_argument(
-        "--choices",
-        nargs="*",
-        metavar="TEXT",
-        help="answer with one of these texts; without any, one that training has in the column --to",
-    )
-    parser.add_argument(
-        "--limit",
-        type=int_at_least(1),
-        default=500,
-        metavar="N",
-        help="sentences in each direction (500), from the head of the file: no more of it is read than they take, unless"
-        " --references all or --choices needs all of it, or a direction has too few there",
-    )
-    parser.add_argument(
-        "--metrics",
-        nargs="+",
-        choices=[*METRICS, *GROUPS],
-        default=["bleu", "chrf"],
-        metavar="NAME",
-        help=f"of {', '.join([*METRICS, *GROUPS])} (bleu chrf); the first decides which draw is the median",
-    )
-    parser.add_argument("--shots", type=int_at_least(0), default=3, metavar="K", help="examples in the prompt (3)")
-    parser.add_argument(
-        "--draws", type=int_at_least(0), default=3, metavar="N", help="draws of these examples (3); 0: no k-shot"
-    )
-    parser.add_argument("--beam", type=int_at_least(1), default=1, metavar="N", help="beams for the prefix (1: greedy)")
-    parser.add_argument(
-        "--max-tokens", type=int_at_least(3), default=384, metavar="N", help="longest pair, in tokens (384)"
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int_at_least(1),
-        metavar="N",
-        help="tokens of an answer at most (twice the source and 16)",
-    )
-    parser.add_argument(
-        "--truncate-source",
-        action="store_true",
-        help="use pairs of any length: cut a source at its end where --max-new-tokens (a quarter of the context) would "
-        "not fit behind it",
-    )
-    parser.add_argument("--batch-size", type=int_at_least(1), default=32, metavar="N", help="sentences decoded at once")
-    parser.add_argument("--seed", type=int_at_least(0), default=0, metavar="N", help="of the draws")
-    parser.add_argument(
-        "--examples", type=int_at_least(0), default=3, metavar="N", help="sentences to show side by side (3)"
-    )
-    parser.add_argument("--show-prompt", action="store_true", help="show the first k-shot prompt of each direction")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here as well")
-    parser.add_argument(
-        "--hypotheses", type=Path, metavar="FILE.tsv", help="write source, reference, prefix, k-shot: a sentence a line"
-    )
-    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page to look at, one file")
+    add_sentence_options(parser.add_argument_group("which sentences"))
+    add_answer_options(parser.add_argument_group("how they are answered"))
+    add_result_options(parser.add_argument_group("what is shown and written"))
     cli.add_weights_option(parser)
     cli.add_machine_options(parser)
     args = parser.parse_args()
@@ -115,6 +54,51 @@ def parse_arguments():
     if not all(choice.strip() for choice in args.choices or []):
         parser.error("--choices: an answer is empty")
     return args
+
+
+def number(least, default=None, metavar="N"):
+    return {"type": int_at_least(least), "default": default, "metavar": metavar}
+
+
+def add_sentence_options(group):
+    option = group.add_argument
+    option("--data", nargs="+", metavar="FILE", help="default: what the prefix was trained on")
+    option("--columns", nargs="+", metavar="NAME", help="evaluate between these (all that have a bank)")
+    option("--from", dest="source", metavar="BANK", help="evaluate directions from this column only")
+    option("--to", dest="target", metavar="BANK", help="evaluate directions into this column only")
+    option("--split", choices=[*SPLITS, "all"], default="test", help="all: every row, for a file apart (test)")
+    references = "all: rows with the same source are one sentence, their targets its references; reads the whole file"
+    option("--references", choices=["one", "all"], default="one", help=f"{references} (one)")
+    head = "from the head of the file, unless --references all, --choices or a rare direction needs all of it"
+    option("--limit", **number(1, 500), help=f"sentences in each direction (500), {head}")
+    option("--max-tokens", **number(3, 384), help="longest pair, in tokens (384)")
+    cut = (
+        "pairs of any length: cut a source at its end so that an answer of --max-new-tokens (a quarter of the context)"
+    )
+    option("--truncate-source", action="store_true", help=f"{cut} fits behind it")
+
+
+def add_answer_options(group):
+    option = group.add_argument
+    chosen = "answer with one of these texts; without any, one that training has in the column --to"
+    option("--choices", nargs="*", metavar="TEXT", help=chosen)
+    option("--shots", **number(0, 3, "K"), help="examples in the prompt (3)")
+    option("--draws", **number(0, 3), help="draws of these examples (3); 0: no k-shot")
+    option("--seed", **number(0, 0), help="of the draws (0)")
+    option("--beam", **number(1, 1), help="beams for the prefix (1: greedy)")
+    option("--max-new-tokens", **number(1), help="tokens of an answer at most (twice the source and 16)")
+    option("--batch-size", **number(1, 32), help="sentences decoded at once (32)")
+
+
+def add_result_options(group):
+    option, names = group.add_argument, [*METRICS, *GROUPS]
+    scored = f"of {', '.join(names)} (bleu chrf); the first picks the median draw; --choices has accuracy and macro-F1"
+    option("--metrics", nargs="+", choices=names, default=["bleu", "chrf"], metavar="NAME", help=scored)
+    option("--examples", **number(0, 3), help="sentences to show side by side (3)")
+    option("--show-prompt", action="store_true", help="show the first k-shot prompt of each direction")
+    option("--json", type=Path, metavar="FILE", help="write everything here as well")
+    option("--hypotheses", type=Path, metavar="FILE.tsv", help="write source, reference, prefix, k-shot, one line each")
+    option("--report", type=Path, metavar="FILE.html", help="write a page to look at, one file")
 
 
 def main():

@@ -237,28 +237,18 @@ def most_of(panels):
 def parse_arguments():
     from prefix import cli
 
-    parser = cli.Parser(
-        prog="python -m prefix.evaluation.attention_maps", description="Look at what the slots of a prefix learned."
-    )
-    parser.add_argument("prefix", nargs="+", metavar="RUN", help="run or prefix file; of several, the banks of all")
-    parser.add_argument("text", help="the sentence")
-    parser.add_argument("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")
-    parser.add_argument("--to", dest="target", metavar="BANK", help="target language (the prefix's first bank)")
-    parser.add_argument(
-        "--ablate",
-        action="store_true",
-        help="close each bank, and each layer's slots: the output, BLEU on 200 sentences",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="draw the attention, or what closing does: .svg or .png"
-    )
-    parser.add_argument(
-        "--nearest", type=cli.int_at_least(0), default=5, metavar="N", help="tokens to list for each slot (5)"
-    )
-    parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
-    parser.add_argument(
-        "--data", nargs="+", metavar="FILE", help="text for nearest tokens and BLEU (what it learned from)"
-    )
+    name = "python -m prefix.evaluation.attention_maps"
+    parser = cli.Parser(prog=name, description="Look at what the slots of a prefix learned.")
+    option = parser.add_argument
+    option("prefix", nargs="+", metavar="RUN", help="run or prefix file; of several, the banks of all")
+    option("text", help="the sentence")
+    option("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")
+    option("--to", dest="target", metavar="BANK", help="target language (the prefix's first bank)")
+    option("--ablate", action="store_true", help="close each bank and layer: the output, BLEU on 200 sentences")
+    option("--out", type=Path, metavar="FILE", help="draw the attention, or what closing does: .svg or .png")
+    option("--nearest", type=cli.int_at_least(0), default=5, metavar="N", help="tokens to list for each slot (5)")
+    option("--model", help="where the base lies, if not where the prefix file says")
+    option("--data", nargs="+", metavar="FILE", help="text for nearest tokens and BLEU (what it learned from)")
     cli.add_machine_options(parser)
     parser.set_defaults(weights=None)  # as they are: nobody waits for one sentence
     args = parser.parse_args()
@@ -273,11 +263,11 @@ def main():
     args = parse_arguments()
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
     ends = cli.direction(args, banks)
+    parts = []  # banks, and the files that they learned from
     if args.data:
         parts = [(banks, args.data)]
-    else:  # of each prefix file, its banks and what they learned from
-        parts = [(Banks.load(path, model), path) for path in prefixes] if args.nearest or args.ablate else []
-        parts = [(part, cli.data_of([path])) for part, path in parts]
+    elif args.nearest or args.ablate:
+        parts = [(Banks.load(path, model), cli.data_of([path])) for path in prefixes]
     texts = [(part, read(files, part, model, tokenizer)) for part, files in parts]
     attention = look_at(model, tokenizer, banks, args.text, ends)
     print(printable("\n".join([f"{' -> '.join(ends)}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
@@ -293,9 +283,7 @@ def main():
         found = ablate(model, tokenizer, banks, args.text, corpus, ends)
         print(printable("\n".join(["", *ablation_lines(found, attention)])))
     if args.out:
-        draw_ablation(found, args.out) if args.ablate else draw_panels(
-            panels(attention), most_of(panels(attention)), args.out
-        )
+        draw_ablation(found, args.out) if args.ablate else draw_panels(panels(attention), args.out)
 
 
 def read(files, banks, model, tokenizer):

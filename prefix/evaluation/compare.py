@@ -211,9 +211,8 @@ class Comparison:
     def prefix(self, banks):
         ends = self.result.source, self.result.target
         answer = lambda texts, decoding: translate(self.model, self.tokenizer, banks, texts, *ends, decoding)
-        return self.measured(
-            "prefix", answer, lambda text: len(self.tokenizer.encode(text)) + 1 + banks.position_offset
-        )
+        size = lambda text: banks.position_offset + len(self.tokenizer.encode(text)) + 1
+        return self.measured("prefix", answer, size)
 
     def few_shot(self, training):
         plan, result = self.plan, self.result

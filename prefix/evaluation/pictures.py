@@ -46,13 +46,16 @@ def draw_curves(axes, lines):
     axes.legend()
 
 
-def draw_panels(panels, most, path):
-    """attention_maps' Panels one below the other, a number in each cell, the shade full at twice `most`."""
+def draw_panels(panels, path):
+    """attention_maps' Panels one below the other, a number in each cell."""
+    most = max(panel.values.max().item() for panel in panels)
 
     def draw(figure):
         heights = [len(panel.rows) + 5 for panel in panels]
         for axes, panel in zip(figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0], panels):
-            axes.imshow(panel.values.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=2 * most)
+            axes.imshow(
+                panel.values.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=2 * most
+            )  # so light that numbers stay legible
             axes.set_title(panel.title, loc="left", fontsize=9)
             slanted = {"rotation": 50, "ha": "right", "fontsize": 7, "parse_math": False}
             axes.set_xticks(range(len(panel.columns)), panel.columns, **slanted)
