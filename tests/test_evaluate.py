@@ -19,7 +19,7 @@ from prefix.evaluation.attention_maps import look_at
 from prefix.evaluation.metrics import METRICS
 from prefix.evaluation.report import html_attention
 from prefix.init import random_banks
-from prefix.translation import Decoding
+from prefix.translation import Decoding, Translation
 from prefix.translation import translate as translate_texts
 
 CONTEXT = 200
@@ -103,6 +103,22 @@ def test_an_evaluation_scores_the_outputs_that_it_keeps_in_both_directions(place
         for label, signature in direction["signatures"].items():
             assert f"{label} {signature}" in out
     assert ends(directions) == [("fr", "en"), ("en", "fr")] and "fr -> en, 5 sentences" in out
+
+
+def test_the_prefix_is_compared_with_the_median_draw(place, evaluated, monkeypatch):
+    right, references = iter((4, 1, 3)), [row[0] for row in rows_of(place, "en-fr")]
+
+    def some_right(model, tokenizer, shots, texts, decoding):
+        n = next(right)
+        return [Translation(text if i < n else "wrong") for i, text in enumerate(references)]
+
+    monkeypatch.setattr(compare, "few_shot", some_right)
+    out, _, (direction,) = evaluated("en-fr", "--from", "fr", "--draws", 3, "--metrics", "exact")
+    few = direction["few_shot"]
+    assert [draw["scores"]["exact"] for draw in few["draws"]] == [80, 20, 60] and few["median"] == 2
+    assert few["difference"]["exact"]["delta"] == direction["prefix"]["scores"]["exact"] - 60
+    assert few["mean"]["exact"] == pytest.approx(160 / 3) and few["spread"]["exact"] == pytest.approx(24.944, abs=1e-3)
+    assert "53.33 ± 24.9" in out
 
 
 def test_an_evaluation_translates_as_translate_does_and_is_repeatable(place, evaluated, run):

@@ -268,7 +268,7 @@ def main():
         parts = [(banks, args.data)]
     elif args.nearest or args.ablate:
         parts = [(Banks.load(path, model), cli.data_of([path])) for path in prefixes]
-    texts = [(part, read(files, part, model, tokenizer)) for part, files in parts]
+    texts = [(part, load_head(files, part, model, tokenizer)) for part, files in parts]
     attention = look_at(model, tokenizer, banks, args.text, ends)
     print(printable("\n".join([f"{' -> '.join(ends)}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
     if args.nearest:
@@ -286,7 +286,7 @@ def main():
         draw_ablation(found, args.out) if args.ablate else draw_panels(panels(attention), args.out)
 
 
-def read(files, banks, model, tokenizer):
+def load_head(files, banks, model, tokenizer):
     """The Corpus of the head of these files, in the columns of these banks."""
     paths, columns = rows.columns_for(run.data_paths(files), banks.names)
     longest = min(384, model.config.n_positions - banks.position_offset)

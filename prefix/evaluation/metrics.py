@@ -88,7 +88,7 @@ def _pairs(hypotheses, references):
     return list(zip(hypotheses, references))
 
 
-def mean(sums):
+def mean_score(sums):
     """The score of rows (value of a sentence, 1): their mean in per cent."""
     return 100 * float(sums[0] / sums[1])
 
@@ -203,7 +203,7 @@ def longest_common_subsequence(a, b):
 
 def rouge(name, common, n, stem):
     settings = f"case:lower|tok:rouge-score|stem:{'yes' if stem else 'no'}|f1:sentence-mean"
-    return Metric(name, settings, partial(rouge_counts, common=common, n=n, stem=stem), mean)
+    return Metric(name, settings, partial(rouge_counts, common=common, n=n, stem=stem), mean_score)
 
 
 # Labels
@@ -238,8 +238,8 @@ def confusion(hypotheses, references, labels):
 METRICS = {
     "bleu": Metric("BLEU", "case:mixed|eff:no|tok:13a|smooth:exp", bleu_counts, bleu_score),
     "chrf": Metric("chrF2", f"case:mixed|eff:yes|nc:{CHRF_ORDER}|nw:0|space:no", chrf_counts, chrf_score),
-    "sentence_bleu": Metric("sentence BLEU", "case:mixed|tok:space|smooth:none|nltk", sentence_bleu_counts, mean),
-    "exact": Metric("exact %", "case:mixed", lambda text, refs: [text in refs, 1], mean),
+    "sentence_bleu": Metric("sentence BLEU", "case:mixed|tok:space|smooth:none|nltk", sentence_bleu_counts, mean_score),
+    "exact": Metric("exact %", "case:mixed", lambda text, refs: [text in refs, 1], mean_score),
 }
 for _end, _stems in (("", False), ("-stem", True)):
     METRICS |= {

@@ -8,7 +8,7 @@ underlined, words that the output lacks are struck through.
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from difflib import SequenceMatcher
 from html import escape
 from pathlib import Path
@@ -74,7 +74,7 @@ def score_table(result):
     return rows
 
 
-def sentences(result):
+def remarks(result):
     """What else there is to say of one direction, in words."""
     said, few = [], result.few_shot
     if result.commonest:
@@ -89,12 +89,12 @@ def sentences(result):
 
 def difference(result):
     """What metrics.paired_bootstrap found, for each metric, and the verdict or why there is none."""
-    parts, enough = [], len(result.sources) >= metrics.ENOUGH
+    parts, judged = [], len(result.sources) >= metrics.ENOUGH
     for name, found in result.few_shot.difference.items():
         low, high = found["interval"]
-        verdict = f", {metrics.verdict(found['p'])}" if enough else ""
+        verdict = f", {metrics.verdict(found['p'])}" if judged else ""
         parts.append(f"{found['delta']:+.2f} {result.metrics[name]} ({low:+.2f} to {high:+.2f}){verdict}")
-    return "; ".join(parts + [f"no verdict on fewer than {metrics.ENOUGH} sentences"] * (not enough))
+    return "; ".join(parts + [f"no verdict on fewer than {metrics.ENOUGH} sentences"] * (not judged))
 
 
 def confusions(result):
@@ -128,7 +128,7 @@ def _list(references):
 def to_text(evaluation):
     lines, settings = [], evaluation.settings
     for result in evaluation.directions:
-        lines += [title(result), *aligned(score_table(result)), *(f"  {said}" for said in sentences(result)), ""]
+        lines += [title(result), *aligned(score_table(result)), *(f"  {said}" for said in remarks(result)), ""]
         for name, rows in confusions(result):
             small = len(rows) - 1 <= LABELS_SHOWN
             lines += [f"  {name}: labels (rows) and answers (columns)", *(aligned(rows) if small else []), ""]
@@ -149,7 +149,8 @@ def aligned(rows):
 
 
 def to_json(evaluation):
-    return json.dumps(asdict(replace(evaluation, attention=None)), indent=1, ensure_ascii=False) + "\n"
+    found = {"settings": evaluation.settings, "directions": list(map(asdict, evaluation.directions))}
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
 def to_tsv(evaluation):
@@ -172,11 +173,11 @@ def to_html(evaluation):
     few = results[0].few_shot
     ends = ", ".join(f"{result.source} → {result.target}" for result in results)
     heading = escape(f"Prefix{f' against {few.shots}-shot prompting' if few else ''}: {ends}")
-    told = f"One frozen model ({settings['base']}), the same sentences, {settings['date']}. Prefix: "
+    told = f"One frozen model ({settings['model']}, weights {settings['base']}), the same sentences, {settings['date']}. Prefix: "
     parts = [f'<h1>{heading}</h1><p class="soft">{escape(told + _spelled(settings["prefix"]))}</p><h2>Scores</h2>']
     for result in results:
         parts += [html_table(title(result).replace("->", "→"), score_table(result))]
-        parts += [f"<p>{escape(said)}</p>" for said in sentences(result)]
+        parts += [f"<p>{escape(said)}</p>" for said in remarks(result)]
         parts += [html_table(f"{name}: labels (rows) and answers", rows) for name, rows in confusions(result)]
     if settings["examples"]:
         marks = "<ins>underlined</ins> words are not in it, <del>struck</del> ones are missing."

@@ -157,11 +157,11 @@ def test_a_closed_layer_is_one_without_slots_in_a_forward_pass_and_in_decoding(m
     hidden = model.hidden(ids, PackedBatch([len(ids)], torch.tensor(OPENED)), slots)
     expected = layer_by_layer(model, banks, ids, OPENED, layer)
     torch.testing.assert_close(model.logits(hidden), expected, atol=1e-4, rtol=1e-4)
-    prompt, tokens = ids[:4].tolist(), ids[:4].tolist()
+    prompt, tokens, masks = ids[:4].tolist(), ids[:4].tolist(), [2, 2, 2, 6]  # the first bank stays closed
     for _ in range(6):
-        logits = layer_by_layer(model, banks, torch.tensor(tokens), [*OPENED[:3], *[3] * (len(tokens) - 3)], layer)
-        tokens.append(int(logits[-1].argmax()))
-    (found,) = generate(model, [Prompt(prompt, 6, OPENED[:4])], [], slots)
+        mask = masks + [6] * (len(tokens) - 4)
+        tokens.append(int(layer_by_layer(model, banks, torch.tensor(tokens), mask, layer)[-1].argmax()))
+    (found,) = generate(model, [Prompt(prompt, 6, masks)], [], slots)
     assert prompt + found.ids == tokens
     assert not torch.allclose(expected, layer_by_layer(model, banks, ids, OPENED, None), atol=1e-2)
 

@@ -22,7 +22,13 @@ PLAYWRIGHT = Path.home() / ".cache/ms-playwright"
 FETCHED = [path for name in ("chrome", "headless_shell") for path in PLAYWRIGHT.glob(f"*/chrome-linux*/{name}")]
 CHROMIUM = next(filter(None, map(shutil.which, [*NAMES, *FETCHED])), None)
 ATTACK = "<script>document.title='taken'</script><img src=x onerror=alert(1)> & \"q\" 'q'"
-SETTINGS = {"prefix": [f"{Path.home()}/runs/x"], "base": "0a1b", "date": "2026-01-02 03:04", "data": ["en-fr.csv"]}
+SETTINGS = {
+    "prefix": [f"{Path.home()}/runs/x"],
+    "model": "gpt2",
+    "base": "0a1b",
+    "date": "2026-01-02 03:04",
+    "data": ["en-fr.csv"],
+}
 SETTINGS |= {"split": "test", "decoding": "greedy", "shots": 1, "draws": 2, "examples": 2, "show_prompt": False}
 SETTINGS |= {"weights": None, "seed": 7}
 
@@ -111,7 +117,9 @@ def test_the_terminal_the_page_and_the_json_file_say_the_same():
         assert "other 1" not in shown  # the draw that is not the median
         assert "+20.00 BLEU (+12.50 to +27.25); no verdict on fewer than 100 sentences" in shown
         assert "1-shot prompts are bare lines (mean log p of other training targets: names -9.0, lines -7.5)" in shown
-    assert "fr → en, 3 sentences" in page.text and "2026-01-02 03:04" in page.text and "(0a1b)" in page.text
+    assert (
+        "fr → en, 3 sentences" in page.text and "2026-01-02 03:04" in page.text and "(gpt2, weights 0a1b)" in page.text
+    )
 
 
 def test_from_a_hundred_sentences_on_there_is_a_verdict():
