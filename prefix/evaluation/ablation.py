@@ -2,10 +2,11 @@
 
 import copy
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from minigpt.attention import Slots
 from prefix.evaluation.compare import Plan, sentences
 from prefix.evaluation.metrics import METRICS
 from prefix.translation import translate
@@ -21,11 +22,24 @@ class Ablation:
     sentences: int
 
 
+@dataclass
+class ClosedLayer(Slots):
+    """Slots that one layer does not see."""
+
+    closed: int = 0
+
+    def layers(self):
+        layers = super().layers()
+        layers[self.closed] = None
+        return layers
+
+
 def without(banks, bank=None, layer=None):
     """These banks with one of them closed everywhere, or with all slots of one layer closed."""
-    closed = copy.copy(banks)
+    closed, slots = copy.copy(banks), banks.slots()
     closed.mask = lambda names: banks.mask([name for name in names if name != bank])
-    closed.slots = lambda: replace(banks.slots(), closed_layer=layer)
+    if layer is not None:
+        closed.slots = lambda: ClosedLayer(slots.key, slots.value, slots.bank, layer)
     return closed
 
 

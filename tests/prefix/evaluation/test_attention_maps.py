@@ -145,8 +145,8 @@ def test_what_all_keys_share_changes_neither_the_mass_nor_the_nearest_tokens(mod
 
 def layer_by_layer(model, banks, ids, bank_mask, closed):
     """The logits of a model whose layer `closed` is given no slots."""
-    packed, slots = PackedBatch([len(ids)], torch.tensor(bank_mask)), banks.slots()
-    attn_fn = lambda i, qkv: attend(qkv, 2, packed, None if i == closed else slots.layer(i))
+    packed, slots = PackedBatch([len(ids)], torch.tensor(bank_mask)), banks.slots().layers()
+    attn_fn = lambda i, qkv: attend(qkv, 2, packed, None if i == closed else slots[i])
     return model.logits(model.blocks(model.embed(ids, packed.position), attn_fn))
 
 
