@@ -243,7 +243,7 @@ class Comparison:
         ends = f"{self.result.source} -> {self.result.target}"
         quiet = distributed.rank() > 0 or not sys.stderr.isatty()
         began = time.monotonic()
-        with tqdm(total=len(distributed.shard(texts)), desc=f"{ends} {name}", disable=quiet, file=sys.stderr) as bar:
+        with tqdm(total=len(distributed.shard(texts)), desc=f"{ends} {name}", unit=" sentences", disable=quiet) as bar:
             translations = answer(texts, replace(self.decoding, on_finished=bar.update))
         seconds = time.monotonic() - began
         outputs = [translation.text for translation in translations]

@@ -1,27 +1,20 @@
-"""What the slots learned: where attention goes, which tokens a slot is like, and what closing slots does."""
+"""What the slots learned: where attention goes, and which tokens a slot is like."""
 
-import csv
 import math
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model, write_table
+from conftest import random_model
 
 from minigpt import GPT, GPTConfig, Tokenizer
-from minigpt.attention import PackedBatch, attend
-from minigpt.generate import Prompt, generate
+from minigpt.attention import PackedBatch
 from prefix.banks import Banks
-from prefix.data.splits import split_of
 from prefix.evaluation import attention_maps
-from prefix.evaluation.ablation import without
-from prefix.evaluation.metrics import METRICS
 from prefix.init import from_text, random_banks
-from prefix.run import DEMO, DEMO_CORPUS, DEMO_PREFIX
-from prefix.translation import translate
+from prefix.run import DEMO, DEMO_PREFIX
 
 ROOT = Path(__file__).parents[3]
 SIZES = dict(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=2)
@@ -36,6 +29,13 @@ def model():
 @pytest.fixture
 def banks(model):
     return random_banks(model.config, ["a", "b", "c"], prefix_len=4, seed=int(torch.randint(1000, ())))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo's model, tokenizer and banks."""
+    model = GPT.from_pretrained("demo")
+    return model, Tokenizer.from_pretrained("demo"), Banks.load(DEMO_PREFIX, model)
 
 
 @pytest.fixture
@@ -140,38 +140,6 @@ def test_what_all_keys_share_changes_neither_the_mass_nor_the_nearest_tokens(mod
         torch.testing.assert_close(cosine, cosine_before, atol=1e-4, rtol=1e-3)
 
 
-# Closing slots
-
-
-def layer_by_layer(model, banks, ids, bank_mask, closed):
-    """The logits of a model whose layer `closed` is given no slots."""
-    packed, slots = PackedBatch([len(ids)], torch.tensor(bank_mask)), banks.slots().layers()
-    attn_fn = lambda i, qkv: attend(qkv, 2, packed, None if i == closed else slots[i])
-    return model.logits(model.blocks(model.embed(ids, packed.position), attn_fn))
-
-
-@pytest.mark.parametrize("backend", ["auto", "plain"])
-@pytest.mark.parametrize("layer", range(3))
-def test_a_closed_layer_is_one_without_slots_in_a_forward_pass_and_in_decoding(model, banks, ids, layer, backend):
-    model.attention, slots = backend, without(banks, layer=layer).slots()
-    hidden = model.hidden(ids, PackedBatch([len(ids)], torch.tensor(OPENED)), slots)
-    expected = layer_by_layer(model, banks, ids, OPENED, layer)
-    torch.testing.assert_close(model.logits(hidden), expected, atol=1e-4, rtol=1e-4)
-    prompt, tokens, masks = ids[:4].tolist(), ids[:4].tolist(), [2, 2, 2, 6]  # the first bank stays closed
-    for _ in range(6):
-        mask = masks + [6] * (len(tokens) - 4)
-        tokens.append(int(layer_by_layer(model, banks, torch.tensor(tokens), mask, layer)[-1].argmax()))
-    (found,) = generate(model, [Prompt(prompt, 6, masks)], [], slots)
-    assert prompt + found.ids == tokens
-    assert not torch.allclose(expected, layer_by_layer(model, banks, ids, OPENED, None), atol=1e-2)
-
-
-def test_a_closed_bank_is_one_that_is_never_opened_and_the_others_stay(model, banks, ids):
-    ours = without(banks, bank="a").logits(model, ids[None], open=("a", "c"))
-    assert torch.equal(ours, banks.logits(model, ids[None], open=("c",)))
-    assert banks.mask(["a", "c"]) == 5  # the banks themselves are as they were
-
-
 # The command
 
 
@@ -187,11 +155,9 @@ def looked(run, *options):
     return out
 
 
-def test_the_command_shows_the_mass_of_the_sentence_and_of_its_translation(run):
+def test_the_command_shows_the_mass_of_the_sentence_and_of_its_translation(run, demo):
     out = looked(run, "Il pleut & vente.", "--nearest", 0)
-    model, tokenizer = GPT.from_pretrained("demo"), Tokenizer.from_pretrained("demo")
-    banks = Banks.load(DEMO_PREFIX, model)
-    attention = attention_maps.look_at(model, tokenizer, banks, "Il pleut & vente.", ("fr", "en"))
+    attention = attention_maps.look_at(*demo, "Il pleut & vente.", ("fr", "en"))
     sep = attention.tokens.index("\\n")
     assert attention.seen.tolist() == [[i >= sep, True] for i in range(len(attention.tokens))]
     assert len(attention.tokens) > sep + 2  # there is a translation
@@ -220,45 +186,15 @@ def test_each_slot_of_each_bank_has_its_nearest_tokens_in_every_layer(run):
     assert line[:2] == ["layer", "0"] and -1 <= float(line[5]) <= float(line[3]) <= 1
 
 
-@pytest.fixture
-def held_out():
-    """A table of 6 test pairs of the sample corpus."""
-    with open(DEMO_CORPUS, encoding="utf-8") as file:
-        pairs = list(islice((row for row in csv.reader(file) if split_of(row[0]) == "test" and row[0] != "en"), 6))
-    return write_table("held-out.csv", [["en", "fr"], *pairs]), pairs
-
-
-def test_closing_says_what_becomes_of_the_sentence_and_of_bleu(run, held_out):
-    table, pairs = held_out
-    out = looked(run, "Il pleut.", "--nearest", 0, "--ablate", "--data", table, "--out", "bars.svg")
-    head, *lines = out.split("what closing does: ")[1].splitlines()
-    assert head.startswith("BLEU on 6 sentences") and "<svg" in Path("bars.svg").read_text(encoding="utf-8")
-    model, tokenizer = GPT.from_pretrained("demo"), Tokenizer.from_pretrained("demo")
-    banks = Banks.load(DEMO_PREFIX, model)
-    closed = {"nothing": banks, "bank fr": without(banks, bank="fr"), "bank en": without(banks, bank="en")}
-    closed |= {f"layer {i}": without(banks, layer=i) for i in range(6)}
-    mass = attention_maps.look_at(model, tokenizer, banks, "Il pleut.", ("fr", "en")).mass
-    scores = []
-    for line, (name, part) in zip(lines, closed.items(), strict=True):
-        texts = ["Il pleut.", *(fr for _, fr in pairs)]
-        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, "fr", "en"))
-        scores.append(METRICS["bleu"](outputs, [en for en, _ in pairs]))
-        numbers = [f"{scores[-1]:.2f}"] + [f"{scores[-1] - scores[0]:+.2f}"] * (name != "nothing")
-        numbers += [f"{100 * (1 - mass[int(name[-1]), ..., -1].mean()):.1f}"] if "layer" in name else []
-        assert line.split() == [*name.split(), *numbers, *output.split()]
-    assert len({*scores}) > 3
-
-
 @pytest.mark.parametrize("suffix", ["svg", "png"])
-def test_attention_is_drawn_with_its_numbers(run, suffix):
+def test_attention_is_drawn_with_its_numbers(run, demo, suffix):
     image = pytest.importorskip("matplotlib.image")
     looked(run, "<b> & co", "--nearest", 0, "--out", f"picture.{suffix}")
     if suffix == "png":
         pixels = image.imread("picture.png")
         assert pixels.shape[0] > 400 and pixels.shape[1] > 300 and pixels.std() > 0.05
     else:
-        model, tokenizer = GPT.from_pretrained("demo"), Tokenizer.from_pretrained("demo")
-        attention = attention_maps.look_at(model, tokenizer, Banks.load(DEMO_PREFIX, model), "<b> & co", ("fr", "en"))
+        attention = attention_maps.look_at(*demo, "<b> & co", ("fr", "en"))
         drawn = Path("picture.svg").read_text(encoding="utf-8")
         cells = sum(panel.values.numel() + sum(panel.values.shape) + 1 for panel in attention_maps.panels(attention))
         assert drawn.count("<!-- ") == cells  # matplotlib writes each text in a comment beside its shape
@@ -291,8 +227,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, options, words):
 @pytest.fixture
 def silent(tmp_path):
     """A prefix file with the demo's banks, but no record of what they learned from."""
-    model = GPT.from_pretrained("demo")
-    banks = Banks.load(DEMO_PREFIX, model)
+    model, banks = GPT.from_pretrained("demo"), Banks.read(DEMO_PREFIX)
     banks.training_record = {}
     banks.save(tmp_path / "silent.safetensors", model)
     return tmp_path / "silent.safetensors"
@@ -331,7 +266,7 @@ def test_the_module_runs_by_its_name_and_hides_nothing_of_pythons():
     assert done.returncode == 0 and done.stdout.decode().startswith("fr -> en: "), done.stderr
 
 
-def test_a_token_is_shown_without_what_does_not_print():
-    tokenizer = Tokenizer.from_pretrained("demo")
+def test_a_token_is_shown_without_what_does_not_print(demo):
+    _, tokenizer, _ = demo
     shown = [attention_maps.label(tokenizer, i) for i in tokenizer.encode(" le\n\x1b\t\u202e")]
     assert "".join(shown).startswith("␣le\\n\\x1b\\t") and all(char.isprintable() for text in shown for char in text)

@@ -160,7 +160,7 @@ def test_a_batch_may_mix_banks_of_several_files_and_each_sentence_is_what_it_wou
     assert generate(model, [mixed, *prompts], [60], whole.slots())[1:] == expected
 
 
-def test_translating_takes_the_banks_of_several_files(trained, run):
+def test_both_commands_take_the_banks_of_several_files(trained, run):
     for name, ends in (("one", ("en", "fr")), ("two", ("es", "it"))):
         trained(name, table_of(*ends))
     both, texts = ["--prefix", "one", "--prefix", "two"], [random_text() for _ in range(9)]
@@ -168,6 +168,14 @@ def test_translating_takes_the_banks_of_several_files(trained, run):
         direction = ["--from", source, "--to", target, *texts]
         assert run(translate, *both, *direction) == run(translate, "--prefix", alone, *direction)
     assert run(translate, *both, "--from", "it", "--to", "fr", *texts)[0] == 0
+    code, _, err = run(evaluate, *both)
+    assert code == 2 and "two/prefix.safetensors was trained on other text" in err and "--data" in err
+    found = []
+    for prefixes in (both, ["--prefix", "two"]):
+        options = ["--data", "es-it.csv", "--draws", 0, "--hypotheses", "out.tsv"]
+        assert run(evaluate, *prefixes, *options)[0] == 0
+        found.append(Path("out.tsv").read_text(encoding="utf-8"))
+    assert found[0] == found[1] and "\tit\tes\n" in found[0] and "\tfr\t" not in found[0]
 
 
 def test_files_that_do_not_go_together_are_refused_in_one_line(trained, run):
