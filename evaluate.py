@@ -1,8 +1,8 @@
 """How far is the prefix ahead of k-shot prompting, on sentences that neither has seen?
 
-python evaluate.py                                               the newest run (else the demo prefix), on its own corpus
+python evaluate.py                                             the newest run (else the demo prefix), on its own corpus
 python evaluate.py --prefix runs/x --limit 500 --json result.json
-python evaluate.py --from tweet --to label --choices             a classifier: accuracy, macro-F1, a confusion matrix
+python evaluate.py --from tweet --to label --choices           a classifier: accuracy, macro-F1, a confusion matrix
 python evaluate.py --from article --to summary --metrics rouge --truncate-source
 """
 

@@ -1,8 +1,8 @@
 """Prefix against k-shot prompting: the same frozen model, the same sentences, the same length limits.
 
-k-shot prompting is drawn several times, because its score depends on the examples: its numbers are the mean of the draws
-and their standard deviation. The prefix is compared with the draw whose score is the median, so that neither a lucky nor
-an unlucky draw decides. The examples are never among the evaluated sentences.
+k-shot prompting is drawn several times, because its score depends on the examples: its numbers are the mean of the
+draws and their standard deviation. The prefix is compared with the draw whose score is the median, so that neither a
+lucky nor an unlucky draw decides. The examples are never among the evaluated sentences.
 """
 
 import math
@@ -62,16 +62,16 @@ class System:
     confusion: list | None = None
 
     def numbers(self):
-        counts = {"empty": self.empty, "truncated": self.truncated}
-        counts |= {"sources cut": self.sources_cut} if self.sources_cut else {}
+        """Scores and counts by name."""
+        counts = {"empty": self.empty, "truncated": self.truncated, "sources cut": self.sources_cut}
         return {**self.scores, **counts, "seconds": self.seconds}
 
 
 @dataclass
 class FewShot:
-    """All draws of a k-shot prompt. form_log_p: what decided the form, mean log p of a few training targets. median: the
-    number of the draw that the prefix is compared with. mean, spread: {number: its mean, its standard deviation}.
-    difference: {metric: what metrics.paired_bootstrap found of prefix and median draw}."""
+    """All draws of a k-shot prompt. form_log_p: what decided the form. median: which draw the prefix is compared with.
+    mean, spread: of each of System.numbers over the draws. difference: {metric: what metrics.paired_bootstrap found of
+    prefix and median draw}."""
 
     shots: int
     form: str
@@ -85,8 +85,8 @@ class FewShot:
 
 @dataclass
 class Result:
-    """One direction. references: a text for each source, or a list of texts. metrics: {name: label}; signatures: {label:
-    settings}. Where answers are chosen, labels: all that occur, and commonest: of the references, with its share in %."""
+    """One direction. references: for each source a text, or a list of texts. metrics: {name: label}; signatures:
+    {label: settings}. Where answers are chosen, labels: all that occur; commonest: (one of them, its share in %)."""
 
     source: str
     target: str
@@ -111,8 +111,8 @@ class Result:
 
 @dataclass
 class Evaluation:
-    """What evaluate.py found; report.py shows it. settings: all it takes to repeat it. attention: attention_maps' of one
-    sentence, for the page."""
+    """What evaluate.py found and report.py shows. settings: all it takes to repeat it. directions: a list of Result.
+    attention: attention_maps.Attention of one sentence, for the page."""
 
     settings: dict
     directions: list

@@ -31,7 +31,7 @@ TRIALS = 12  # training pairs on which the two forms are compared
 
 @dataclass
 class Shots:
-    """A k-shot prompt: pairs (source text, target text), the names of their columns, and the form they are written in."""
+    """A k-shot prompt: pairs (source text, target text), the names of their columns, one of FORMS."""
 
     pairs: list
     source: str

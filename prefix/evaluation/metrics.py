@@ -137,7 +137,7 @@ def sentence_bleu_counts(hypothesis, references):
 
 
 def chrf_counts(hypothesis, references):
-    """correct, total in the hypothesis, total in the reference, each for n = 1 .. 6, of the reference that suits best."""
+    """correct, total in the hypothesis, total in the reference that suits best, each for n = 1 .. 6."""
     grams, *references = (
         Counter(everygrams("".join(s.split()), max_len=CHRF_ORDER)) for s in [hypothesis, *references]
     )

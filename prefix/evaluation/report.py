@@ -61,17 +61,17 @@ def title(result):
 def score_table(result):
     """One direction's numbers, as rows of cells: the head, then a row for each score and count. The last column is the
     prefix's score over the mean of the draws."""
-    few, numbers = result.few_shot, result.prefix.numbers()
-    rows = [["", "prefix", *([f"{few.shots}-shot", "ratio"] if few else [])]]
-    for name, value in numbers.items():
-        digits = 0 if isinstance(value, int) else 2
+    few, rows = result.few_shot, []
+    for name, value in result.prefix.numbers().items():
+        mean, scored, digits = few.mean[name] if few else 0, name in result.metrics, 0 if isinstance(value, int) else 2
+        if name == "sources cut" and value == mean == 0:
+            continue
         row = [result.metrics.get(name, name), f"{value:.{digits}f}"]
         if few:
-            mean, scored = few.mean.get(name, 0.0), name in result.metrics
             row.append(f"{mean:.{digits}f}" + (f" ± {few.spread[name]:.1f}" if scored else ""))
             row.append(f"{value / mean:.1f}x" if scored and mean >= 0.1 else "")
         rows.append(row)
-    return rows
+    return [["", "prefix", *([f"{few.shots}-shot", "ratio"] if few else [])], *rows]
 
 
 def remarks(result):
@@ -173,8 +173,9 @@ def to_html(evaluation):
     few = results[0].few_shot
     ends = ", ".join(f"{result.source} → {result.target}" for result in results)
     heading = escape(f"Prefix{f' against {few.shots}-shot prompting' if few else ''}: {ends}")
-    told = f"One frozen model ({settings['model']}, weights {settings['base']}), the same sentences, {settings['date']}. Prefix: "
-    parts = [f'<h1>{heading}</h1><p class="soft">{escape(told + _spelled(settings["prefix"]))}</p><h2>Scores</h2>']
+    base = f"One frozen model ({_spelled(settings['model'])}, weights {settings['base']}), the same sentences"
+    told = escape(f"{base}, {settings['date']}. Prefix: {_spelled(settings['prefix'])}")
+    parts = [f'<h1>{heading}</h1><p class="soft">{told}</p><h2>Scores</h2>']
     for result in results:
         parts += [html_table(title(result).replace("->", "→"), score_table(result))]
         parts += [f"<p>{escape(said)}</p>" for said in remarks(result)]
@@ -198,7 +199,7 @@ def to_html(evaluation):
 
 
 def html_table(caption, rows, kind="", shades=None):
-    """rows of cells, the first one the head. shades: a class for each cell but those of the head and the first column."""
+    """rows of cells, the first one the head. shades: rows of classes, for the cells beside the first column."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in rows[0][1:])
     body = ""
     for i, (name, *cells) in enumerate(rows[1:]):
@@ -260,8 +261,8 @@ def html_attention(attention):
     most, shades = most_of(drawn), range(SHADES)
     legend = "".join(f'<td class="s{i}">{100 * most * i / (SHADES - 1):.0f}</td>' for i in shades)
     parts = [
-        "<h2>Attention to the slots</h2><p>Of the first sentence that has a translation, over the tokens at which a bank "
-        "is open, in %: by head, the mean of these tokens; by token, the mean of the heads. The rest is on the text.</p>"
+        "<h2>Attention to the slots</h2><p>Of the first sentence that has a translation, in %, over the tokens at which"
+        " a bank is open: by head, the mean of these tokens; by token, the mean of the heads. The rest is on text.</p>"
         f'<div class="wide shaded"><table><caption>Shades, in %</caption><tbody><tr>{legend}</tr></tbody></table></div>'
     ]
     for panel in drawn:

@@ -39,7 +39,10 @@ def result(n=3, **fields):
         [f"{word} {i}" for i in range(n)], {"bleu": bleu}, 0, 1, 0, 0.25, "fr: x\nen: y\n"
     )
     difference = {"bleu": {"delta": 20.0, "interval": (12.5, 27.25), "p": 0.002}}
-    mean, spread = {"bleu": 10.0, "empty": 0, "truncated": 1, "seconds": 0.5}, {"bleu": 2.5, "seconds": 0.1}
+    mean, spread = (
+        {"bleu": 10.0, "empty": 0, "truncated": 1, "sources cut": 0, "seconds": 0.5},
+        {"bleu": 2.5, "seconds": 0.1},
+    )
     draws, tried = [system("shot", 12.5), system("other", 7.5)], {"names": -9.0, "lines": -7.5}
     few = FewShot(1, "lines", tried, draws, 0, mean, spread, difference)
     found = {"source": "fr", "target": "en", "metrics": {"bleu": "BLEU"}, "signatures": {"BLEU": "nrefs:1|tok:13a"}}
@@ -120,6 +123,13 @@ def test_the_terminal_the_page_and_the_json_file_say_the_same():
     assert (
         "fr → en, 3 sentences" in page.text and "2026-01-02 03:04" in page.text and "(gpt2, weights 0a1b)" in page.text
     )
+
+
+def test_cut_sources_are_counted_where_there_are_any():
+    some = result()
+    assert "sources cut" not in [row[0] for row in report.score_table(some)]
+    some.few_shot.mean["sources cut"] = 1.5  # in some draws
+    assert ["sources cut", "0", "2", ""] in report.score_table(some)
 
 
 def test_from_a_hundred_sentences_on_there_is_a_verdict():
