@@ -18,6 +18,7 @@ from prefix import cli, distributed, run
 from prefix.cli import float_range, int_at_least
 from prefix.data import corpus as data
 from prefix.distributed import log
+from prefix.evaluation.pictures import draw_loss
 from prefix.init import INITS, initial_banks
 from prefix.state import METRICS
 from prefix.trainer import SECONDS, Settings, Trainer
@@ -139,15 +140,10 @@ def train(trainer):
         if not trainer.state.exists():
             raise
         raise UserError(f"{error}; to go on from step {trainer.saved_step}: {to_go_on}") from error
-    if not finished:
-        log(f"stopped after step {trainer.step}; to go on: {to_go_on}")
     if distributed.rank() == 0:
-        from prefix.evaluation.report import (
-            draw_loss,  # here, because it takes a while to import
-        )
-
         draw_loss(trainer.out)
     if not finished:
+        log(f"stopped after step {trainer.step}; to go on: {to_go_on}")
         sys.exit(128 + (trainer.stop[0] if trainer.stop else signal.SIGTERM))
 
 

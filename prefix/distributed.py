@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from minigpt.errors import visible
+from minigpt.files import escape_control
 
 TIMEOUT = timedelta(hours=6)  # processes wait for the first to encode a large file, or to read a slow pipe
 
@@ -96,4 +96,4 @@ def log(text):
 def printable(text, stream=None):
     """`text` as it is printed to `stream` (standard output): on a terminal with control characters other than newline
     and tab spelled out, since they come from a model or a stranger's file; anywhere else as it is."""
-    return visible(text, keep="\n\t") if (stream or sys.stdout).isatty() else text
+    return escape_control(text, keep="\n\t") if (stream or sys.stdout).isatty() else text

@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import save_file
 
 from minigpt import GPT, UserError, checkpoint
-from minigpt.config import PUBLISHED
 from minigpt.files import FLOATS, open_tensors, read_object, replacing
 from prefix import prefix_file
 from prefix.banks import Banks
@@ -52,11 +51,14 @@ def export_bank(banks, name, directory):
     if not prefix_len:
         raise UserError(f"bank {name!r} has no slots to export")
     base = banks.training_record.get("model")
-    hub = {"demo": str(checkpoint.DEMO)} | {name: checkpoint.repository(name) for name in PUBLISHED}
+    if base == "demo":
+        base = str(checkpoint.DEMO)
+    elif known := checkpoint.published(base):
+        base = checkpoint.repository(known)  # as transformers calls it
     config = {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": hub.get(base, base),
+        "base_model_name_or_path": base,
         "inference_mode": True,
         "num_virtual_tokens": prefix_len,
         "num_transformer_submodules": 1,

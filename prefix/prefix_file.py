@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 
 from minigpt.checkpoint import check_finite, fingerprint, sample
 from minigpt.config import GPTConfig
-from minigpt.errors import UserError
-from minigpt.files import FLOATS, open_tensors, replacing
+from minigpt.files import FLOATS, UserError, open_tensors, replacing
 
 FORMAT = "minigpt-prefix/1"
 

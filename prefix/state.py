@@ -17,8 +17,7 @@ from dataclasses import asdict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from minigpt.errors import UserError
-from minigpt.files import flush, open_tensors, replacing
+from minigpt.files import UserError, flush, open_tensors, replacing
 from prefix.distributed import log
 from prefix.prefix_file import base_of
 

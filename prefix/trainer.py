@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from minigpt.attention import Slots
-from minigpt.errors import UserError
+from minigpt.files import UserError
 from minigpt.loss import nll_sum
 from minigpt.memory import out_of_memory
 from prefix import distributed

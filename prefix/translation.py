@@ -7,10 +7,11 @@ Prompts go through the one `decode`, which chooses the algorithm and keeps it wi
 import functools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from minigpt.beam import beam_search
-from minigpt.errors import UserError
+from minigpt.files import UserError
 from minigpt.generate import Prompt, Sampler, generate
 from minigpt.memory import SHARE, free_memory, out_of_memory, row_bytes, rows_that_fit
 from minigpt.scoring import likeliest_answer, max_new_tokens
@@ -29,7 +30,8 @@ log_once = functools.cache(distributed.log)
 class Decoding:
     """How to decode. max_new: tokens of an answer at most; None: twice the source plus 16; never past the context.
     sampler: None takes the likeliest token. beams: 1 is no beam search. batch_size: sentences at a time; where memory
-    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken."""
+    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken. on_finished(): called for
+    each sentence that is done."""
 
     max_new: int | None = None
     sampler: Sampler | None = None
@@ -37,6 +39,7 @@ class Decoding:
     length_penalty: float = 1.0
     batch_size: int = 32
     choices: list | None = None
+    on_finished: Callable | None = None
 
     def check(self, config):
         """Raises UserError for more than a model of this config can use."""
@@ -147,14 +150,16 @@ def decode(model, prompts, stop, slots, position_offset, decoding, answers=(), o
     token by token. stop: ids that end an answer. Where memory runs out, rows are halved until they fit."""
 
     def run(prompts, rows):
+        common = {"batch_size": rows, "on_finished": decoding.on_finished}
         if answers:
-            return likeliest_answer(model, prompts, answers, slots, position_offset, rows)
+            return likeliest_answer(model, prompts, answers, slots, position_offset, **common)
         if decoding.beams > 1:
-            options = decoding.beams, rows, decoding.length_penalty
-            return beam_search(model, prompts, stop, slots, position_offset, *options)
+            common |= {"beams": decoding.beams, "length_penalty": decoding.length_penalty}
+            return beam_search(model, prompts, stop, slots, position_offset, **common)
         if decoding.sampler:
             decoding.sampler.streams.clear()  # also where an attempt has drawn from them
-        return generate(model, prompts, stop, slots, position_offset, rows, decoding.sampler, on_token)
+        common |= {"sampler": decoding.sampler, "on_token": on_token}
+        return generate(model, prompts, stop, slots, position_offset, **common)
 
     results = [None] * len(prompts)
     together = [(range(len(prompts)), min(decoding.batch_size, len(prompts) * len(answers)))]

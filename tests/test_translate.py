@@ -77,7 +77,7 @@ def test_each_argument_gets_a_line_of_standard_output_and_nothing_else_is_there(
         (b"un\r\ndeux\r\n", ["un", "deux"]),
         (b"un\rdeux\n", ["un deux"]),
         ("\ufeffun\ndeux\n".encode(), ["un", "deux"]),
-        ("un \u2028 deux\ntrois\n".encode(), ["un deux", "trois"]),
+        ("un \u2028 deux\ntrois\n".encode(), ["un \u2028 deux", "trois"]),
         ("<|endoftext|>\n« Où ça ? »\n".encode(), ["<|endoftext|>", "« Où ça ? »"]),
     ],
     ids=repr,

@@ -35,9 +35,8 @@ def test_text_grows_by_whole_characters(demo):
 
 def test_the_end_of_text_token_in_a_sentence_is_ordinary_text(demo, monkeypatch):
     asked, generate = [], translation.generate
-    monkeypatch.setattr(
-        translation, "generate", lambda model, prompts, *r: asked.extend(prompts) or generate(model, prompts, *r)
-    )
+    note = lambda model, prompts, *rest, **named: asked.extend(prompts) or generate(model, prompts, *rest, **named)
+    monkeypatch.setattr(translation, "generate", note)
     written(demo, ["a <|endoftext|> b"])
     assert demo[1].eot not in asked[0].ids
     assert demo[1].decode(asked[0].ids) == "a <|endoftext|> b\n"
@@ -148,11 +147,10 @@ def test_where_memory_runs_out_rows_are_halved_and_the_texts_are_the_same(
 ):
     before, work, tried = written(demo, decoding=Decoding(**options)), getattr(translation, name), []
 
-    def full(*given):
-        rows = given[6 if name == "beam_search" else 5]
-        tried.append(rows)
-        results = work(*given)
-        if rows > 1:
+    def full(*given, batch_size, **named):
+        tried.append(batch_size)
+        results = work(*given, batch_size=batch_size, **named)
+        if batch_size > 1:
             raise error
         return results
 
@@ -168,6 +166,6 @@ def test_memory_that_one_sentence_exhausts_is_one_line_and_a_bug_is_not_taken_fo
         (OUT_OF_MEMORY[0], UserError, "even with one sentence at a time: lower --beam"),
         (RuntimeError("shapes do not match"), RuntimeError, "shapes"),
     ):
-        monkeypatch.setattr(translation, "generate", lambda *_: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(translation, "generate", lambda *_, **__: (_ for _ in ()).throw(error))
         with pytest.raises(expected, match=words):
             written(demo)
