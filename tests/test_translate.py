@@ -16,7 +16,7 @@ from conftest import CONTEXT, TRAIN, assert_refused, random_text, save_random_ch
 import train
 import translate
 from minigpt import GPT, Tokenizer
-from prefix import cli, lines, translation
+from prefix import cli, decoding, lines
 from prefix.banks import Banks
 from prefix.distributed import printable
 from prefix.run import DEMO_PREFIX
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("workplace")
 
 @pytest.fixture(autouse=True)
 def notices_are_new():
-    translation.log_once.cache_clear()
+    decoding.log_once.cache_clear()
     lines.say_once.cache_clear()
 
 

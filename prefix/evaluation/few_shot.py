@@ -23,7 +23,8 @@ from minigpt.generate import Prompt
 from minigpt.scoring import log_p, max_new_tokens
 from prefix.banks import Banks
 from prefix.data.rows import clean
-from prefix.translation import Decoding, Translation, answered, decode
+from prefix.decoding import Decoding, decode
+from prefix.translation import Translation, answered
 
 FORMS = ("names", "lines")
 TRIALS = 12  # training pairs on which the two forms are compared

@@ -6,7 +6,7 @@ import torch
 from minigpt import UserError, memory
 from minigpt.cache import Cache
 from minigpt.generate import Sampler
-from prefix import translation
+from prefix import decoding as algorithms
 from prefix.translation import Decoding, divide, translate
 
 TEXTS = ["Il pleut.", "Merci.", "Où est la gare ?", "Je suis là.", "Tom est parti hier soir avec ses amis."]
@@ -14,7 +14,7 @@ TEXTS = ["Il pleut.", "Merci.", "Où est la gare ?", "Je suis là.", "Tom est pa
 
 @pytest.fixture(autouse=True)
 def notices_are_new():
-    translation.log_once.cache_clear()
+    algorithms.log_once.cache_clear()
 
 
 def written(demo, texts=TEXTS, decoding=None, **options):
@@ -34,9 +34,9 @@ def test_text_grows_by_whole_characters(demo):
 
 
 def test_the_end_of_text_token_in_a_sentence_is_ordinary_text(demo, monkeypatch):
-    asked, generate = [], translation.generate
+    asked, generate = [], algorithms.generate
     note = lambda model, prompts, *rest, **named: asked.extend(prompts) or generate(model, prompts, *rest, **named)
-    monkeypatch.setattr(translation, "generate", note)
+    monkeypatch.setattr(algorithms, "generate", note)
     written(demo, ["a <|endoftext|> b"])
     assert demo[1].eot not in asked[0].ids
     assert demo[1].decode(asked[0].ids) == "a <|endoftext|> b\n"
@@ -88,7 +88,7 @@ def caches(monkeypatch):
 
 
 def limit_memory(monkeypatch, amount):
-    for module in (memory, translation):
+    for module in (memory, algorithms):
         monkeypatch.setattr(module, "free_memory", lambda device: amount / memory.SHARE)
 
 
@@ -145,7 +145,7 @@ OUT_OF_MEMORY = [
 def test_where_memory_runs_out_rows_are_halved_and_the_texts_are_the_same(
     demo, monkeypatch, capsys, error, name, options
 ):
-    before, work, tried = written(demo, decoding=Decoding(**options)), getattr(translation, name), []
+    before, work, tried = written(demo, decoding=Decoding(**options)), getattr(algorithms, name), []
 
     def full(*given, batch_size, **named):
         tried.append(batch_size)
@@ -154,7 +154,7 @@ def test_where_memory_runs_out_rows_are_halved_and_the_texts_are_the_same(
             raise error
         return results
 
-    monkeypatch.setattr(translation, name, full)
+    monkeypatch.setattr(algorithms, name, full)
     decoding = Decoding(**options, batch_size=4)
     assert written(demo, decoding=decoding) == before
     assert tried == [4, 2, 1] and decoding.batch_size == 1  # later texts begin there
@@ -166,6 +166,6 @@ def test_memory_that_one_sentence_exhausts_is_one_line_and_a_bug_is_not_taken_fo
         (OUT_OF_MEMORY[0], UserError, "even with one sentence at a time: lower --beam"),
         (RuntimeError("shapes do not match"), RuntimeError, "shapes"),
     ):
-        monkeypatch.setattr(translation, "generate", lambda *_, **__: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(algorithms, "generate", lambda *_, **__: (_ for _ in ()).throw(error))
         with pytest.raises(expected, match=words):
             written(demo)
