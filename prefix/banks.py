@@ -107,7 +107,10 @@ class Banks(nn.Module):
     def read(cls, path):
         """Read a prefix file as it is, whatever its base, onto the CPU."""
         banks, header = prefix_file.read(path)
-        return cls(banks, header["position_offset"], header["training"])
+        try:
+            return cls(banks, header["position_offset"], header["training"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @classmethod
     def joined(cls, parts):

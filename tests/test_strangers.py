@@ -284,22 +284,22 @@ def test_a_slot_that_is_not_finite_is_an_error_that_names_its_tensor(refusal, va
 )
 def test_slots_of_another_shape_are_an_error_with_both_shapes(refusal, shape):
     reason = refusal(lambda tensors, _: tensors.update({"en.key": torch.zeros(shape)}))
-    assert reason == f"tensor en.key has shape {list(shape)}, expected [1, 2, 3, 2]"
+    assert f"{list(shape)}" in reason and "[1, 2, " in reason
 
 
 def test_a_bank_with_fewer_values_than_keys_is_an_error(refusal):
-    assert "the shapes differ" in refusal(lambda tensors, _: tensors.update({"en.key": torch.zeros(1, 2, 2, 2)}))
+    assert "keys of shape [1, 2, 2, 2], values of [1, 2, 3, 2]" in refusal(lambda tensors, _: tensors.update({"en.key": torch.zeros(1, 2, 2, 2)}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool, torch.float8_e5m2])
 def test_slots_of_another_type_are_an_error(refusal, dtype):
     reason = refusal(lambda tensors, _: tensors.update({"en.key": tensors["en.key"].to(dtype)}))
-    assert reason.startswith("tensor en.key is ") and reason.endswith("expected one of F32, F16, BF16")
+    assert "tensor en.key is " in reason and reason.endswith("expected one of F32, F16, BF16")
 
 
 def test_a_missing_and_an_unexpected_tensor_are_errors_that_name_it(refusal):
-    assert refusal(lambda tensors, _: tensors.update({"de.key": torch.zeros(1)})) == "unexpected tensor de.key"
-    assert refusal(lambda tensors, _: tensors.pop("de.key") is tensors.pop("fr.key")) == "no tensor fr.key"
+    assert refusal(lambda tensors, _: tensors.update({"de.key": torch.zeros(1)})) .endswith("unexpected tensor de.key")
+    assert refusal(lambda tensors, _: tensors.pop("de.key") is tensors.pop("fr.key")) .endswith("no tensor fr.key")
 
 
 @pytest.mark.parametrize(
