@@ -180,6 +180,16 @@ def test_a_run_may_go_on_for_more_steps_but_not_otherwise_than_it_began(run, pla
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5]
 
 
+def test_micro_batches_are_those_that_a_run_began_with_unless_told_otherwise(run, on, monkeypatch):
+    found, work = [], Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda trainer: (found.append(trainer.micro_batch_tokens), work(trainer))[1])
+    for arguments in ([*on, "--out", "run", "--micro-batch-tokens", 50], ["--resume", "run"]):
+        assert run(train, *arguments)[0] == 0
+    assert run(train, "--resume", "run", "--steps", 5, "--micro-batch-tokens", 70)[0] == 0
+    assert run(train, "--resume", "run")[0] == 0
+    assert found == [50, 50, 70, 50]
+
+
 @pytest.mark.parametrize("content", [None, "{", "[1]", "{}"])
 def test_a_run_directory_without_a_sound_config_is_refused(run, content):
     Path("run").mkdir()
