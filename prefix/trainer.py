@@ -230,11 +230,12 @@ class Trainer:
         found = distributed.broadcast(state.read(self.out) if distributed.rank() == 0 else None)
         if found is None:
             return
-        self.progress, theirs, tensors = found
-        p, steps = self.progress, self.settings.steps
+        p, theirs, tensors = found
+        steps = self.settings.steps
         state.check_identity(f"{self.out}: this run", theirs, self.identity)
         if p.step > steps:
             raise UserError(f"{self.out}: {p.step:,} steps are done, more than --steps {steps:,}: give a larger number")
+        self.progress = p
         state.restore(tensors, self.banks, self.optimizer)
         if p.scaler:  # it is empty in other dtypes
             self.scaler.load_state_dict(p.scaler)
