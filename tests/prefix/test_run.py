@@ -7,14 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import random_rows, write_table
 
 import train
 from minigpt import UserError
 from prefix import run as runs
 from prefix.init import random_banks
-from prefix.trainer import Settings
 
 
 @pytest.fixture
