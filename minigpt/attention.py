@@ -1,20 +1,21 @@
-"""Attention over packed sentences and over slots: the one entry, and the two ways to compute it.
+"""Attention over packed sequences and over slots: one entry, `attend`, and several backends with one signature.
 
-A batch is one long row of N tokens, one sentence after another, with no padding between them. Two numbers
-say what a token may look at: where its sentence starts, and a bit mask of the banks that are open at it.
+A batch is one long row of N tokens, one sequence after another, without padding (as with cu_seqlens elsewhere). Two
+numbers say what a token sees: where its sequence starts, and a bit mask of the banks that are open at it.
 
-    row       t0 t1 t2 t3 | t4 t5 | t6 t7 t8        three sentences, N = 9
-    start      0  0  0  0 |  4  4 |  6  6  6
-    open       1  1  3  3 |  2  2 |  1  3  3        bit 0: bank 0 is open here; bit 1: bank 1
+    token       t0 t1 t2 t3 | t4 t5 | t6 t7 t8        three sequences, N = 9
+    start        0  0  0  0 |  4  4 |  6  6  6
+    bank_mask    1  1  3  3 |  2  2 |  1  3  3        bit 0: bank 0 is open here; bit 1: bank 1
 
-Token i attends to the tokens start[i] .. i, and beside them to every slot whose bank's bit is set in open[i]:
+Token i attends to the tokens start[i] .. i, and beside them to every slot whose bank's bit is set in bank_mask[i]:
 
     scores = [q . slot keys , q . text keys] / sqrt(head_dim)       one softmax over both
     output = softmax(scores) @ [slot values , text values]
 
-A slot has a key and a value and nothing else, so it needs no query, no token and no position.
-`plain` writes exactly this down. `fused` computes the same without keeping the scores: on a CPU through torch's own
-fused attention, on a GPU through the kernels of kernels.py.
+A slot makes no query: nobody would read its output. It has no token and takes no position: its key is learned as it is.
+`reference_attention` writes exactly this down. The other backends compute the same without keeping the scores:
+`sdpa_attention` by torch's scaled_dot_product_attention, kernels.py in Triton on a GPU. SDPA's is_causal aligns the
+diagonal to the top left, so with slots in front, more keys than queries, it would be wrong: there the mask is written out.
 """
 
 import math
@@ -28,52 +29,50 @@ KERNELS_FROM = (8, 0)  # compute capability: below it, Triton 3.9 compiles matri
 
 
 def to_device(x, device):
-    """x on `device`; on its way to a GPU it waits for nothing that runs there, as it would in pageable memory."""
+    """x on `device`. A pinned, asynchronous copy: it does not wait for what runs on the GPU."""
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 class PackedBatch:
-    """How N packed tokens fall into B sentences, and which banks are open at each.
+    """How N packed tokens fall into B sequences, and which banks are open at each.
 
-    lengths: tokens of each sentence, in order, as a list of ints >= 1.
-    opened: (N,) bit masks, or None where no bank is open anywhere.
-    """
+    lengths: tokens of each sequence, a list of ints >= 1. bank_mask: (N,), or None where no bank is open anywhere."""
 
     def __init__(self, lengths, bank_mask=None, device="cpu"):
         self.lengths, self.device = list(lengths), torch.device(device)
         self.n_tokens, self.longest = sum(self.lengths), max(self.lengths)
         self.ragged = min(self.lengths) != self.longest
-        self.has_open = bank_mask is not None
+        self.has_banks = bank_mask is not None
         bank_mask = torch.zeros(self.n_tokens) if bank_mask is None else bank_mask
         self.bank_mask = to_device(bank_mask.to(torch.int32), self.device)
         n = torch.tensor(self.lengths, dtype=torch.int32)
-        end = n.cumsum(0, dtype=torch.int32).repeat_interleave(n)  # (N,): the token after each token's sentence
-        start = end - n.repeat_interleave(n)  # (N,): the first token of each token's sentence
+        end = n.cumsum(0, dtype=torch.int32).repeat_interleave(n)  # (N,): the token after each token's sequence
+        start = end - n.repeat_interleave(n)  # (N,): the first token of each token's sequence
         self.start, self.end = to_device(start, self.device), to_device(end, self.device)
         self.position = to_device(torch.arange(self.n_tokens) - start, self.device)  # (N,) int64
 
     @cached_property
     def flat_index(self):
-        """Where each token stands when sentences are laid out as rows of a (B, T) grid: (N,) flat indices."""
-        sentence = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
-        return sentence.to(self.device) * self.longest + self.position
+        """(N,): where each token stands in the padded batch (B, T), flattened."""
+        row = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        return row.to(self.device) * self.longest + self.position
 
     @cached_property
     def pad_index(self):
-        """The inverse of `cell`: (B*T,) the token in each cell; token 0 in the empty cells at the ends of rows."""
+        """The inverse, (B * T,): the token in each place of the padded batch; token 0 where there is padding."""
         pad_index = torch.zeros(len(self.lengths) * self.longest, dtype=torch.int64, device=self.device)
         pad_index[self.flat_index] = torch.arange(self.n_tokens, device=self.device)
         return pad_index
 
     def pad(self, x):
-        """(N, ...) -> (B, T, ...). Empty cells repeat token 0: they stand after the text, where nothing looks."""
+        """(N, ...) -> (B, T, ...). Padding repeats token 0: it stands after the text, so no text token sees it."""
         x = x.index_select(0, self.pad_index) if self.ragged else x
         return x.view(len(self.lengths), self.longest, *x.shape[1:])
 
     def unpad(self, x):
-        """(B, T, ...) -> (N, ...), dropping the empty cells."""
+        """(B, T, ...) -> (N, ...), without the padding."""
         x = x.reshape(-1, *x.shape[2:])
         return x.index_select(0, self.flat_index) if self.ragged else x
 
@@ -90,26 +89,30 @@ class Slots:
     def to(self, dtype):
         return Slots(self.key.to(dtype), self.value.to(dtype), self.bank)
 
-    def layer(self, i):
-        return Slots(self.key[i], self.value[i], self.bank)
+    def layers(self):
+        """The Slots of each layer, as a list. By unbind, whose backward is one stack: key[i] would add n_layer zeros."""
+        return [Slots(key, value, self.bank) for key, value in zip(self.key.unbind(), self.value.unbind())]
 
     def visible_slots(self, bank_mask):
-        """opened (...), bank masks -> (..., S): True for the slots of open banks."""
+        """bank_mask (...) -> (..., S): True for the slots of open banks."""
         return (bank_mask[..., None] >> self.bank) & 1 == 1
 
 
-def attend(qkv, n_head, packed, slots=None, backend="auto"):
-    """qkv (N, 3 * n_embd), the projection's output -> (N, n_embd). slots: those of this layer, or None, of any dtype.
+def slot_layers(slots, n_layer):
+    """One layer's Slots for each layer; None for each where there are no slots."""
+    return [None] * n_layer if slots is None else slots.layers()
 
-    how: "plain" (the formula, the reference), "fused" (in one pass, without scores in memory), or "auto": fused."""
-    if slots is not None and (slots.bank.numel() == 0 or not packed.has_open):
+
+def attend(qkv, n_head, packed, slots=None, backend="auto"):
+    """qkv (N, 3 * n_embd), what c_attn makes of the tokens -> (N, n_embd). slots: those of this layer, or None.
+
+    backend: "plain" is the reference; "fused" and "auto" never hold the scores in memory."""
+    if slots is not None and (slots.bank.numel() == 0 or not packed.has_banks):
         slots = None
     if backend == "plain":
         return reference_attention(qkv, n_head, packed, slots)
     if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= KERNELS_FROM:
-        from minigpt import (
-            kernels,  # here, because triton comes with CUDA builds of torch only
-        )
+        from minigpt import kernels  # here, because only CUDA builds of torch bring triton
 
         with torch.cuda.device(qkv.device):  # Triton launches on the current one
             return kernels.triton_attention(qkv, n_head, packed, slots)
@@ -135,7 +138,7 @@ def reference_attention(qkv, n_head, packed, slots):
 
 
 def sdpa_attention(qkv, n_head, packed, slots):
-    """The same by torch's scaled_dot_product_attention, slots in front of each sentence's keys."""
+    """The same by scaled_dot_product_attention, with the slots copied in front of each sequence's keys."""
     q, k, v = split_heads(qkv, n_head, packed)
     if slots is None:  # with as many keys as queries, is_causal means what it says
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -149,12 +152,12 @@ def sdpa_attention(qkv, n_head, packed, slots):
 
 def split_heads(qkv, n_head, packed):
     """(N, 3 * n_embd) -> q, k, v, each (B, n_head, T, head_dim)."""
-    pad_index = packed.pad(qkv).unflatten(-1, (3, n_head, -1))  # (B, T, 3, n_head, head_dim)
-    return pad_index.permute(2, 0, 3, 1, 4).unbind(0)
+    padded = packed.pad(qkv).unflatten(-1, (3, n_head, -1))  # (B, T, 3, n_head, head_dim)
+    return padded.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def visible(packed, slots):
-    """True where a query may look: (B, 1, T, S + T) with slots, (T, T) without."""
+    """True where a query sees a key: (B, 1, T, S + T) with slots, (T, T) without."""
     causal = torch.ones(packed.longest, packed.longest, dtype=torch.bool, device=packed.device).tril()
     if slots is None:
         return causal
@@ -163,18 +166,18 @@ def visible(packed, slots):
 
 
 def attend_cached(q, key, value, bias, slots=None, backend="auto"):
-    """Q queries for each of B sentences, over its cached keys and over slots that all sentences share.
+    """Q queries for each of B cache rows, over the row's keys and over slots that all rows share.
 
     q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
-    bias (B, Q, S + T): 0 for the slots, then the cached keys, that count for a query, -inf for others; how: "plain" (as
-    on a GPU) or another word -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each sentence."""
+    bias (B, Q, S + T): 0 for the slots and then the cached keys that a query sees, -inf for others
+    -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each row."""
     slots = None if slots is None else slots.to(q.dtype)
     out = (flash_cached if q.device.type == "cpu" and backend != "plain" else reference_cached)(q, key, value, bias, slots)
     return out.transpose(1, 2).flatten(2)  # (B, Q, n_embd)
 
 
 def reference_cached(q, key, value, bias, slots):
-    """The formula, with the slots' scores beside the others."""
+    """The formula, with the slots' scores in front of the others."""
     n_slots = bias.size(-1) - key.size(2)
     scores = q @ key.transpose(-2, -1)  # (B, n_head, Q, T)
     if n_slots:
@@ -189,9 +192,10 @@ def reference_cached(q, key, value, bias, slots):
 
 
 def flash_cached(q, key, value, bias, slots):
-    """Two softmaxes, each by torch's own fused attention for CPUs, merged by their log-sum-exps:
+    """Two softmaxes, each by torch's fused attention for CPUs, merged exactly by their log-sum-exps.
 
-    share of the slots = e^slots / (e^slots + e^text) = sigmoid(slots - text)"""
+    lse = log(sum(exp(scores))) is the log of a softmax's denominator. Of the denominator of one softmax over both kinds
+    of keys the slots have the share exp(lse_slots) / (exp(lse_slots) + exp(lse_text)) = sigmoid(lse_slots - lse_text)."""
     n_slots = bias.size(-1) - key.size(2)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = flash(q, key, value, attn_mask=bias[:, None, :, n_slots:])  # (B, n_head, Q, head_dim), (B, n_head, Q)
@@ -207,7 +211,7 @@ def flash_cached(q, key, value, bias, slots):
 
 
 def fold_heads(x):
-    """(B, n_head, Q, ...) -> (n_head, B * Q, ...): to slots, all queries of a batch are alike."""
+    """(B, n_head, Q, ...) -> (n_head, B * Q, ...): all queries of a batch see the same slots."""
     return x.transpose(0, 1).flatten(1, 2)
 
 

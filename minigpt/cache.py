@@ -11,7 +11,7 @@ graph, recorded at its first use: without it the GPU would wait for the host to 
 
 import torch
 
-from minigpt.attention import PackedBatch, attend, attend_cached, to_device
+from minigpt.attention import PackedBatch, attend, attend_cached, slot_layers, to_device
 
 ROUND = 128  # on a GPU a step reads a multiple of so many entries: one graph serves them all
 
@@ -66,10 +66,12 @@ def prefill(model, cache, rows, prompts, bank_masks=None, slots=None, position_o
     ids = torch.tensor([i for ids in prompts for i in ids], device=model.device)  # (N,)
     row = torch.tensor(rows).repeat_interleave(torch.tensor(lengths)).to(model.device)  # (N,)
 
+    layers = slot_layers(slots, model.config.n_layer)
+
     def attn_fn(i, qkv):
         _, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (N, n_head, head_dim)
         cache.write(i, row, packed.position, k, v)
-        return attend(qkv, model.config.n_head, packed, slots and slots.layer(i), model.attention)
+        return attend(qkv, model.config.n_head, packed, layers[i], model.attention)
 
     hidden = model.blocks(model.embed(ids, packed.position + position_offset), attn_fn)  # (N, n_embd)
     for r, n in zip(rows, lengths):
@@ -109,14 +111,14 @@ def decode_step(model, cache, slots, ids, position, cache_position, visible):
     B, Q = ids.shape
     T = visible.size(-1) - (0 if slots is None else slots.bank.numel())
     bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, -torch.inf)
-    row = torch.arange(B, device=ids.device).repeat_interleave(Q)
+    row, layers = torch.arange(B, device=ids.device).repeat_interleave(Q), slot_layers(slots, model.config.n_layer)
 
     def attn_fn(i, qkv):
         q, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (B * Q, n_head, head_dim)
         cache.write(i, row, cache_position.flatten(), k, v)
         key, value = cache.key[i, :B, :, :T], cache.value[i, :B, :, :T]
         q = q.unflatten(0, (B, Q)).transpose(1, 2)  # (B, n_head, Q, head_dim)
-        return attend_cached(q, key, value, bias, slots and slots.layer(i), model.attention).flatten(0, 1)
+        return attend_cached(q, key, value, bias, layers[i], model.attention).flatten(0, 1)
 
     hidden = model.blocks(model.embed(ids.flatten(), position.flatten()), attn_fn)  # (B * Q, n_embd)
     return model.logits(hidden).unflatten(0, (B, Q))

@@ -5,8 +5,9 @@
     one block:   x = x + attn(ln_1(x))            attn: c_attn -> attend to text and slots -> c_proj
                  x = x + mlp(ln_2(x))             mlp:  c_fc -> GELU -> c_proj
 
-Inside, a batch is a row of N tokens (see attention.py), so a tensor of activations is (N, n_embd).
-Modules and parameters have the names of the published checkpoints: h.0.attn.c_attn.weight and so on.
+Inside, a batch is one row of N tokens (attention.py), so activations are (N, n_embd). Modules and parameters have the
+names of the published checkpoints: h.0.attn.c_attn.weight and so on. GPT-2 was trained with the tanh approximation of
+GELU; the exact form would give other logits.
 """
 
 from functools import partial
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from minigpt import checkpoint
-from minigpt.attention import PackedBatch, attend
+from minigpt.attention import PackedBatch, attend, slot_layers
 from minigpt.config import ACTIVATIONS, GPTConfig
 from minigpt.errors import UserError
 
@@ -42,8 +43,7 @@ class Conv1D(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Row i of weight for id i. (nn.Embedding draws random weights first, and even on the meta device that takes
-    torch a second or two of imports.)"""
+    """Row i of weight for id i. (nn.Embedding draws random weights first: seconds of torch's imports.)"""
 
     def __init__(self, n, n_embd):
         super().__init__()
@@ -60,9 +60,12 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
+
+    def forward(self, x, attn_fn):
+        """attn_fn: what the tokens of x attend to: text and slots (attention.attend), or a cache (cache.py)."""
+        return self.c_proj(attn_fn(self.c_attn(x)))  # (N, C) -> (N, 3C) -> (N, C) -> (N, C)
 
 
 class MLP(nn.Module):
@@ -85,8 +88,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, attn_fn):
-        """x (N, C) -> (N, C). look: the attention of this layer, qkv (N, 3C) -> (N, C)."""
-        x = x + self.attn.c_proj(attn_fn(self.attn.c_attn(self.ln_1(x))))
+        x = x + self.attn(self.ln_1(x), attn_fn)  # (N, C)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -95,9 +97,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.attention = "auto"  # or "fused", "plain": see attention.attend
-        self.checkpoint_activations = (
-            False  # True: keep only each block's input and compute the rest again for backward
-        )
+        self.checkpoint_activations = False  # True: keep each block's input only, compute the rest again in backward
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -131,19 +131,18 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids.flatten(), packed)).view(B, T, -1)
 
     def hidden(self, ids, packed, slots=None, position_offset=0):
-        """ids (N,), packed as `layout` says -> the last layer's normed activations (N, n_embd).
+        """ids (N,), a PackedBatch of them -> the last layer's normed activations (N, n_embd).
 
-        slots: the banks that layout.opened speaks of. position_offset: the position of each
-        sentence's first token. Raises UserError for a sentence that is longer than the context."""
+        slots: Slots of the banks that packed.bank_mask opens. position_offset: the position of each sequence's first
+        token. Raises UserError for a sequence that is longer than the context."""
+        n_positions, limit = packed.longest + position_offset, self.config.n_positions
+        if n_positions > limit:
+            raise UserError(f"{n_positions} positions are more than this model's context of {limit}")
+        layers = slot_layers(slots, self.config.n_layer)
 
         def attn_fn(i, qkv):
-            return attend(qkv, self.config.n_head, packed, slots and slots.layer(i), self.attention)
+            return attend(qkv, self.config.n_head, packed, layers[i], self.attention)
 
-        if packed.longest + position_offset > self.config.n_positions:
-            limit = self.config.n_positions
-            raise UserError(
-                f"{packed.longest + position_offset} positions are more than this model's context of {limit}"
-            )
         return self.blocks(self.embed(ids, packed.position + position_offset), attn_fn)
 
     def embed(self, ids, position):
@@ -151,11 +150,11 @@ class GPT(nn.Module):
         return self.wte(ids) + self.wpe(position)
 
     def blocks(self, x, attn_fn):
-        """x (N, n_embd) through all blocks and the last norm. look(i, qkv) is the attention of layer i:
-        qkv (N, 3 * n_embd) -> (N, n_embd); decoding with a cache brings its own."""
+        """x (N, n_embd) through all blocks and the last norm. attn_fn(i, qkv): the attention of layer i,
+        (N, 3 * n_embd) -> (N, n_embd); decoding brings one that reads a cache."""
         for i, block in enumerate(self.h):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint_block(block, x, partial(attn_fn, i), use_reentrant=False)
+                x = checkpoint_block(block, x, partial(attn_fn, i), use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, partial(attn_fn, i))
         return self.ln_f(x)

@@ -2,16 +2,15 @@
 
     files -> rows.read_rows -> tokenizer -> <home>/tokens/<key>/ -> Corpus
 
-The key is a hash of all that decides what a cache holds: the files (path, size, time, head), the tokenizer and the
-options. Where any of them changes, another cache is made. One is written under another name and then renamed; whoever
-opens it reads it through once, and makes it anew where its hash is not the one written down.
+The key is a hash of all that decides what a cache holds: the files (path, size, time, first bytes), the tokenizer and
+the options. A cache is written under another name and then renamed. On opening, the sizes of its files are checked.
 
 The cache of R rows in C columns, whose cell number row * C + column is the text of that row in that column:
 
     tokens.bin    the ids of all cells, one after another: uint16, or int32 where there are more than 65,536 ids
     index.bin     (R * C + 1,) int64: where each cell begins in tokens.bin
-    <split>.bin   (n, 3) int32 for each of prefix.data.splits.SPLITS: its examples, see Corpus.examples
-    meta.json     the columns, what there is to report of the files, and the hashes of all that; written last
+    <split>.bin   (n, 3) int32 for each of splits.SPLITS: its examples, see Corpus.examples
+    meta.json     columns, what there is to report of the files, sizes and a checksum of the files above; written last
 
 The ids spell their texts exactly, so the texts themselves are not kept.
 """
@@ -35,93 +34,95 @@ from tqdm import tqdm
 
 from minigpt import checkpoint
 from minigpt.errors import UserError
-from minigpt.files import read_object
-from prefix.data.rows import Skipped, opened, read_rows, resolve_columns
+from prefix.data.rows import read_rows, resolve_columns
 from prefix.data.splits import SPLITS, split_of
+from prefix.data.tables import Skipped, open_bytes
 from prefix.distributed import log
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 FILES = ("tokens.bin", "index.bin", *(f"{split}.bin" for split in SPLITS))
 DAY = 24 * 60 * 60  # seconds
-LEFT_BEHIND, UNUSED = 1 * DAY, 30 * DAY  # the age at which the files of a killed build and a cache are removed
+EVICT = {".building-*": DAY, "[0-9a-f]" * 32: 30 * DAY}  # after which time a killed build, or a cache not opened, goes
 SHARE = 1 << 21  # rows among which repetitions are sought at a time
 
 
 def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
     """The Corpus of these files: from the cache if it was made before, else read, encoded and cached now.
 
-    limit: usable rows at most; nothing is read beyond them. max_tokens: of the longest pair, with its separator.
+    limit: usable rows at most; no row is read beyond them. max_tokens: of the longest pair, with its separator.
     home: by default the checkpoints' own. Raises UserError where the files cannot be read or hold no usable row."""
-    columns, stamps = resolve_columns(paths, columns), [_stamp(path) for path in paths]
-    folder, key = Path(home or checkpoint.home()) / "tokens", _key(stamps, columns, tokenizer, limit, max_tokens)
-    corpus = _whole(folder / key, tokenizer)
+    columns, sources = resolve_columns(paths, columns), [signature(path) for path in paths]
+    folder, key = Path(home or checkpoint.home()) / "tokens", _key(sources, columns, tokenizer, limit, max_tokens)
+    corpus = open_if_valid(folder / key, tokenizer)
     if corpus is not None:
-        with suppress(OSError):
-            os.utime(folder / key)  # for _tidy: it is in use
         return corpus
     folder = _writable(folder)
-    _tidy(folder)
+    evict_old(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
             built = Path(temporary) / "built"
             built.mkdir()
             report, line = _build(built, paths, columns, tokenizer, limit, max_tokens)
-            changed = [path for path, stamp in zip(paths, stamps) if not _still(path, stamp)]
+            changed = [path for path, source in zip(paths, sources) if not unchanged(path, source)]
             report += [f"{path} changed while it was read, up to line {line}: rows may be missing" for path in changed]
-            meta = {"columns": columns, "report": report, "digest": _digest(built, columns)}
-            meta["report_digest"] = _hash(report).hexdigest()
+            meta = {"columns": columns, "report": report, "sizes": _sizes(built), "checksum": _checksum(built, columns)}
             (built / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            _publish(built, folder / key, tokenizer)
+            commit(built, folder / key)
         return Corpus(folder / key, tokenizer)
     except OSError as error:
         fault = f"{folder}: the token cache cannot be written: {error.strerror}"
         raise UserError(f"{fault}; make room there, or let MINIGPT_HOME name another folder") from error
 
 
-def _stamp(path):
+def signature(path):
     """What tells one state of a file from another without reading it all."""
-    with opened(path) as file:
-        stat, head = os.fstat(file.fileno()), hashlib.sha256(file.read(1 << 16)).hexdigest()
-    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, head]
+    with open_bytes(path) as file:
+        stat, start = os.fstat(file.fileno()), hashlib.sha256(file.read(1 << 16)).hexdigest()
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, start]
 
 
-def _still(path, stamp):
-    """Is the file what it was?"""
+def unchanged(path, source):
+    """Does the file still have this signature?"""
     try:
-        return _stamp(path) == stamp
+        return signature(path) == source
     except UserError:  # it is gone
         return False
 
 
-def _key(stamps, columns, tokenizer, limit, max_tokens):
+def _key(sources, columns, tokenizer, limit, max_tokens):
     """A name for everything that decides what a cache holds."""
-    key = hashlib.sha256(json.dumps([CACHE_FORMAT, stamps, columns, limit, max_tokens]).encode())
+    key = hashlib.sha256(json.dumps([CACHE_FORMAT, sources, columns, limit, max_tokens]).encode())
     for rank, i in enumerate(tokenizer.ids):
         key.update(f"{i} {tokenizer.encoding.decode_single_token_bytes(rank)}\n".encode())
     return key.hexdigest()[:32]
 
 
-def _hash(value):
-    return hashlib.sha256(json.dumps(value).encode())
+def _sizes(directory):
+    return [(directory / name).stat().st_size for name in FILES]
 
 
-def _digest(directory, columns):
-    """A hash of all rows that a cache holds. Reads it through, a megabyte at a time."""
-    digest = _hash(columns)
+def _checksum(directory, columns):
+    """A hash of the columns and of all rows. Reads the files through, a megabyte at a time."""
+    checksum = hashlib.sha256(json.dumps(columns).encode())
     for name in FILES:
         with open(directory / name, "rb") as file:
             while part := file.read(1 << 20):
-                digest.update(part)
-    return digest.hexdigest()[:16]
+                checksum.update(part)
+    return checksum.hexdigest()[:16]
 
 
-def _whole(directory, tokenizer):
-    """The Corpus in `directory`, or None where there is none or it is damaged."""
+def open_if_valid(directory, tokenizer):
+    """The Corpus in a directory, or None where there is none. One that is damaged is removed."""
+    if not directory.is_dir():
+        return None
     try:
         corpus = Corpus(directory, tokenizer)
-        return corpus if _digest(directory, corpus.columns) == corpus.fingerprint() else None
     except (OSError, ValueError, KeyError, TypeError):
+        shutil.rmtree(directory, ignore_errors=True)
         return None
+    with suppress(OSError):
+        os.utime(directory)  # for evict_old: it is in use
+    return corpus
 
 
 def _writable(folder):
@@ -137,30 +138,23 @@ def _writable(folder):
         return Path(temporary)
 
 
-def _tidy(folder):
+def evict_old(folder):
     """Remove what killed builds left behind, and caches that were neither made nor opened for long."""
-    for pattern, age in ((".building-*", LEFT_BEHIND), ("[0-9a-f]" * 32, UNUSED)):
+    for pattern, age in EVICT.items():
         for directory in folder.glob(pattern):
-            with suppress(OSError):  # another process may be tidying too
+            with suppress(OSError):  # another process may be at it too
                 newest = max(path.stat().st_mtime for path in [directory, *directory.rglob("*")])
                 if time.time() - newest > age:
                     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _publish(built, directory, tokenizer):
-    """Rename a finished cache into its place. If there is a whole one, another process was first, and it is the same; a
-    damaged one makes room."""
-    for last in (False, True):
-        try:
-            built.rename(directory)
-            return
-        except OSError:
-            if _whole(directory, tokenizer) is not None:
-                return
-            if last:
-                raise
-        with suppress(OSError):  # another process may be mending it too
-            directory.rename(built.with_name("damaged"))  # to go with the temporary folder
+def commit(built, directory):
+    """Rename a finished cache into its place. The first of several processes wins: all built the same."""
+    try:
+        built.rename(directory)
+    except OSError:
+        if not directory.is_dir():
+            raise
 
 
 def _build(directory, paths, columns, tokenizer, limit, max_tokens):
@@ -223,12 +217,12 @@ class Corpus:
     are in the order of the files, numbered from 0 without those left out."""
 
     def __init__(self, directory, tokenizer):
-        """Raises OSError, ValueError, KeyError or TypeError where `directory` is not a cache."""
-        meta = read_object(directory / "meta.json")
-        self.columns, self.report = tuple(meta["columns"]), list(meta["report"])
-        self._digest, self._tokenizer = meta["digest"], tokenizer
-        if meta["report_digest"] != _hash(self.report).hexdigest():
-            raise ValueError(f"{directory}: the report is not the one that was written")
+        """Raises OSError, ValueError, KeyError or TypeError where `directory` holds no whole cache."""
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        self.columns, self.report = tuple(meta["columns"]), meta["report"]
+        self._checksum, self._tokenizer = meta["checksum"], tokenizer
+        if meta["sizes"] != _sizes(directory):
+            raise ValueError(f"{directory}: a file is not as long as it was written")
         dtypes = (_dtype(tokenizer), np.int64, *[np.int32] * len(SPLITS))
         self._tokens, self._index, *examples = (_mapped(directory / name, d) for name, d in zip(FILES, dtypes))
         self._examples = {split: part.reshape(-1, 3) for split, part in zip(SPLITS, examples)}
@@ -238,7 +232,7 @@ class Corpus:
 
     def fingerprint(self):
         """A short name for all rows that are in here: the same wherever the files lie, and whatever else is in them."""
-        return self._digest
+        return self._checksum
 
     def rows(self, split):
         """Yield the numbers of the rows of "train", "validation" or "test", in order."""

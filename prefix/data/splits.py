@@ -11,7 +11,7 @@ VALIDATION, TEST = 0.02, 0.04  # the share of all sentences
 
 
 def split_of(text):
-    """"train", "validation" or "test". Case, spacing and punctuation do not count: "Go." and "go!" go together."""
+    """ "train", "validation" or "test". Case, spacing and punctuation do not count: "Go." and "go!" go together."""
     key = "".join(filter(str.isalnum, text.casefold())) or text
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     share = int.from_bytes(digest, "big") / 2**64

@@ -1,25 +1,20 @@
-"""The token cache is what the files say, is made anew where anything changed, and tells once what it left out."""
+"""The token cache holds what the files say, is made anew where anything changed, and tells what it left out."""
 
 import json
 import os
 import random
-import subprocess
-import sys
 import time
-import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
+from test_tables import peak_of, skips
 
 from minigpt import Tokenizer, UserError
 from minigpt.tokenizer import END_OF_TEXT, byte_characters
 from prefix import distributed
 from prefix.data import corpus as data
-from prefix.data import rows as reading
+from prefix.data import tables
 from prefix.data.splits import split_of
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +37,6 @@ def load(tmp_path, tokenizer):
 
 def texts_of(corpus):
     return [tuple(corpus.text(row, c) for c in range(len(corpus.columns))) for row in range(len(corpus))]
-
-
-def skips(n, reason, line):
-    return [f"{n} row{'s' * (n != 1)} skipped: {reason} (first at line {line})"]
 
 
 # A corpus
@@ -91,14 +82,11 @@ def test_examples_are_all_directions_in_the_order_of_the_file(write, load):
 
 def test_rows_of_all_splits_are_all_rows_each_by_its_first_text(write, load):
     corpus = load([write("a.csv", TABLE)])
-    splits = {split: list(corpus.rows(split)) for split in ("train", "validation", "test")}
+    splits = {split: list(corpus.rows(split)) for split in data.SPLITS}
     assert sorted(sum(splits.values(), [])) == list(range(300)) and all(splits.values())
     assert all(split_of(corpus.text(row, 0)) == split for split, rows in splits.items() for row in rows)
-
-
-def test_an_empty_split_has_no_rows_and_no_examples(write, load):
-    corpus = load([write("a.csv", "en,fr\none,un\n")])
-    empty = next(split for split in ("train", "test") if split != split_of("one"))
+    corpus = load([write("b.csv", "en,fr\none,un\n")])
+    empty = next(split for split in data.SPLITS if split != split_of("one"))
     assert list(corpus.rows(empty)) == [] and corpus.examples(empty).shape == (0, 3)
 
 
@@ -135,17 +123,13 @@ def test_a_file_without_usable_rows_is_an_error_that_lists_the_reasons(write, lo
     assert list((tmp_path / "home" / "tokens").iterdir()) == []
 
 
-def test_a_limit_reads_no_further_than_it_needs(write, load, monkeypatch):
-    numbers, lines = [], reading._lines
-    monkeypatch.setattr(reading, "_lines", lambda path: (numbers.append(line[0]) or line for line in lines(path)))
-    corpus = load([write("a.csv", "en,fr\n" + "one,un\n,\n" * 5000)], limit=1500)
-    assert len(corpus) == 1500 and max(numbers) == 1 + 2 * 1500 - 1
-    assert corpus.report[:1] == ["1,499 rows skipped: empty side (first at line 3)"]
-
-
-def test_a_limit_counts_usable_rows(write, load):
-    corpus = load([write("a.csv", "en,fr\n123456789,x\none,un\n,\ntwo,deux\nthree,trois\n")], limit=2, max_tokens=9)
-    assert texts_of(corpus) == [("one", "un"), ("two", "deux")]
+def test_a_limit_counts_usable_rows_and_reads_no_further_than_it_needs(write, load, monkeypatch):
+    numbers, lines = [], tables.lines_of
+    monkeypatch.setattr(tables, "lines_of", lambda path: (numbers.append(line[0]) or line for line in lines(path)))
+    path = write("a.csv", "en,fr\n123456789,x\n" + "one,un\n,\n" * 5000)
+    corpus = load([path], ["en", "fr"], limit=1500, max_tokens=9)
+    assert texts_of(corpus) == [("one", "un")] * 1500 and max(numbers) == 2 + 2 * 1500 - 1
+    assert corpus.report[:2] == [*skips(1, "too long (over 9 tokens)", 2), *skips(1499, "empty side", 4)]
 
 
 @pytest.fixture
@@ -189,7 +173,7 @@ def test_every_fault_of_a_file_is_told_once_with_its_first_line_and_the_rest_is_
         assert corpus.report == [
             *skips(2, "wrong number of fields", 8),
             *skips(2, "empty side", 10),
-            *skips(1, "bad encoding", 12),
+            *skips(1, "not UTF-8", 12),
             *skips(1, "NUL byte", 13),
             *skips(2, "quotes do not match", 14),
             *skips(1, "field too long", 15),
@@ -251,16 +235,12 @@ def test_a_file_that_changed_while_it_was_read_is_read_anew_the_next_time(write,
 
 
 def test_memory_does_not_grow_with_the_file(write, load):
-    def peak_of(n):
-        path = write(f"{n}.csv", "en,fr\n" + f"{'x' * 100},{'y' * 100}\n" * n)
-        tracemalloc.start()
-        for corpus in (load([path]), load([path])):  # made, and read again
+    def made_and_read_again(n):
+        path = write(f"{n}.csv", "en,fr\n" + "".join(f"{i:0100},{i}\n" for i in range(n)))
+        for corpus in (load([path], ["en", "fr"]), load([path], ["en", "fr"])):
             assert len(corpus) == n and sum(len(corpus.examples(split)) for split in data.SPLITS) == 2 * n
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return peak
 
-    assert peak_of(3000) < peak_of(10) + 500_000
+    assert peak_of(lambda: made_and_read_again(3000)) < peak_of(lambda: made_and_read_again(10)) + 700_000
 
 
 def test_a_file_is_encoded_once(write, load, encoded):
@@ -282,48 +262,24 @@ def test_whatever_changes_the_result_makes_a_new_cache(write, load, encoded, tok
     assert load([path], tokenizer=swapped).ids(0, 0).tolist() != load([path]).ids(0, 0).tolist()
 
 
-def test_a_changed_file_is_encoded_anew(write, load):
-    path = write("a.csv", "en,fr\none,un\n")
-    load([path])
-    later = path.stat().st_mtime_ns + 1_000_000_000
-    path.write_text("en,fr\ntwo,le\n")
-    os.utime(path, ns=(later, later))
-    assert texts_of(load([path])) == [("two", "le")]
+DAMAGES = {
+    "gone": lambda path: path.unlink(),
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "empty": lambda path: os.truncate(path, 0),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b" ]"),
+}
 
 
-def damages():
-    for name in (*data.FILES, "meta.json"):
-        yield f"{name} is gone", lambda cache, name=name: (cache / name).unlink()
-        yield f"{name} is cut", lambda cache, name=name: os.truncate(cache / name, 1)
-        yield f"{name} is empty", lambda cache, name=name: os.truncate(cache / name, 0)
-        yield f"{name} has another byte", lambda cache, name=name: overwrite(cache / name)
-    for changes in ({"report": []}, {"report": ["2 rows skipped"]}, {"report": 2}, {"columns": 2}, {"columns": []}):
-        yield f"meta.json has {changes}", lambda cache, changes=changes: edit(cache / "meta.json", changes)
-    for content in ("null", "[]", "{}", "[" * 100_000):
-        name = f"meta.json is {content:.20}"
-        yield name, lambda cache, content=content: (cache / "meta.json").write_text(content)
-
-
-def edit(path, changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def overwrite(path):
-    """Change a byte in the middle of a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x55
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [d for _, d in damages()], ids=[name for name, _ in damages()])
-def test_a_damaged_cache_is_made_anew(write, load, tmp_path, damage):
+@pytest.mark.parametrize("name", [*data.FILES, "meta.json"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_cache_is_made_anew(write, load, tmp_path, encoded, name, damage):
     path = write("a.csv", TABLE + "empty,\n")
     before = load([path])
     texts, examples = texts_of(before), before.examples("train").tolist()
     (cache,) = (tmp_path / "home" / "tokens").iterdir()
-    damage(cache)
+    damage(cache / name)
     after = load([path])
-    assert (texts_of(after), after.examples("train").tolist()) == (texts, examples)
+    assert len(encoded) == 1200 and (texts_of(after), after.examples("train").tolist()) == (texts, examples)
     assert after.report == skips(1, "empty side", 302) and after.fingerprint() == before.fingerprint()
     assert list((tmp_path / "home" / "tokens").iterdir()) == [cache]
 
@@ -347,117 +303,51 @@ def test_a_full_disk_is_told(write, load, monkeypatch):
         load([write("a.csv", TABLE)])
 
 
-def test_a_second_builder_uses_the_cache_of_the_first(write, load, tmp_path, monkeypatch):
+def test_the_fingerprint_is_of_the_rows_and_nothing_else(write, load):
+    clean, dirty = load([write("a.csv", TABLE)]), load([write("b.csv", TABLE + "empty,\n")])
+    assert clean.report != dirty.report and clean.fingerprint() == dirty.fingerprint()
+    others = [load([write("c.csv", TABLE + "one,un\n")]), load([write("a.csv", TABLE)], ["fr", "en"])]
+    assert len({corpus.fingerprint() for corpus in [clean, *others]}) == 3
+
+
+def test_of_two_builders_the_first_wins_and_both_get_its_cache(write, load, tmp_path, monkeypatch):
     path, build = write("a.csv", TABLE), data._build
 
     def build_twice(*arguments):
         result = build(*arguments)
         monkeypatch.setattr(data, "_build", build)
-        load([path])  # another process, done before this one
+        assert len(load([path])) == 300  # another process, done before this one
+        (cache,) = (tmp_path / "home" / "tokens").glob("[0-9a-f]*")
+        (cache / "first").touch()
         return result
 
     monkeypatch.setattr(data, "_build", build_twice)
-    assert len(load([path])) == 300 and len(list((tmp_path / "home" / "tokens").iterdir())) == 1
-
-
-@pytest.mark.parametrize("when", ["_tidy", "_build"])
-def test_a_whole_cache_that_another_process_made_of_a_damaged_one_stays(write, load, tmp_path, monkeypatch, when):
-    path, step = write("a.csv", TABLE), getattr(data, when)
-    load([path])
+    assert len(load([path])) == 300
     (cache,) = (tmp_path / "home" / "tokens").iterdir()
-    overwrite(cache / "tokens.bin")
-
-    def mend_first(*arguments):
-        monkeypatch.setattr(data, when, step)
-        load([path])  # another process, after this one found the damage
-        (cache / "mended").touch()
-        return step(*arguments)
-
-    monkeypatch.setattr(data, when, mend_first)
-    corpus = load([path])
-    assert (cache / "mended").exists() and len(corpus) == 300
-    assert list((tmp_path / "home" / "tokens").iterdir()) == [cache]
-
-
-def test_what_there_is_to_report_is_no_part_of_the_fingerprint(write, load):
-    clean, dirty = load([write("a.csv", TABLE)]), load([write("b.csv", TABLE + "empty,\n")])
-    assert clean.report != dirty.report and clean.fingerprint() == dirty.fingerprint()
-
-
-BUILDER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from minigpt import Tokenizer
-from prefix import distributed
-from prefix.data import corpus as data
-
-build = data._build
-
-def build_and_wait(*arguments):
-    result = build(*arguments)
-    print("built", flush=True)
-    sys.stdin.readline()
-    return result
-
-data._build = build_and_wait
-corpus = data.load([sys.argv[2]], None, Tokenizer.from_pretrained("demo"), home=sys.argv[3])
-print(len(corpus), corpus.fingerprint(), corpus.text(299, 1), flush=True)
-"""
-
-
-def test_two_processes_may_build_a_cache_at_once_even_where_one_was_damaged(write, tmp_path):
-    path, home = write("a.csv", TABLE), tmp_path / "home"
-    demo = Tokenizer.from_pretrained("demo")
-    data.load([path], None, demo, home=home)
-    overwrite(next((home / "tokens").iterdir()) / "tokens.bin")
-    command = [sys.executable, "-c", BUILDER, str(ROOT), str(path), str(home)]
-    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.stdout.readline() for process in both] == ["built\n"] * 2
-    assert len(list((home / "tokens").glob(".building-*"))) == 2
-    for process in both:  # now neither has published, and both are about to
-        process.stdin.write("\n")
-        process.stdin.flush()
-    first, second = (process.communicate(timeout=60)[0] for process in both)
-    assert first == second and first.startswith("300 ") and first.endswith(" phrase 299\n")
-    assert len(list((home / "tokens").iterdir())) == 1
-    assert data.load([path], None, demo, home=home).fingerprint() in first
-
-
-def test_what_a_killed_build_left_behind_is_removed_when_it_is_a_day_old(write, load, tmp_path):
-    folder = tmp_path / "home" / "tokens"
-    old, fresh, at_work = (folder / f".building-{name}" for name in ("old", "fresh", "at-work"))
-    for directory in (old, fresh, at_work):
-        (directory / "built").mkdir(parents=True)
-        (directory / "built" / "tokens.bin").write_bytes(b"1234")
-    for path in (old / "built" / "tokens.bin", old / "built", old, at_work):  # one is old, but its file is written to
-        age(path, days=1.1)
-    load([write("a.csv", TABLE)])
-    assert not old.exists() and fresh.exists() and at_work.exists()
-
-
-def test_a_cache_that_nobody_opens_for_a_month_is_removed(write, load, tmp_path, encoded):
-    folder = tmp_path / "home" / "tokens"
-    unused, used = write("a.csv", TABLE), write("b.csv", TABLE)
-    for path in (unused, used):
-        load([path])
-    for path in [*folder.iterdir(), *folder.glob("*/*")]:
-        age(path, days=31)
-    (folder / "another-folder").mkdir()
-    age(folder / "another-folder", days=31)
-    load([used])
-    assert len(list(folder.iterdir())) == 3
-    load([write("c.csv", TABLE)])
-    assert len(list(folder.iterdir())) == 3 and (folder / "another-folder").exists()
-    encoded.clear()
-    load([used])
-    assert encoded == []
-    load([unused])
-    assert len(encoded) == 600
+    assert (cache / "first").exists()
 
 
 def age(path, days):
     then = time.time() - days * 24 * 60 * 60
     os.utime(path, (then, then))
+
+
+def test_what_a_killed_build_left_goes_after_a_day_and_a_cache_that_nobody_opens_after_a_month(write, load, tmp_path):
+    folder, (unused, used) = tmp_path / "home" / "tokens", (write("a.csv", TABLE), write("b.csv", TABLE))
+    for path in (unused, used):
+        load([path])
+    for name in (".building-old", ".building-fresh", ".building-at-work", "of-another-program"):
+        (folder / name / "built").mkdir(parents=True)
+        (folder / name / "built" / "tokens.bin").write_bytes(b"1234")
+    for path in [*folder.iterdir(), *folder.glob("*/*"), *folder.glob("*/*/*")]:
+        at_work = path.match("*at-work/built/tokens.bin")  # one is old, but its file is written to
+        age(path, days=0 if "fresh" in str(path) or at_work else 31)
+    load([used])
+    caches = set(folder.glob("[0-9a-f]*"))
+    load([write("c.csv", TABLE)])
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {".building-fresh", ".building-at-work", "of-another-program"} and ".building-old" not in names
+    assert len(caches) == 2 and len(caches & set(folder.iterdir())) == 1 and len(names) == 5
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -176,7 +176,7 @@ def test_a_file_may_lack_a_column_that_has_a_bank(three, evaluated):
         (["t.csv"], None, (["t.csv"], ["en", "fr"])),
         (["t.csv"], ["fr", "en"], (["t.csv"], ["en", "fr"])),
         (["t.csv"], ["fr", "de"], "t.csv: has no column 'de'"),
-        (["none.csv"], None, "none.csv: has no column 'en'"),
+        (["none.csv"], None, "none.csv: line 1 seems to hold texts"),
         (["a.txt", "b.txt"], None, "2 text files, but 3 columns"),
         (["x.de", "x.en"], ["fr"], "has no column 'fr'"),
     ],
