@@ -28,11 +28,11 @@ def parse_arguments():
     parser = cli.Parser(prog="train.py", description="Learn one bank of slots per language for a frozen GPT-2.")
     add_data_options(parser.add_argument_group("what is learned, from what").add_argument)
     add_training_options(parser.add_argument_group("how it is learned").add_argument)
-    machine = parser.add_argument_group("the machine")
+    add = parser.add_argument_group("memory").add_argument
     text = "tokens in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)"
-    machine.add_argument("--micro-batch-tokens", type=int_at_least(1), metavar="N", help=text)
-    machine.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
-    cli.add_machine_options(machine)
+    add("--micro-batch-tokens", type=int_at_least(1), metavar="N", help=text)
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
+    cli.add_machine_options(parser)
     args = parser.parse_args()
     if args.train_banks and args.reparam:
         parser.error("--train-banks does not go with --reparam, whose network moves all banks")

@@ -147,10 +147,10 @@ def read_config(out):
     if not path.is_file():
         raise UserError(f"{out}: no run to go on with: {path} is not there (python -m prefix.run lists the runs)")
     config = read_object(path)
-    settings = config["settings"] if isinstance(config.get("settings"), dict) else {}
-    wrong = config.keys() ^ set(FIELDS) or settings.keys() ^ Settings.__dataclass_fields__.keys()
-    if wrong:
-        raise UserError(f"{path}: not the config of a run of this version: {min(wrong)!r} is missing, or unknown")
+    for part, fields in ((config, FIELDS), (config.get("settings", {}), Settings.__dataclass_fields__)):
+        for name in sorted(part.keys() ^ set(fields)):
+            what = "unknown" if name in part else "missing"
+            raise UserError(f"{path}: not the config of a run of this version: {name} is {what}")
     return config
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from minigpt.errors import UserError
 from minigpt.loss import nll_sum
+from minigpt.memory import out_of_memory
 from prefix import distributed, state
 from prefix.batches import Batches
 from prefix.prefix_file import base_of
@@ -276,9 +277,3 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def out_of_memory(error):
-    """torch has a class of its own for a full GPU, but only words for a full main memory and in CUDA's libraries."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)

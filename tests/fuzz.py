@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -32,11 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
 from minigpt.tokenizer import END_OF_TEXT, byte_characters
 from prefix import Banks, peft
-from prefix.data import corpus as data
 from prefix.data.rows import Skipped, read_rows
 from prefix.init import random_banks
-from prefix.run import FREE, MACHINE, resume_config
-from prefix.trainer import Settings, Trainer
 
 SECONDS, MEMORY = 5, 1 << 29
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None  # in memory: some disks take their time over each new content
@@ -194,34 +190,6 @@ def adapter(folder):
     return [peft.CONFIG, peft.WEIGHTS], lambda: peft.import_bank(folder, "en", model).logits(model, IDS, open=["en"])
 
 
-def state(folder):
-    tokenizer = vocabulary(folder)[1]()
-    (folder / "x.csv").write_text("en,fr\n" + "".join(f"a{i},b{i}\n" for i in range(99)))
-    corpus = data.load([folder / "x.csv"], None, tokenizer, max_tokens=12, home=folder)
-    settings = Settings(steps=9, lr=0.1, batch_size=2)
-    trainer = Trainer(tiny(), tokenizer, random_banks(CONFIG, ["en", "fr"], 3), corpus, settings, folder)
-    (folder / "last").mkdir()
-    trainer.log(trainer.optimizer_step())
-    trainer.save()
-
-    def read():
-        trainer.resume()
-        for p in trainer.trained:
-            p.grad = torch.ones_like(p)
-        trainer.optimizer.step()
-
-    return ["last/state.safetensors", "metrics.jsonl"], read
-
-
-def run(folder):
-    machine = dict.fromkeys(["device", "dtype", "attention"], "auto") | {"micro_batch_tokens": None}
-    sound = dict(model="demo", data=["demo"], columns=["en", "fr"], limit=None, max_tokens=384, init="text")
-    sound |= dict(prefix_len=10, position_offset=0, settings=vars(Settings(steps=3, lr=0.1)), machine=machine)
-    (folder / "config.json").write_text(json.dumps(sound))
-    options = dict.fromkeys([*FREE, *MACHINE])
-    return ["config.json"], lambda: resume_config(SimpleNamespace(resume=folder, **options))
-
-
 def rows(**files):
     def target(folder):
         paths = [folder / name.replace("_", ".") for name in files]
@@ -236,7 +204,7 @@ TABLE = 'en,fr,n\nGood day.,Bonjour.,1\n"a ""b"", c","d\ne",2\nx,y\n,z,4\nlast,"
 OBJECTS = "".join(f'{{"en": "a {i}", "fr": "é\\n{i}", "n": [{i}, null]}}\n' for i in range(5))
 TARGETS = {
     **dict(config=config, vocabulary=vocabulary, weights=weights, shards=shards),
-    **dict(prefix=prefix, adapter=adapter, state=state, run=run),
+    **dict(prefix=prefix, adapter=adapter),
     **dict(csv=rows(x_csv=TABLE), tsv=rows(x_tsv=TABLE.replace(",", "\t")), jsonl=rows(x_jsonl=OBJECTS)),
     **dict(text=rows(x_en="a\nb b\n\nd\n", x_fr="é\nf\ng\n\n")),
 }

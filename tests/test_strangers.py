@@ -203,18 +203,3 @@ def test_metadata_that_lies_is_an_error(refusal, name, value):
         metadata[name] = value
 
     assert refusal(change)
-
-
-# The state of a run
-
-
-@pytest.mark.parametrize("name", ["adam.0.step", "adam.3.exp_avg_sq"])
-def test_a_state_that_adamw_cannot_have_been_in_is_an_error(tmp_path, name):
-    (path, _), resume = fuzz.state(tmp_path)
-    resume()
-    with safe_open(tmp_path / path, framework="pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-    tensors[name] -= 1e6
-    save_file(tensors, tmp_path / path, metadata)
-    with pytest.raises(UserError, match="state.safetensors: cannot resume from it: AdamW's count of steps or mean of"):
-        resume()

@@ -64,7 +64,9 @@ def test_an_absurd_size_is_one_line_before_work_is_spent(config_of, option):
 
 
 def test_pairs_name_the_directions_and_without_columns_the_banks(config_of, tmp_path):
-    table = write_table(tmp_path / "t.csv", [("review", "label", "article", "summary"), ["a fine film", "good", "a long text", "short"]])
+    table = write_table(
+        tmp_path / "t.csv", [("review", "label", "article", "summary"), ["a fine film", "good", "a long text", "short"]]
+    )
     config = config_of("--data", table, "--pairs", "review:label", "article:summary")
     assert config["columns"] == ["review", "label", "article", "summary"]
     assert config["pairs"] == ["review:label", "article:summary"]
@@ -98,12 +100,18 @@ def test_a_run_that_is_not_there_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"alien": 1}, {"columns": None}, {"settings": {"steps": 3}}, {"settings": 3}], ids=str
+    "change, fault",
+    [
+        (lambda config: config | {"alien": 1}, "alien is unknown"),
+        (lambda config: {name: value for name, value in config.items() if name != "columns"}, "columns is missing"),
+        (lambda config: config | {"settings": {"steps": 3}}, "batch_size is missing"),
+        (lambda config: config | {"settings": config["settings"] | {"slot_dropout": 0}}, "slot_dropout is unknown"),
+    ],
+    ids=["a field too many", "one too few", "too few settings", "a setting of an earlier version"],
 )
-def test_a_config_with_a_missing_or_foreign_field_is_one_line_that_names_it(config_of, tmp_path, change):
-    config = {name: value for name, value in (config_of() | change).items() if value is not None or name != "columns"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="config.json: not the config of a run of this version: '"):
+def test_a_config_with_a_missing_or_foreign_field_is_one_line_that_names_it(config_of, tmp_path, change, fault):
+    (tmp_path / "config.json").write_text(json.dumps(change(config_of())))
+    with pytest.raises(UserError, match=f"config.json: not the config of a run of this version: {fault}"):
         runs.read_config(tmp_path)
 
 
