@@ -34,8 +34,8 @@ def parse_arguments():
     add("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
     cli.add_machine_options(parser)
     args = parser.parse_args()
-    if args.train_banks and args.reparam:
-        parser.error("--train-banks does not go with --reparam, whose network moves all banks")
+    if args.reparam and (args.train_banks or args.from_prefix):
+        parser.error("--reparam moves all banks from a start of its own: not with --from-prefix or --train-banks")
     if args.resume:
         given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
         fixed = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", *run.FREE, *run.MACHINE)]

@@ -7,13 +7,16 @@ An example is a pair in one direction: (row, source column, target column) of th
 together. The examples of step s follow from the seed and s alone, so a run can go on exactly after any step.
 """
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from minigpt.errors import UserError
+from minigpt.memory import out_of_memory
 from prefix import distributed
 from prefix.data.corpus import sample_rows
 from prefix.sequences import n_tokens, pack_pairs, separator
@@ -43,6 +46,7 @@ class Batches:
         self.train = only(corpus.examples("train"), directions)
         self.validation = sample_rows(only(corpus.examples("validation"), directions), VALIDATION_EXAMPLES)
         self.micro_batch_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
+        self.fitting_tokens = None  # of a micro-batch, since memory last ran out
         self.epoch = self.order = None  # the current epoch and its order
         if not len(self.train):
             raise UserError(f"none of the {len(corpus)} usable pairs falls into the training split: give more data")
@@ -80,6 +84,35 @@ class Batches:
         if batch.micro_batch_tokens == self.micro_batch_tokens:
             return batch.micro_batches
         return self.pack(batch.examples, self.micro_batch_tokens)
+
+    def fitting(self, batch, work, where):
+        """work(the micro-batches of a Batch) -> what it returns. If memory runs out, once more with micro-batches of half
+        the size, until they fit. Raises UserError where one example alone does not."""
+        too_many = None  # tokens
+
+        def tried(micro_batches):
+            for micro_batch in micro_batches:
+                sizes.append((len(micro_batch.ids), len(micro_batch.packed.lengths)))
+                yield micro_batch
+
+        while True:
+            sizes = []  # (tokens, sentences)
+            try:
+                result = work(tried(self.micro_batches(batch)))
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not (sizes and out_of_memory(error)):
+                    raise
+            largest = max(sizes)[0]  # from here on the activations that the error held on to are free again
+            if sizes[-1][1] == 1:
+                even = f"out of memory, even with one pair of {largest:,} tokens at a time"
+                raise UserError(f"{where}: {even}: set --checkpoint-activations, or lower --max-tokens")
+            too_many = too_many or largest
+            self.micro_batch_tokens = self.fitting_tokens = min(largest, self.micro_batch_tokens) // 2
+        if too_many:
+            say = f"out of memory with micro-batches of {too_many:,} tokens; {self.micro_batch_tokens:,} fit"
+            tqdm.write(f"{where}: {say}", file=sys.stderr)
+        return result
 
     def pack(self, examples, tokens):
         """Yield TrainingBatches of at most so many tokens (a longer example stays alone). examples: by length."""

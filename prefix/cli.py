@@ -10,12 +10,12 @@ import torch
 
 from minigpt import GPT, Tokenizer, UserError
 from minigpt.errors import visible
+from minigpt.memory import out_of_memory
 from minigpt.quantize import prepack, quantize
 from prefix import prefix_file
 from prefix.banks import Banks
 from prefix.distributed import log
 from prefix.run import CHOICES, DEMO_PREFIX, DTYPES, RUNS
-from prefix.trainer import out_of_memory
 
 
 class Parser(argparse.ArgumentParser):

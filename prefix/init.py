@@ -36,7 +36,8 @@ def initial_banks(config, model, tokenizer, corpus):
     if config.get("from_prefix"):
         there = Banks.load(config["from_prefix"], model)
         if there.position_offset != config["position_offset"]:
-            raise UserError(f"{config['from_prefix']}: its text starts at position {there.position_offset}")
+            starts = f"position {there.position_offset}, in this run at {config['position_offset']}"
+            raise UserError(f"{config['from_prefix']}: its text starts at {starts} (--position-offset)")
         trained = dict(zip(there.names, there.pairs()))
         banks = Banks({name: trained.get(name, new) for name, new in zip(names, banks.pairs())})
     return (Reparametrised(banks, seed) if config.get("reparam") else banks).to(model.device)

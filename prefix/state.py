@@ -31,7 +31,7 @@ class Progress:
     skipped_in_a_row: int = 0
     best: float = math.inf  # the lowest validation loss
     base_loss: float | None = None  # the validation loss of the base without slots, once it is known
-    micro_batch_limit: int | None = None  # tokens, since memory last ran out
+    fitting_tokens: int | None = None  # of a micro-batch, since memory last ran out
     scaler: dict = field(default_factory=dict)  # of torch.amp.GradScaler, in float16
 
 

