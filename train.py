@@ -19,6 +19,7 @@ from prefix.cli import float_range, int_at_least
 from prefix.data import corpus as data
 from prefix.distributed import log
 from prefix.dry_run import dry_run
+from prefix.evaluation.pictures import draw_loss
 from prefix.init import INITS, initial_banks
 from prefix.state import METRICS
 from prefix.trainer import SECONDS, Settings, Trainer
@@ -151,8 +152,6 @@ def train(trainer):
             raise
         raise UserError(f"{error}; {to_go_on(trainer.out)}") from error
     if distributed.rank() == 0:
-        from prefix.evaluation.report import draw_loss  # here, because it takes a while to import
-
         draw_loss(trainer.out)
     return finished
 

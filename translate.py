@@ -16,7 +16,7 @@ from minigpt.generate import Sampler
 from prefix import cli, distributed
 from prefix.cli import float_range, int_at_least
 from prefix.distributed import log, printable
-from prefix.translation import translate
+from prefix.translation import Decoding, translate
 
 LINES_AT_A_TIME = 32  # batches of standard input, at most, that are read before the first of them is answered
 
@@ -74,22 +74,17 @@ def main():
     with progress(args.text) as bar:
         while chunk := distributed.broadcast(next(chunks, None) if first else None):
             output = Output()
-            results = translate(
-                model,
-                tokenizer,
-                banks,
-                chunk,
-                source,
-                target,
+            decoding = Decoding(
                 max_new=args.max_new_tokens,
-                batch_size=args.batch_size,
                 sampler=Sampler(args.temperature, args.top_k, args.top_p, args.seed),
                 beams=args.beam,
                 length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
-                first=done,
+                batch_size=args.batch_size,
                 choices=args.choices,
-                on_text=output.grow if first and sys.stdout.isatty() and len(chunk) == 1 else None,
+                first=done,
             )
+            grow = output.grow if first and sys.stdout.isatty() and len(chunk) == 1 else None
+            results = translate(model, tokenizer, banks, chunk, source, target, decoding, grow)
             for line, result in enumerate(results, done + 1):
                 if first:
                     output.line(result.text)

@@ -1,7 +1,7 @@
 """A GPT-2 written by hand, with places for learned key/value slots in its attention blocks."""
 
 from minigpt.config import GPTConfig
-from minigpt.errors import UserError
+from minigpt.files import UserError
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 

@@ -19,7 +19,7 @@ diagonal to the top left, so with slots in front, more keys than queries, it wou
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -87,7 +87,7 @@ class Slots:
     bank: torch.Tensor
 
     def to(self, dtype):
-        return Slots(self.key.to(dtype), self.value.to(dtype), self.bank)
+        return replace(self, key=self.key.to(dtype), value=self.value.to(dtype))
 
     def layers(self):
         """The Slots of each layer, as a list. By unbind, whose backward is one stack: key[i] would add n_layer zeros."""
@@ -112,7 +112,9 @@ def attend(qkv, n_head, packed, slots=None, backend="auto"):
     if backend == "plain":
         return reference_attention(qkv, n_head, packed, slots)
     if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= KERNELS_FROM:
-        from minigpt import kernels  # here, because only CUDA builds of torch bring triton
+        from minigpt import (
+            kernels,  # here, because only CUDA builds of torch bring triton
+        )
 
         with torch.cuda.device(qkv.device):  # Triton launches on the current one
             return kernels.triton_attention(qkv, n_head, packed, slots)
@@ -171,7 +173,10 @@ def attend_cached(q, key, value, bias, slots=None, backend="auto"):
     q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
     bias (B, Q, S + T): 0 for the slots and then the cached keys that a query sees, -inf for others
     -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each row."""
-    slots = None if slots is None else slots.to(q.dtype)
+    if slots is None:  # this layer sees none, whatever the others do
+        bias = bias[..., bias.size(-1) - key.size(2) :]
+    else:
+        slots = slots.to(q.dtype)
     out = (flash_cached if q.device.type == "cpu" and backend != "plain" else reference_cached)(q, key, value, bias, slots)
     return out.transpose(1, 2).flatten(2)  # (B, Q, n_embd)
 

@@ -7,7 +7,9 @@ memory, on its device and in its dtype; there is never a second copy of the mode
 import hashlib
 import itertools
 import json
+import logging
 import os
+import re
 import shlex
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,33 +18,53 @@ import torch
 from safetensors.torch import save_file
 
 from minigpt.config import PUBLISHED
-from minigpt.errors import UserError
-from minigpt.files import FLOATS, open_tensors, read_object, replacing
+from minigpt.files import (
+    FLOATS,
+    UserError,
+    escape_control,
+    open_tensors,
+    read_object,
+    reading,
+    replacing,
+)
 
 DEMO = Path(__file__).parent / "demo"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "vocab.json", "merges.txt"]
-HEAD = "lm_head.weight"
+WEIGHTS, INDEX, PICKLES = "model.safetensors", "model.safetensors.index.json", "pytorch_model*.bin"
+TOKENIZER = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
+FILES = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", *TOKENIZER, "special_tokens_map.json"]
+HEAD, EMBEDDING = TIED = "lm_head.weight", "wte.weight"  # one matrix, used twice
+OWN = re.compile(r"(transformer|h|wte|wpe|ln_f|lm_head)\.")  # other names are heads of other tasks
+MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # buffers of the causal mask, which some checkpoints hold
+CONVERT = (
+    "import glob, torch, safetensors.torch as s; "
+    f"w = {{n: t.contiguous().clone() for f in glob.glob('{PICKLES}') "
+    "for n, t in torch.load(f, weights_only=True).items()}; "
+    f"s.save_file(w, '{WEIGHTS}', {{'format': 'pt'}})"
+)
 
 
 def find(name):
-    """The directory of the checkpoint `name`: a directory, "demo", or a published name, which is sought in
+    """The directory of the checkpoint `name`: a directory, "demo", or a published name, which is looked for in
     $MINIGPT_HOME, then through huggingface_hub (its cache, else its download). Raises UserError with what to do."""
     if name == "demo":
         return DEMO
     if os.path.isdir(name):
         return Path(name)
-    if name not in PUBLISHED:
+    if (known := published(name)) is None:
         raise UserError(f"--model {name}: no such directory, and not one of demo, {', '.join(PUBLISHED)}")
-    directory = on_disk(name) or _from_hub(name, download=True)
+    directory = on_disk(known) or _from_hub(known, download=True)
     if directory is None:
-        raise UserError(f"{name} is not on this machine. To fetch it: {_command(name)}")
+        raise UserError(f"{known} is not on this machine. To fetch it: {_command(known)}")
     return directory
 
 
+def published(name):
+    """The name in PUBLISHED that `name` means ("openai-community/gpt2" is "gpt2"), or None."""
+    return next((known for known in PUBLISHED if str(name) in (known, repository(known))), None)
+
+
 def default(tell):
-    """The model to use when none is named: gpt2-xl where it already lies on disk, else the demo; `tell` gets a line
-    that says so."""
+    """The model to use if none is named: gpt2-xl if it is on disk, else the demo; `tell` gets a line that says so."""
     if on_disk("gpt2-xl"):
         return "gpt2-xl"
     fetch = f"gpt2-xl is not on this machine; to fetch it: {_command('gpt2-xl')}"
@@ -60,7 +82,7 @@ def on_disk(name):
 
 
 def _has_weights(directory):
-    """Not so where a download was cut short, or where only the tokenizer was ever asked for."""
+    """False after a download that was cut short, or if only the tokenizer was ever asked for."""
     return (directory / "config.json").exists() and any((directory / file).exists() for file in (WEIGHTS, INDEX))
 
 
@@ -109,9 +131,10 @@ def check_size(config, directory):
 @torch.no_grad()
 def load_weights(model, directory, device, dtype):
     """Fill `model` (its parameters may be on the meta device) from `directory`. Every tensor is checked: missing,
-    unexpected, of another shape or type, not finite are UserErrors that name it. Sets model.fingerprint."""
+    unexpected, of another shape or type, not finite are UserErrors that name it. Tensors of other tasks' heads are
+    passed over, and a warning names them. Sets model.fingerprint."""
     with _opened(directory) as files:
-        sources = _match(files, dict(model.named_parameters()))
+        sources = _match(files, dict(model.named_parameters()), Path(directory))
         for module in model.modules():  # not by to_empty, for which torch imports a second's worth of sympy
             for name, p in module.named_parameters(recurse=False):
                 setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
@@ -158,38 +181,41 @@ def _weight_files(directory):
     """The safetensors files of a checkpoint: one, or the shards that the index names."""
     if (directory / WEIGHTS).exists():
         return [directory / WEIGHTS]
-    if not (directory / INDEX).exists():
+    if not (index := directory / INDEX).exists():
+        if pickles := sorted(directory.glob(PICKLES)):
+            command = f'cd {shlex.quote(str(directory.absolute()))} && python -c "{CONVERT}"'
+            raise UserError(f"{pickles[0]} is a pickle, which could run code: it is not read. To convert it: {command}")
         raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
-    weight_map = read_object(directory / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{directory / INDEX}: expected a JSON object with a weight_map of tensor: file")
-    shards = sorted(set(map(str, weight_map.values())))
-    if not shards:
-        raise UserError(f"{directory / INDEX}: its weight_map names no file")
-    for shard in shards:
-        if Path(shard).name != shard or not os.path.isfile(directory / shard):
-            raise UserError(f"{directory / INDEX}: names the file {shard!r}, which is not beside it")
-    return [directory / shard for shard in shards]
+    content = read_object(index)
+    with reading(index, "an index of shards"):
+        shards = sorted(set(content["weight_map"].values()))
+        if not all(Path(shard).name == shard and os.path.isfile(directory / shard) for shard in shards or [""]):
+            raise ValueError(f"it names {shards!r:.200}, not all of them files beside it")
+        return [directory / shard for shard in shards]
 
 
-def _match(files, wanted):
+def _match(files, wanted, directory):
     """{name in the model: (path, name in that file)}, one tensor for every parameter. Reads no more than the headers
-    and, where there is one, the head."""
-    sources = {}
+    and the head, if there is one."""
+    sources, passed_over = {}, []
     for path, file in files.items():
         for stored in file.keys():
-            name = stored.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # buffers of the causal mask, which some checkpoints carry
-            _check_tensor(path, stored, file.get_slice(stored), wanted.get("wte.weight" if name == HEAD else name))
-            if name in sources:
-                raise UserError(f"{path}: tensor {stored} is there twice, also as {sources[name][1]}")
-            sources[name] = path, stored
-    _tie(sources, files)
-    missing = sorted(set(wanted) - set(sources))
-    if missing:
-        where = next(iter(files)) if len(files) == 1 else next(iter(files)).with_name(INDEX)
-        raise UserError(f"{where}: {len(missing)} of {len(wanted)} tensors missing, the first {missing[0]}")
+            # torch.compile and DataParallel put names of their own in front.
+            name = stored.replace("_orig_mod.", "").removeprefix("module.").removeprefix("transformer.")
+            if not OWN.match(name):
+                passed_over.append(stored)
+            elif not MASK.fullmatch(name):
+                _check_tensor(path, stored, file.get_slice(stored), wanted.get(EMBEDDING if name == HEAD else name))
+                if name in sources:
+                    raise UserError(f"{path}: tensor {stored} is there twice, also as {sources[name][1]}")
+                sources[name] = path, stored
+    _tie(sources, files, directory)
+    if missing := sorted(set(wanted) - set(sources)):
+        where = WEIGHTS if len(files) == 1 else INDEX
+        raise UserError(f"{directory / where}: {len(missing)} of {len(wanted)} tensors missing, the first {missing[0]}")
+    if passed_over:
+        names = escape_control(", ".join(passed_over[:5])) + ", ..." * (len(passed_over) > 5)
+        logging.getLogger(__name__).warning("%s: passed over, no part of the language model: %s", directory, names)
     return sources
 
 
@@ -203,12 +229,14 @@ def _check_tensor(path, stored, info, parameter):
         raise UserError(f"{path}: tensor {stored} has shape {shape}, config.json says {expected}")
 
 
-def _tie(sources, files):
+def _tie(sources, files, directory):
     """The head must be the token embedding: a checkpoint that trained them apart is another model."""
+    if not read_object(directory / "config.json").get("tie_word_embeddings", True) and not set(TIED) <= set(sources):
+        raise UserError(f"{directory}: tie_word_embeddings is False, but it holds only one of {', '.join(TIED)}")
     if HEAD not in sources:
         return
     path, stored = sources.pop(HEAD)
-    other_path, other = sources.setdefault("wte.weight", (path, stored))  # some keep only one of the two names
+    other_path, other = sources.setdefault(EMBEDDING, (path, stored))  # some keep only one of the two names
     head, wte = files[path].get_tensor(stored), files[other_path].get_tensor(other)
     if not torch.equal(head.float(), wte.float()):
         check_finite(path, stored, head)
@@ -220,11 +248,9 @@ def save(model, directory, dtype=torch.float32):
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
+    last = model.config.vocab_size - 1  # the end-of-text token, by GPT-2's custom
+    config = model.config.to_dict() | {"bos_token_id": last, "eos_token_id": last}
     with replacing(directory / WEIGHTS) as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})
     with replacing(directory / "config.json") as temporary:
-        end = {
-            "bos_token_id": model.config.vocab_size - 1,
-            "eos_token_id": model.config.vocab_size - 1,
-        }  # GPT-2's custom
-        temporary.write_text(json.dumps(model.config.to_dict() | end, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,15 +1,14 @@
 """The shape of a GPT-2: read from a checkpoint's config.json, or one of the published ones.
 
-Only what changes the mathematics is kept. Settings that this model does not implement are refused, so
-that a checkpoint either gives the logits it was trained to give or does not load at all.
+Only what changes the function is kept. A setting that changes it and is not implemented is refused by name, so a
+checkpoint either gives the logits that transformers gives or does not load. All other settings are passed over.
 """
 
 from dataclasses import asdict, dataclass
 
-from minigpt.errors import UserError
-from minigpt.files import read_object
+from minigpt.files import UserError, read_object
 
-# Every name that transformers writes for the tanh approximation, the exact form, and the rest we have.
+# Every name that transformers has for the tanh approximation, the exact form, and the rest.
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -19,17 +18,23 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-
-# Settings of transformers' GPT2Config that would change the function, with the one value we implement.
-ONLY = {
-    "model_type": "gpt2",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
+# transformers' other names of the same settings.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
 }
-
-
+# Settings that would change the function, with the values that do not. auto_map brings code of its own.
+ONLY = {
+    "model_type": ["gpt2"],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False],
+    "quantization_config": [None],
+    "pruned_heads": [None, {}],
+    "auto_map": [None, {}],
+}
 MAX_SIZE = 2**31 - 1  # of any one dimension
 
 
@@ -47,10 +52,11 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            _check_positive(name, getattr(self, name))
-        if self.n_inner is not None:
-            _check_positive("n_inner", self.n_inner)
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "mlp_dim"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value <= MAX_SIZE:
+                name = name.replace("mlp_dim", "n_inner")
+                raise UserError(f"{name} must be a whole number from 1 to {MAX_SIZE:,}, not {value!r}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if str(self.activation_function) not in ACTIVATIONS:
@@ -65,26 +71,30 @@ class GPTConfig:
 
     @property
     def mlp_dim(self):
-        return self.n_inner or 4 * self.n_embd
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
     @property
     def n_params(self):
-        """How many numbers the model has: what config.json promises, to be held against the weights."""
+        """The number of parameters."""
         C, M = self.n_embd, self.mlp_dim
         block = (2 * C) + (3 * C * C + 3 * C) + (C * C + C) + (2 * C) + (C * M + M) + (M * C + C)
         return (self.vocab_size + self.n_positions) * C + self.n_layer * block + 2 * C
 
     @classmethod
     def from_dict(cls, settings):
-        """The config in a checkpoint's config.json, given as a dict. Raises UserError on what we do not implement."""
-        for name, value in ONLY.items():
-            if settings.get(name, value) != value:
-                raise UserError(f"{name} = {settings[name]!r} is not implemented: only {value!r} is")
-        return cls(**{name: settings[name] for name in cls.__dataclass_fields__ if name in settings})
+        """The content of a config.json, by GPT-2's names or transformers' -> GPTConfig. Raises UserError."""
+        for name, values in ONLY.items():
+            if name in settings and settings[name] not in values:
+                raise UserError(f"{name} = {settings[name]!r} is not implemented: only {values[0]!r} is")
+        sizes = {name: settings[name] for name in cls.__dataclass_fields__ if name in settings}
+        for alias, name in ALIASES.items():
+            if alias in settings and sizes.setdefault(name, settings[alias]) != settings[alias]:
+                raise UserError(f"{name} is {sizes[name]!r} but {alias}, its other name, is {settings[alias]!r}")
+        return cls(**sizes)
 
     @classmethod
     def from_file(cls, path):
-        """Read config.json. Raises UserError naming the file when it is not a GPT-2's."""
+        """Read config.json. Raises UserError naming the file if it is not a GPT-2's."""
         settings = read_object(path)
         try:
             return cls.from_dict(settings)
@@ -93,11 +103,6 @@ class GPTConfig:
 
     def to_dict(self):
         return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **asdict(self)}
-
-
-def _check_positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_SIZE:
-        raise UserError(f"{name} must be a whole number from 1 to {MAX_SIZE:,}, not {value!r}")
 
 
 PUBLISHED = {

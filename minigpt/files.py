@@ -1,20 +1,17 @@
-"""Files that are written whole or not at all, and files from strangers: read only as far as they keep to their format.
+"""Files that are written whole or not at all, and the door for files from strangers.
 
-A safetensors file is a length (8 bytes), a JSON header of that length with the shape, type and place of every tensor,
-and the tensors. The library checks that they lie one after another and fill the file; nothing in it is code.
+A foreign file is read by the one function of its kind: read_text, read_object (JSON), open_tensors (safetensors).
+Whatever goes wrong there becomes one UserError that names the file, what was expected and what it seems to be.
 """
 
 import json
 import os
-import stat
-import sys
-import tempfile
+import re
+import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-
-from minigpt.errors import UserError
 
 try:
     import fcntl
@@ -22,71 +19,114 @@ except ImportError:  # Windows
     fcntl = None
 
 TEMPORARY = ".tmp"  # the end of the names of files that are being written
-MAX_TEXT = 1 << 24  # bytes of a JSON file, a merge list or a safetensors header: sixteen times gpt2's vocabulary
+MAX_TEXT = 1 << 26  # bytes of a JSON file or a list of merges: about twenty times gpt2's tokenizer.json
 FLOATS = ("F32", "F16", "BF16")  # as safetensors calls them
-NOT_WEIGHTS = {
+SEEMS = {
     b"version https://git-lfs": "a git LFS pointer in place of the file: fetch it with `git lfs pull`",
     b"<": "a web page in place of the file: download it again",
     b"PK": "a zip or a pickle of torch.save, which could run code: only safetensors are read",
     b"\x80": "a pickle, which could run code: only safetensors are read",
 }
+# What moves the cursor, colours a screen, breaks a line or turns the direction of writing, and lone surrogates.
+CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MAX_MESSAGE = 1000  # characters
+
+
+class UserError(ValueError):
+    """The one error that is the user's to mend: commands print its message on one line and exit with code 2.
+
+    The message says what is wrong, where, and what to do. It may quote a stranger's file, so control characters are
+    spelled out and a long message is cut in its middle."""
+
+    def __init__(self, message):
+        text = escape_control(str(message))
+        if len(text) > MAX_MESSAGE:
+            text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
+        super().__init__(text)
+
+
+def escape_control(text, keep=""):
+    r"""`text` with control characters spelled out, as \x1b or \u202e, but for those in `keep`."""
+    return CONTROLS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+@contextmanager
+def reading(path, expected):
+    """Inside, every error becomes a UserError: "PATH: not EXPECTED: why (what it seems to be)"."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a read from a pipe may never end
+            raise UserError(f"{path}: not a regular file")
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: not {expected}: {why}{_seems(path)}") from error
+
+
+def _seems(path):
+    """What a file is instead, for the end of a message, or an empty string."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start[8:9] == b"{":  # safetensors: its first bytes are a length, and may be anything
+        return ""
+    start = start.lstrip()
+    return next((f" ({what})" for sign, what in SEEMS.items() if start.startswith(sign)), "")
+
+
+def read_text(path):
+    """The text of a UTF-8 file of at most MAX_TEXT bytes."""
+    with reading(path, "UTF-8 text"), open(path, "rb") as file:
+        if len(content := file.read(MAX_TEXT + 1)) > MAX_TEXT:
+            raise ValueError(f"larger than {MAX_TEXT:,} bytes")
+        return content.decode("utf-8")
+
+
+def read_object(path):
+    """The dict in a JSON file."""
+    text = read_text(path)
+    with reading(path, "JSON"):
+        value = json.loads(text)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
+    return value
+
+
+def open_tensors(path):
+    """safetensors' safe_open, for torch. It reads the header alone, and checks that the tensors fill the file."""
+    with reading(path, "a safetensors file"):
+        return safe_open(path, framework="pt")
 
 
 @contextmanager
 def replacing(path):
-    """Yield the path of a temporary file in the same folder; on a clean exit it is flushed to the disk and renamed to
-    `path`, so that there is always the old file or the new one, whole, even if the machine dies in between.
+    """Yield the path of a temporary file to write; on a clean exit it is flushed to the disk and renamed to `path`.
 
-    The new file has the permissions of the old one, or those that the umask leaves. On an error the temporary file is
-    removed and whatever `path` was before stays as it was. A full disk, or a folder that cannot be written or is gone,
-    is a UserError. Where `path` is what standard output or standard error goes to, the content goes there in its turn,
-    as if printed."""
-    if stream := _standard_stream(path):
-        with tempfile.TemporaryDirectory() as folder:
-            yield (temporary := Path(folder, Path(path).name))
-            stream.flush()
-            stream.buffer.write(temporary.read_bytes())
-            stream.flush()
-        return
+    So there is always the old file or the new one, whole, even if the machine stops in between. The new file has the
+    permissions of the old one. On an error the temporary file is removed and `path` stays as it was. A full disk, or
+    a folder that cannot be written or is gone, is a UserError. A device or a pipe is written to as it is."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        yield Path(path)  # a device or a pipe, such as /dev/fd/3; what that links to may not be a path
+        yield Path(path)
         return
     target = Path(os.path.realpath(path))  # of a symbolic link, so that it stays one
-    temporary = None
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
     try:
-        handle, temporary = tempfile.mkstemp(TEMPORARY, f".{target.name}.", target.parent)
-        os.close(handle)
-        yield Path(temporary)
+        yield temporary
         flush(temporary)
-        os.chmod(temporary, _mode(target))
+        with suppress(FileNotFoundError):
+            shutil.copymode(target, temporary)
         os.replace(temporary, target)
         with suppress(OSError):  # not every system can flush a folder
             flush(target.parent)
     except BaseException as error:
-        if temporary:
-            with suppress(OSError):
-                os.unlink(temporary)
+        with suppress(OSError):
+            os.unlink(temporary)
         if isinstance(error, (OSError, SafetensorError)):
             reason = getattr(error, "strerror", None) or str(error).rpartition("error: ")[2]  # safetensors says more
             raise UserError(f"{path}: cannot be written: {reason}") from error
         raise
-
-
-def _standard_stream(path):
-    """Standard output or standard error, if that is the file at `path`: /dev/stdout, or where the shell sends it."""
-    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
-        with suppress(OSError, ValueError):  # no such file yet; a stream that is closed
-            if os.path.samestat(os.stat(path), os.fstat(stream.fileno())):
-                return stream
-
-
-def _mode(path):
-    """The permissions of a file or, where there is none, those that a new one has."""
-    with suppress(FileNotFoundError):
-        return stat.S_IMODE(os.stat(path).st_mode)
-    umask = os.umask(0o077)  # it cannot be read without being set
-    os.umask(umask)
-    return 0o666 & ~umask
 
 
 def flush(path):
@@ -106,8 +146,9 @@ def remove_leftovers(folder):
 
 @contextmanager
 def locked(path):
-    """Inside, no other process gets this lock: it is on a file, which is made where it is missing and stays. It ends
-    with the process, however that ends. Raises UserError where another process has it."""
+    """Hold the lock on a file, made if it is missing, until the end of the block or of the process.
+
+    Raises UserError if another process holds it."""
     with open(path, "ab") as file:
         try:
             if fcntl:
@@ -117,71 +158,3 @@ def locked(path):
         except OSError:  # a file system without locks
             pass
         yield
-
-
-def read_text(path):
-    """The text of a small UTF-8 file."""
-    with _regular(path) as file:
-        content = file.read(MAX_TEXT + 1)
-    if len(content) > MAX_TEXT:
-        raise UserError(f"{path}: larger than {MAX_TEXT:,} bytes, which is no such file of a GPT-2")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}{_instead(content)}") from error
-
-
-def read_object(path):
-    """The dict in a small JSON file. Python's extensions to JSON and keys that stand twice are refused."""
-    text = read_text(path)
-    try:
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}{_instead(text.encode())}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
-    return value
-
-
-def open_tensors(path):
-    """safetensors' safe_open, for torch. Reads no more than the header, and that only if it may be one."""
-    with _regular(path) as file:
-        start, size = file.read(64), os.fstat(file.fileno()).st_size
-    length = int.from_bytes(start[:8], "little")
-    if size < 8 or length > min(size - 8, MAX_TEXT):
-        found = f"{size:,} bytes cannot hold a header of {length:,}" if size >= 8 else f"it has {size} bytes"
-        raise UserError(f"{path}: not a safetensors file: {found}{_instead(start)}")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file: {error}") from error
-
-
-@contextmanager
-def _regular(path):
-    """An open file, but no pipe or device, on which reading may never end."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path}: not a regular file")
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-
-
-def _instead(content):
-    """What a file seems to be that is not what it should be, for the end of a message."""
-    kinds = [kind for start, kind in NOT_WEIGHTS.items() if content.lstrip().startswith(start)]
-    return f" ({kinds[0]})" if kinds else ""
-
-
-def _no_constant(name):
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _unique(pairs):
-    """The dict of an object's keys and values."""
-    names = dict(pairs)
-    if len(names) < len(pairs):
-        raise ValueError("an object has a key twice")
-    return names

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as checkpoint_block
 from minigpt import checkpoint
 from minigpt.attention import PackedBatch, attend, slot_layers
 from minigpt.config import ACTIVATIONS, GPTConfig
-from minigpt.errors import UserError
+from minigpt.files import UserError
 
 ACTIVATE = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

@@ -13,26 +13,29 @@ from minigpt.attention import PackedBatch
 from minigpt.generate import Generated
 
 
-@torch.no_grad()
-def likeliest_answer(model, prompts, answers, slots=None, position_offset=0, batch_size=32):
+def likeliest_answer(model, prompts, answers, slots=None, position_offset=0, batch_size=32, on_finished=None):
     """Prompts -> a list of Generated, in the same order: the likeliest of the answers after each.
 
     answers: lists of ids, each with the token that ends it; of two that are as likely, the first wins. A prompt and
-    the longest answer must fit into the context. batch_size: answers scored at once."""
-    pairs = [(prompt, answer) for prompt in prompts for answer in answers]
-    batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
-    scores = [score for batch in batches for score in log_p(model, batch, slots, position_offset).tolist()]
+    the longest answer must fit into the context. batch_size: answers scored at once. on_finished(): called for each
+    prompt that is answered."""
+    pairs, scores = [(prompt, answer) for prompt in prompts for answer in answers], []
+    for i in range(0, len(pairs), batch_size):
+        scores += log_p(model, pairs[i : i + batch_size], slots, position_offset).tolist()
+        if on_finished:
+            for _ in range(i // len(answers), len(scores) // len(answers)):
+                on_finished()
     best = torch.tensor(scores).view(len(prompts), len(answers)).argmax(dim=1)
     return [Generated(answers[i][:-1], finished=True) for i in best.tolist()]
 
 
 def max_new_tokens(answers, left):
-    """The max_new of a prompt that leaves room for `left` tokens: those of the longest answer, which its last one need
-    not fit, or 0 where there is no room for it."""
+    """The longest answer's length if it fits into `left` tokens (its last token is never fed in), else 0."""
     longest = max(map(len, answers))
     return longest if longest - 1 <= left else 0
 
 
+@torch.no_grad()
 def log_p(model, pairs, slots=None, position_offset=0):
     """(prompt, answer) each -> log p(answer | prompt) (B,), float32."""
     ids, bank_mask, at, targets = [], [], [], []

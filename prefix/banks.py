@@ -21,7 +21,7 @@ from torch import nn
 
 from minigpt.attention import PackedBatch, Slots
 from minigpt.cache import Cache, prefill
-from minigpt.errors import UserError, visible
+from minigpt.files import UserError, escape_control
 from prefix import prefix_file
 
 MAX_BANKS = 31  # bits of a token's mask
@@ -42,7 +42,7 @@ class Banks(nn.Module):
         if len(banks) > MAX_BANKS:
             raise UserError(f"{len(banks)} banks are more than the {MAX_BANKS} that a token's mask holds")
         for name, (key, _) in banks.items():
-            if not 0 < len(name) <= MAX_NAME or visible(name) != name:
+            if not 0 < len(name) <= MAX_NAME or escape_control(name) != name:
                 raise UserError(f"a bank's name has 1 to {MAX_NAME} characters, no control character: not {name!r:.99}")
             if key.size(2) > MAX_SLOTS:
                 raise UserError(f"{key.size(2):,} slots in bank {name} are more than {MAX_SLOTS:,}")
@@ -107,7 +107,10 @@ class Banks(nn.Module):
     def read(cls, path):
         """Read a prefix file as it is, whatever its base, onto the CPU."""
         banks, header = prefix_file.read(path)
-        return cls(banks, header["position_offset"], header["training"])
+        try:
+            return cls(banks, header["position_offset"], header["training"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @classmethod
     def joined(cls, parts):

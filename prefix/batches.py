@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minigpt.errors import UserError
+from minigpt.files import UserError
 from minigpt.memory import out_of_memory
 from prefix import distributed
 from prefix.data.corpus import sample_rows

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from minigpt import GPT, Tokenizer, UserError
-from minigpt.errors import visible
+from minigpt.files import escape_control
 from minigpt.memory import out_of_memory
 from minigpt.quantize import prepack, quantize
 from prefix import prefix_file
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one line for a mistake instead of the usage and a line."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {visible(message)} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {escape_control(message)} (--help lists the options)\n")
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def load_model(args, name):
     tokenizer = Tokenizer.from_pretrained(name)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(
-            f"{name}: vocab.json has {tokenizer.n_vocab} entries, config.json says {model.config.vocab_size}"
+            f"{name}: the tokenizer's ids go up to {tokenizer.n_vocab - 1}, but config.json has vocab_size {model.config.vocab_size}"
         )
     return model, tokenizer
 

@@ -17,7 +17,7 @@ from threading import Timer
 import torch
 import torch.distributed as dist
 
-from minigpt.errors import UserError, visible
+from minigpt.files import UserError, escape_control
 
 TIMEOUT = timedelta(hours=6)  # processes wait for the first to encode a large file, or to read a slow pipe
 SAY_AFTER = 10.0  # seconds of waiting
@@ -134,4 +134,4 @@ def log(text):
 def printable(text, stream=None):
     """`text` as it is printed to `stream` (standard output): on a terminal with control characters other than newline
     and tab spelled out, since they come from a model or a stranger's file; anywhere else as it is."""
-    return visible(text, keep="\n\t") if (stream or sys.stdout).isatty() else text
+    return escape_control(text, keep="\n\t") if (stream or sys.stdout).isatty() else text

@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import save_file
 
 from minigpt import GPT, UserError, checkpoint
-from minigpt.config import PUBLISHED
 from minigpt.files import FLOATS, open_tensors, read_object, replacing
 from prefix import cli
 from prefix.banks import Banks
@@ -79,7 +78,7 @@ def _base_name(model):
         return None
     if model == "demo":
         return str(checkpoint.DEMO)
-    return checkpoint.repository(model) if model in PUBLISHED else model
+    return checkpoint.repository(name) if (name := checkpoint.published(model)) else model
 
 
 def import_bank(directory, name, model):

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 
 from minigpt.checkpoint import check_finite, fingerprint, sample
 from minigpt.config import GPTConfig
-from minigpt.errors import UserError
-from minigpt.files import FLOATS, open_tensors, replacing
+from minigpt.files import FLOATS, UserError, open_tensors, reading, replacing
 
 FORMAT = "minigpt-prefix/1"
 
@@ -68,22 +67,19 @@ def read_header(path):
     """The metadata of a prefix file as a dict: base, banks, prefix_len, position_offset, training."""
     with open_tensors(path) as file:
         metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: not a prefix file: format is {metadata.get('format')!r}, expected {FORMAT!r}")
-    try:
+    with reading(path, "a prefix file"):
+        check(metadata.get("format") == FORMAT, f"format is {metadata.get('format')!r}, expected {FORMAT!r}")
         header = {name: json.loads(metadata[name]) for name in ("base", "banks", "training")}
         header |= {name: int(metadata[name]) for name in ("prefix_len", "position_offset")}
-        training, names = header["training"], header["banks"]
-        texts = [header["base"]["fingerprint"], *names, *training.get("data", []), *training.get("columns", [])]
-        if not all(isinstance(text, str) for text in texts) or not 0 < len(set(names)) == len(names):
-            raise ValueError("a name is no text, or is there twice")
-        if not isinstance(training.get("model", ""), str) or not isinstance(training.get("limit") or 1, int):
-            raise ValueError("the record of the training has a field of another type")
-        config = GPTConfig.from_dict(header["base"]["config"])
-        if not 0 <= header["position_offset"] < config.n_positions:
-            raise ValueError(f"text would start outside the {config.n_positions} positions of its base")
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged header: {error}") from error
+        config, training = GPTConfig.from_dict(header["base"]["config"]), header["training"]
+        for field in ("data", "columns"):
+            check(isinstance(training.get(field, []), list), f"{field} is no list")
+        texts = [header["base"]["fingerprint"], *header["banks"], *training.get("data", []), *training.get("columns", [])]
+        texts.append(training.get("model") or "")
+        check(all(isinstance(text, str) for text in texts), "a name is no text")
+        check(isinstance(training.get("limit") or 1, int), "limit is no number")
+        check(0 < len(set(header["banks"])) == len(header["banks"]), "banks need different names")
+        check(0 <= header["position_offset"] < config.n_positions, f"text would start at {header['position_offset']}")
     return header
 
 
@@ -91,27 +87,31 @@ def read(path):
     """A prefix file -> ({name: (key, value)}, header). Raises UserError where anything in it does not fit."""
     header, banks = read_header(path), {}
     config = GPTConfig.from_dict(header["base"]["config"])
-    with open_tensors(path) as file:
+    with open_tensors(path) as file, reading(path, "a prefix file"):
         expected = {f"{bank}.{side}" for bank in header["banks"] for side in ("key", "value")}
-        if expected != set(file.keys()):
-            odd = min(expected ^ set(file.keys()))
-            raise UserError(f"{path}: {'no tensor' if odd in expected else 'unexpected tensor'} {odd}")
+        if odd := expected ^ set(file.keys()):
+            raise ValueError(f"{'no' if min(odd) in expected else 'unexpected'} tensor {min(odd)}")
         for bank in header["banks"]:
-            key, value = (_read_side(path, file, f"{bank}.{side}", config) for side in ("key", "value"))
-            if key.shape != value.shape or key.size(2) > header["prefix_len"]:
-                raise UserError(f"{path}: bank {bank} has keys of shape {[*key.shape]}, values of {[*value.shape]}")
+            key, value = (read_side(path, file, f"{bank}.{side}", config) for side in ("key", "value"))
+            check(key.shape == value.shape, f"bank {bank} has keys of shape {[*key.shape]}, values of {[*value.shape]}")
             banks[bank] = key, value
+        longest = max(key.size(2) for key, _ in banks.values())
+        check(longest == header["prefix_len"], f"prefix_len is {header['prefix_len']}, but a bank has {longest} slots")
     return banks, header
 
 
-def _read_side(path, file, name, config):
+def read_side(path, file, name, config):
     """One tensor (n_layer, n_head, prefix_len, head_dim)."""
     info = file.get_slice(name)
-    shape, expected = info.get_shape(), [config.n_layer, config.n_head, config.head_dim]
-    if len(shape) != 4 or [*shape[:2], shape[3]] != expected:
-        raise UserError(f"{path}: tensor {name} has shape {shape}, expected {[*expected[:2], 'n', expected[2]]}")
-    if info.get_dtype() not in FLOATS:
-        raise UserError(f"{path}: tensor {name} is {info.get_dtype()}, expected one of {', '.join(FLOATS)}")
+    shape = list(info.get_shape())
+    expected = [config.n_layer, config.n_head, *shape[2:3], config.head_dim]
+    check(shape == expected, f"tensor {name} has shape {shape}, expected {expected}")
+    check(info.get_dtype() in FLOATS, f"tensor {name} is {info.get_dtype()}, expected one of {', '.join(FLOATS)}")
     tensor = file.get_tensor(name)
     check_finite(path, name, tensor)
     return tensor
+
+
+def check(holds, fault):
+    if not holds:
+        raise ValueError(fault)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from minigpt.attention import PackedBatch, to_device
-from minigpt.errors import UserError
+from minigpt.files import UserError
 
 
 def separator(tokenizer):

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 from safetensors.torch import save_file
 
-from minigpt.errors import UserError
-from minigpt.files import flush, open_tensors, replacing
+from minigpt.files import UserError, flush, open_tensors, replacing
 
 METRICS = "metrics.jsonl"
 

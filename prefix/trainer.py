@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minigpt.errors import UserError
+from minigpt.files import UserError
 from minigpt.loss import nll_sum
 from prefix import distributed, state
 from prefix.batches import Batches

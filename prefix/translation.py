@@ -2,10 +2,11 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from minigpt.beam import beam_search
-from minigpt.generate import Prompt, generate
+from minigpt.generate import Prompt, Sampler, generate
 from minigpt.scoring import likeliest_answer, max_new_tokens
 from prefix import distributed
 from prefix.data.rows import MAX_FIELD, clean
@@ -28,29 +29,29 @@ class Translation:
     pieces: int = 1
 
 
-def translate(
-    model,
-    tokenizer,
-    banks,
-    texts,
-    source,
-    target,
-    max_new=None,
-    batch_size=32,
-    sampler=None,
-    beams=1,
-    length_penalty=1.0,
-    first=0,
-    choices=None,
-    on_text=None,
-):
+@dataclass
+class Decoding:
+    """How to decode. max_new: tokens of each answer; None: twice the source plus 16; never past the context. sampler:
+    None: greedy. choices: the texts that an answer may be, of which the likeliest is taken. first: the number of the
+    first text, for sampling: each draws from a stream of its own. on_finished(): called for each sentence that is done."""
+
+    max_new: int | None = None
+    sampler: Sampler | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    batch_size: int = 32
+    choices: list | None = None
+    first: int = 0
+    on_finished: Callable | None = None
+
+
+def translate(model, tokenizer, banks, texts, source, target, decoding=Decoding(), on_text=None):
     """List of texts -> list of Translation, in the same order; an empty text gives an empty one.
 
-    source, target: bank names. max_new: tokens of each answer, by default twice the source plus 16; never past the
-    context. A text that is too long for the context is divided at sentence ends. first: the number of the first text,
-    for sampling: each draws from a stream of its own. choices: the texts that an answer may be, of which the likeliest
-    is taken. on_text(text so far): called as it grows, if there is one text in one piece and no beam search. Several
-    processes share the texts out between them, and each returns all results."""
+    source, target: bank names. A text that is too long for the context is divided at sentence ends. on_text(text so
+    far): called as it grows, if there is one text in one piece and no beam search. Several processes share the texts out
+    between them, and each returns all results."""
+    max_new, choices = decoding.max_new, decoding.choices
     sees_source, sees_both, sep = banks.mask([source]), banks.mask([source, target]), separator(tokenizer)
     room = model.config.n_positions - banks.position_offset
     slots, offset = banks.slots().to(model.dtype), banks.position_offset
@@ -68,7 +69,7 @@ def translate(
         return min(usual, left) if left >= min(usual, n) else 0
 
     pieces = [divide(clean(text), fits) for text in texts]  # as training read them: a newline would be a separator
-    flat = [(first + i, j, piece) for i, parts in enumerate(pieces) for j, piece in enumerate(parts)]
+    flat = [(decoding.first + i, j, piece) for i, parts in enumerate(pieces) for j, piece in enumerate(parts)]
     results, prompts = [Translation() for _ in flat], {}
     for number, (i, j, text) in enumerate(flat):
         if len(text) > MAX_FIELD:  # tiktoken gives up on such texts, and not as an exception
@@ -80,11 +81,15 @@ def translate(
     on_token = _whole_texts(on_text, tokenizer) if on_text and len(prompts) == 1 else None
 
     def answer(prompts):
+        last = {"batch_size": decoding.batch_size, "on_finished": decoding.on_finished}
         if choices:
-            return likeliest_answer(model, prompts, answers, slots, offset, batch_size)
-        if beams > 1:
-            return beam_search(model, prompts, [tokenizer.eot], slots, offset, beams, batch_size, length_penalty)
-        return generate(model, prompts, [tokenizer.eot], slots, offset, batch_size, sampler, on_token)
+            return likeliest_answer(model, prompts, answers, slots, offset, **last)
+        if decoding.beams > 1:
+            beams = {"beams": decoding.beams, "length_penalty": decoding.length_penalty}
+            return beam_search(model, prompts, [tokenizer.eot], slots, offset, **beams, **last)
+        return generate(
+            model, prompts, [tokenizer.eot], slots, offset, sampler=decoding.sampler, on_token=on_token, **last
+        )
 
     parts = iter(answered(results, prompts, answer, tokenizer))
     return [join([next(parts) for _ in one]) for one in pieces]

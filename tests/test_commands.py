@@ -1,6 +1,5 @@
 """The three commands, as a newcomer and as a careless user meet them."""
 
-import csv
 import json
 import os
 import re
@@ -15,7 +14,6 @@ import pytest
 import torch
 from conftest import random_rows, random_text, save_random_checkpoint, write_table
 
-import evaluate
 import train
 import translate
 from minigpt import GPT, Tokenizer, checkpoint
@@ -23,11 +21,9 @@ from minigpt.generate import Generated
 from prefix import cli, distributed, translation
 from prefix import run as runs
 from prefix.banks import Banks
-from prefix.evaluation import compare as evaluation
-from prefix.evaluation import metrics
 from prefix.run import DEMO_PREFIX
 from prefix.trainer import Trainer
-from prefix.translation import Translation
+from prefix.translation import Decoding
 from prefix.translation import translate as translate_texts
 
 ROOT = Path(__file__).parents[1]
@@ -288,7 +284,7 @@ def expected(place):
     banks = Banks.load(place / "run" / "prefix.safetensors", model)
 
     def expected(texts, source="fr", target="en", **options):
-        results = translate_texts(model, tokenizer, banks, texts, source, target, max_new=6, **options)
+        results = translate_texts(model, tokenizer, banks, texts, source, target, Decoding(max_new=6, **options))
         return "".join(result.text + "\n" for result in results)
 
     return expected
@@ -341,7 +337,7 @@ def test_a_translation_with_line_breaks_in_it_is_printed_on_one_line(run, place,
 
 def test_the_end_of_text_token_in_a_sentence_is_ordinary_text(run, place, monkeypatch):
     asked, tokenizer = [], Tokenizer.from_pretrained(place / "base")
-    answer = lambda model, prompts, *_: asked.extend(prompts) or [Generated()]
+    answer = lambda model, prompts, *_, **__: asked.extend(prompts) or [Generated()]
     monkeypatch.setattr(translation, "generate", answer)
     run(translate, *on(place), "a <|endoftext|> b")
     assert tokenizer.eot not in asked[0].ids
@@ -456,164 +452,6 @@ def test_the_demo_translates_on_a_fresh_clone(run):
     code, out, err = run(translate, "--device", "cpu", "Bonjour", "Il pleut.")
     assert (code, out.count("\n")) == (0, 2) and all(out.splitlines())
     assert f"Using the prefix {DEMO_PREFIX}" in err
-
-
-# evaluate.py
-
-
-@pytest.fixture
-def evaluated(run, place):
-    """A function: options -> (standard output, what --json wrote)."""
-
-    def evaluated(*options):
-        arguments = ["--prefix", place / "run", "--limit", 5, "--shots", 1, "--draws", 2, "--json", "result.json"]
-        code, out, _ = run(evaluate, *arguments, *options)
-        assert code == 0
-        return out, json.loads(Path("result.json").read_text(encoding="utf-8"))
-
-    return evaluated
-
-
-def test_an_evaluation_scores_the_outputs_that_it_keeps_in_both_directions(place, evaluated):
-    out, result = evaluated("--examples", 1)
-    test_rows = list(csv.reader(open(place / "en-fr.csv", encoding="utf-8")))[-5:]
-    for report, (source, target) in zip(result["directions"], ((1, 0), (0, 1)), strict=True):
-        assert report["sources"] == [row[source] for row in test_rows]
-        assert report["references"] == [row[target] for row in test_rows]
-        few = report["few_shot"]
-        for outputs, score in [(report["outputs"], report["prefix"]), *zip(few["outputs"], few["draws"], strict=True)]:
-            assert score["bleu"] == metrics.corpus_bleu(outputs, report["references"])
-            assert score["chrf"] == metrics.chrf(outputs, report["references"])
-            assert score["sentence_bleu"] == metrics.mean_sentence_bleu(outputs, report["references"])
-            assert score["empty"] == outputs.count("")
-        assert few["mean"]["chrf"] == pytest.approx(sum(s["chrf"] for s in few["draws"]) / 2)
-        assert f"{report['prefix']['chrf']:.2f}" in out
-        assert f"{few['mean']['chrf']:.2f} ± {few['spread']['chrf']:.1f}" in out
-        assert report["outputs"][0] in out and few["outputs"][0][0] in out and report["references"][0] in out
-    assert "fr -> en, 5 sentences" in out and "en -> fr, 5 sentences" in out
-    assert metrics.signature("BLEU", test_rows[0]) in out and result["signatures"]["bleu"] in out
-
-
-def test_an_evaluation_translates_as_translate_does(place, evaluated, run):
-    _, result = evaluated()
-    for report in result["directions"]:
-        _, out, _ = run(translate, "--prefix", place / "run", "--from", report["source"], *report["sources"])
-        assert out == "".join(text + "\n" for text in report["outputs"])
-
-
-def test_an_evaluation_is_repeatable(evaluated):
-    def without_seconds(value):
-        if isinstance(value, dict):
-            return {name: without_seconds(v) for name, v in value.items() if name != "seconds"}
-        return [without_seconds(v) for v in value] if isinstance(value, list) else value
-
-    assert without_seconds(evaluated()[1]) == without_seconds(evaluated()[1])
-
-
-def test_each_draw_prompts_with_other_training_pairs(place, evaluated):
-    out, result = evaluated("--shots", 3, "--show-prompt")
-    training = {tuple(row) for row in list(csv.reader(open(place / "en-fr.csv", encoding="utf-8")))[1:13]}
-    for report in result["directions"]:
-        one, other = report["few_shot"]["prompts"]
-        assert one != other and one in out
-        lines = [line.split(": ", 1) for line in one.splitlines()]
-        assert [name for name, _ in lines] == [report["source"], report["target"]] * 3
-        pairs = {(a, b) if report["source"] == "en" else (b, a) for (_, a), (_, b) in zip(lines[::2], lines[1::2])}
-        assert len(pairs) == 3 and pairs <= training
-
-
-def test_zero_shots_are_asked_once_and_without_examples(evaluated):
-    _, result = evaluated("--shots", 0)
-    assert [report["few_shot"]["prompts"] for report in result["directions"]] == [[""], [""]]
-
-
-def test_without_draws_only_the_prefix_is_evaluated(evaluated):
-    out, result = evaluated("--draws", 0, "--examples", 2)
-    assert [report["few_shot"] for report in result["directions"]] == [None, None]
-    assert "1-shot  " not in out and "prefix minus" not in out
-
-
-def test_the_order_in_which_columns_are_named_makes_no_training_pair_a_test_pair(evaluated):
-    one, other = (evaluated("--draws", 0, "--columns", *columns)[1] for columns in (["fr", "en"], ["en", "fr"]))
-    assert [report["sources"] for report in one["directions"]] == [report["sources"] for report in other["directions"]]
-
-
-def test_three_banks_are_evaluated_in_six_directions(run, place):
-    code, out, _ = run(evaluate, "--prefix", place / "run3", "--limit", 1, "--draws", 0, "--examples", 0)
-    assert code == 0 and out.count(" -> ") == 6
-
-
-def test_other_data_another_split_and_beams_are_what_the_options_ask_for(place, evaluated):
-    rows = [(fr, en) for en, fr in random_rows("validation", 3)]
-    table = write_table("mine.csv", [("fr", "en"), *rows])
-    _, result = evaluated("--data", table, "--split", "validation", "--beam", 2, "--draws", 0)
-    assert result["directions"][0]["sources"] == [row[0] for row in rows]
-    model, tokenizer = GPT.from_pretrained(place / "base"), Tokenizer.from_pretrained(place / "base")
-    banks = Banks.load(place / "run" / "prefix.safetensors", model)
-    outputs = translate_texts(model, tokenizer, banks, [row[0] for row in rows], "fr", "en", beams=2)
-    assert result["directions"][0]["outputs"] == [output.text for output in outputs]
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--shots", 12, "--limit", 1], ["12 shots of", f"context of {CONTEXT}"]),
-        (["--shots", 13], ["13 shots, but 12 training pairs", "--draws 0"]),
-        (["--json", "nowhere/result.json"], ["--json nowhere/result.json"]),
-        (["--json", "."], ["--json ."]),
-        (["--split", "dev"], ["--split", "'dev'"]),
-        (["--data", "nothing.csv"], ["nothing.csv: no such file"]),
-        (["--columns", "en", "de"], ["no bank 'de'"]),
-        (["--limit", 0], ["--limit"]),
-        (["--model", "nothing"], ["--model nothing"]),
-    ],
-    ids=lambda value: " ".join(map(str, value))[:30],
-)
-def test_a_mistake_in_evaluating_is_one_line_and_exit_code_2(run, place, options, words):
-    assert_refused(run(evaluate, "--prefix", place / "run", *options), *words)
-
-
-def test_a_result_on_standard_output_follows_the_table_also_in_a_file(place):
-    options = ["--prefix", place / "run", "--limit", 1, "--draws", 0, "--examples", 0, "--json", "/dev/stdout"]
-    with open("result.txt", "wb") as file:
-        subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, options)], stdout=file, check=True, timeout=300)
-        file.write(b"and more")
-    table, brace, rest = Path("result.txt").read_text(encoding="utf-8").partition("\n{")
-    assert table.startswith("fr -> en, 1 sentence") and rest.endswith("and more")
-    assert len(json.loads(brace + rest.removesuffix("and more"))["directions"]) == 2
-
-
-def test_a_result_may_go_into_a_pipe(run, place):
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    options = ["--split", "validation", "--limit", 1, "--draws", 0, "--json", f"/dev/fd/{writer}"]
-    code, _, err = run(evaluate, "--prefix", place / "run", *options)
-    os.close(writer)
-    with open(reader, encoding="utf-8") as file:
-        text = file.read()
-    assert code == 0 and len(json.loads(text)["directions"]) == 2, err
-
-
-def test_a_split_without_pairs_is_refused(run, place):
-    table = write_table("mine.csv", [("en", "fr"), *random_rows("train", 3)])
-    result = run(evaluate, "--prefix", place / "run", "--data", table)
-    assert_refused(result, "none of the 3 usable pairs", "test split")
-
-
-@pytest.mark.parametrize("right", [1, 0.5, 0])
-@pytest.mark.parametrize("n", [100, 99])
-def test_the_table_says_whether_the_prefix_differs_from_the_median_draw(n, right):
-    references = [random_text(9) + " and so on" for _ in range(n)]
-    some = lambda share: [text if i < share * n else text.upper() for i, text in enumerate(references)]
-    scored = lambda texts: evaluation.timed(references, lambda: [Translation(text) for text in texts])
-    drawn = [(*scored(some(share)), "") for share in (0.9, 0.1, 0.5)]
-    report = evaluation.report(("fr", "en"), references, references, *scored(some(right)), drawn)
-    found = metrics.paired_bootstrap(some(right), some(0.5), references)
-    assert report["few_shot"]["difference"] == {"draw": 2, **found}
-    said = evaluation.table(report, 3)[-1]
-    verdict = "not significant (p = 1.000)" if right == 0.5 else "significant at p = 0.002"
-    assert said.endswith("), too few sentences to tell" if n < 100 else f"), {verdict}")
-    assert f"prefix minus the median draw: {found['delta']:+.2f} BLEU (95 % of 1,000 resamples: " in said
 
 
 # All of them

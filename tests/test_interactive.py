@@ -14,7 +14,7 @@ from minigpt import GPT, Tokenizer
 from prefix import Banks
 from prefix.distributed import printable
 from prefix.run import DEMO_PREFIX
-from prefix.translation import divide
+from prefix.translation import Decoding, divide
 from prefix.translation import translate as translate_texts
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +151,7 @@ def test_a_sentence_that_cannot_be_cut_is_a_fault_and_the_others_are_translated(
 def test_the_length_penalty_is_that_of_the_beams(run, demo):
     text = "Il faut que je te dise quelque chose de très important."
     _, out, _ = run(translate, *PREFIX, "--beam", 4, "--length-penalty", -9, text)
-    short, usual = (translate_texts(*demo, [text], "fr", "en", beams=4, length_penalty=x)[0].text for x in (-9.0, 1.0))
+    short, usual = (translate_texts(*demo, [text], "fr", "en", Decoding(beams=4, length_penalty=x))[0].text for x in (-9.0, 1.0))
     assert out == short + "\n" and short != usual
     code, out, err = run(translate, *PREFIX, "--length-penalty", 2, text)
     assert (code, out) == (2, "") and "--length-penalty goes with --beam" in err

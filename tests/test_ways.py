@@ -9,7 +9,6 @@ from benchmarks.ways import (
     Nearest,
     Prefix,
     PromptTuning,
-    bare_shots,
     nearest_shots,
     opening,
     train,
@@ -20,7 +19,7 @@ from minigpt import GPT, Tokenizer
 from minigpt.generate import Prompt, generate
 from prefix.data import corpus as data
 from prefix.data.rows import clean
-from prefix.evaluation.few_shot import few_shot, prompt_text, stop_ids
+from prefix.evaluation.few_shot import Shots, few_shot
 
 TEXTS = ["Le chat dort.", "Le chien dort.", "Il pleut à Paris.", "Où est la gare ?", "Il pleut.", "LE CHAT dort."]
 
@@ -119,7 +118,7 @@ def test_a_nearest_prompt_is_a_few_shot_prompt_with_shots_of_its_own(model, toke
     asked = ["Le chien dort ?", "Il pleut à Rome."]
     found, fewer = nearest_shots(model, tokenizer, pairs, asked, "fr", "en", k=2)
     for text, shots, answer in zip(asked, [(0, 1), (4, 2)], found):
-        shared = few_shot(model, tokenizer, [pairs[i] for i in shots], [text], "fr", "en")
+        shared = few_shot(model, tokenizer, Shots([pairs[i] for i in shots], "fr", "en"), [text])
         assert [answer] == shared and answer.text
     assert fewer == 0
 
@@ -127,13 +126,4 @@ def test_a_nearest_prompt_is_a_few_shot_prompt_with_shots_of_its_own(model, toke
 def test_the_shots_least_alike_make_room_where_the_context_is_full(model, tokenizer):
     pairs = [("Le chat dort. " * n, "The cat sleeps. " * n) for n in (1, 5, 20)]
     found, fewer = nearest_shots(model, tokenizer, pairs, ["Le chat dort."], "fr", "en", k=3)
-    assert fewer == 1 and found[0].text and len(tokenizer.encode(prompt_text(pairs, "fr", "en"))) > 256
-
-
-def test_a_bare_prompt_has_each_pair_on_two_lines_and_names_no_language(model, tokenizer):
-    pairs = [("Il pleut.", "It's raining."), ("Où est-il ?", "Where is he?")]
-    asked = len(tokenizer.encode("Le chien dort.\n"))
-    ids = tokenizer.encode("Il pleut.\nIt's raining.\n\nOù est-il ?\nWhere is he?\n\nLe chien dort.\n")
-    [answer] = generate(model, [Prompt(ids, 2 * asked + 16)], stop_ids(tokenizer))
-    [found] = bare_shots(model, tokenizer, pairs, ["Le chien dort."])
-    assert found.text == clean(tokenizer.decode(answer.ids)) and found.text
+    assert fewer == 1 and found[0].text and len(tokenizer.encode(Shots(pairs, "fr", "en").text)) > 256

@@ -35,8 +35,7 @@ import torch.nn.functional as F
 
 from minigpt import checkpoint
 from minigpt.config import GPTConfig
-from minigpt.errors import UserError
-from minigpt.files import replacing
+from minigpt.files import UserError, replacing
 from minigpt.model import GPT
 from minigpt.tokenizer import END_OF_TEXT, Tokenizer
 from prefix.data.splits import split_of
@@ -164,7 +163,7 @@ def build_vocabulary(pairs, directory):
     for name, text in (("vocab.json", json.dumps(vocab, ensure_ascii=False)), ("merges.txt", merges)):
         with replacing(Path(directory) / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return Tokenizer.from_files(Path(directory) / "vocab.json", Path(directory) / "merges.txt")
+    return Tokenizer.from_pretrained(directory)
 
 
 def documents(pairs, extra, skills, rng, n, copying=False):

@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minigpt import checkpoint
-from minigpt.errors import UserError
+from minigpt.files import UserError
 from prefix.data.rows import read_rows, resolve_columns
 from prefix.data.splits import SPLITS, split_of
 from prefix.data.tables import Skipped, open_bytes
@@ -91,9 +91,7 @@ def unchanged(path, source):
 
 def _key(sources, columns, tokenizer, limit, max_tokens):
     """A name for everything that decides what a cache holds."""
-    key = hashlib.sha256(json.dumps([CACHE_FORMAT, sources, columns, limit, max_tokens]).encode())
-    for rank, i in enumerate(tokenizer.ids):
-        key.update(f"{i} {tokenizer.encoding.decode_single_token_bytes(rank)}\n".encode())
+    key = hashlib.sha256(json.dumps([CACHE_FORMAT, sources, columns, tokenizer.fingerprint, limit, max_tokens]).encode())
     return key.hexdigest()[:32]
 
 

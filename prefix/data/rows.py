@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from minigpt.errors import UserError
+from minigpt.files import UserError
 from prefix.banks import MAX_BANKS
 from prefix.data import tables
 from prefix.data.tables import MAX_FIELD, Skipped

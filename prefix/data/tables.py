@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from minigpt.errors import UserError
+from minigpt.files import UserError
 
 MAX_FIELD = 100_000  # characters
 MAX_RECORD, MAX_LINES = 1 << 20, 100  # bytes and lines of one record; a quote still open after them was never closed

@@ -1,7 +1,8 @@
 """What the slots learned, to look at: where attention goes, and which tokens a slot resembles.
 
-python -m prefix.evaluation.attention_maps prefix/demo "Il pleut."                     as text
-python -m prefix.evaluation.attention_maps runs/x "Il pleut." --out attention.svg      and as a picture (.png takes matplotlib)
+python -m prefix.evaluation.attention_maps prefix/demo "Il pleut."                    as text
+python -m prefix.evaluation.attention_maps runs/x "Il pleut." --out attention.svg     and as a picture, by matplotlib
+python -m prefix.evaluation.attention_maps runs/x "Il pleut." --ablate                and what closing slots does
 
 The sentence is followed by <sep> and the model's own translation, so that both banks are open in it.
 
@@ -15,28 +16,27 @@ query alike, and a softmax does not see it; so the mean of the text's keys is su
 the slots'. Heads attend apart from each other, so the similarity is the mean over heads of the cosine.
 """
 
-import importlib.util
 import math
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from minigpt.attention import attend
-from minigpt.errors import UserError
-from minigpt.files import replacing
-from prefix import cli, run
+from minigpt.files import UserError
+from prefix import run
 from prefix.banks import Banks
-from prefix.cli import int_at_least
 from prefix.data import corpus as data
 from prefix.data import rows
-from prefix.distributed import log, printable
+from prefix.distributed import printable
+from prefix.evaluation.ablation import ablate
+from prefix.evaluation.compare import rows_to_read
+from prefix.evaluation.pictures import draw_ablation, draw_panels
 from prefix.sequences import pack_pairs, separator
 from prefix.translation import translate
 
-TEXT_ROWS, TEXT_TOKENS = 1000, 4096  # of the training data, at most: the text whose keys slots are held against
+TEXT_TOKENS = 4096  # of the training data, at most: the text whose keys slots are compared with
 
 
 @dataclass
@@ -92,10 +92,11 @@ def attention_mass(model, banks, ids, bank_mask):
     return mass
 
 
-def look_at(model, tokenizer, banks, text, source, target, answer=None):
-    """The Attention of a translation: text <sep> answer. answer: by default the model's own."""
+def look_at(model, tokenizer, banks, text, ends, answer=None):
+    """The Attention of a translation: text <sep> answer. ends: (source, target) names of banks. answer: by default the
+    model's own."""
     if answer is None:
-        result = translate(model, tokenizer, banks, [text], source, target)[0]
+        result = translate(model, tokenizer, banks, [text], *ends)[0]
         if result.fault:
             raise UserError(result.fault)
         answer = result.text
@@ -103,7 +104,7 @@ def look_at(model, tokenizer, banks, text, source, target, answer=None):
     if not ids:
         raise UserError("the sentence is empty: there is nothing to look at")
     room = model.config.n_positions - banks.position_offset - len(ids) - 1
-    numbers = [banks.names.index(name) for name in (source, target)]
+    numbers = [banks.names.index(name) for name in ends]
     batch = pack_pairs([(ids, answer[: max(room, 0)], *numbers)], separator(tokenizer), tokenizer.eot)
     seen = (batch.packed.bank_mask[:, None] >> torch.arange(len(banks.names))) & 1 == 1
     mass = attention_mass(model, banks, batch.ids, batch.packed.bank_mask)
@@ -188,7 +189,18 @@ def nearest_lines(found, banks, tokenizer):
     return lines
 
 
-# As a picture
+def ablation_lines(found, attention):
+    """What ablate found; beside each layer, the share of attention that goes to its slots in the one sentence."""
+    on_slots = (1 - attention.mass[..., -1]).mean(dim=(1, 2)).tolist()  # (n_layer,)
+    shares = [""] * (len(found) - len(on_slots)) + [f"{100 * share:.1f}" for share in on_slots]
+    lines = [f"what closing does: BLEU on {found[0].sentences} sentences; % of attention on the slots; the output"]
+    for ablation, share in zip(found, shares):
+        less = f"{ablation.bleu - found[0].bleu:+8.2f}" if ablation is not found[0] else " " * 8
+        lines.append(f"  {ablation.closed:10}{ablation.bleu:7.2f}{less}{share:>7}   {ablation.output}")
+    return lines
+
+
+# As cells
 
 
 @dataclass
@@ -214,146 +226,75 @@ def panels(attention):
     return drawn
 
 
-CELL, LEFT = (28, 20), 60  # pixels: a cell, the space for the labels of rows
-STYLE = """<style>
-.mass { font: 11px system-ui, sans-serif; fill: #1b1b1b }
-.mass .title { font-size: 13px; font-weight: 600 }
-.mass .paper { fill: #ffffff }
-.mass .cell { fill: #3b82c4 }
-@media (prefers-color-scheme: dark) { .mass { fill: #e8e8e8 } .mass .paper { fill: #16181c } }
-</style>"""
-
-
-def svg_panel(panel, most, y=0):
-    """A Panel as an <svg> of its own -> (text, width, height). Each cell says its number; the shade, full at `most`,
-    only helps."""
-    (n_rows, n_columns), (w, h) = panel.values.shape, CELL
-    top = 34 + 5 * max(map(len, panel.columns))
-    width, height = max(LEFT + n_columns * w + 60, 8 * len(panel.title)), top + n_rows * h + 8
-    parts = [f'<text class="title" x="4" y="16">{escape(panel.title)}</text>']
-    for c, name in enumerate(panel.columns):
-        place = f"translate({LEFT + c * w + w / 2 + 4} {top - 6}) rotate(-50)"
-        parts.append(f'<text transform="{place}">{escape(name)}</text>')
-    for r, (name, row) in enumerate(zip(panel.rows, panel.values.tolist())):
-        y_cell, y_text = top + r * h, top + r * h + 14
-        parts.append(f'<text x="{LEFT - 6}" y="{y_text}" text-anchor="end">{escape(name)}</text>')
-        for x, value in zip(range(LEFT, width, w), row):
-            shade = 0.65 * value / most  # so light that the number stays readable
-            at = f'x="{x}" y="{y_cell}" width="{w - 1}" height="{h - 1}" fill-opacity="{shade:.3f}"'
-            parts.append(f'<rect class="cell" {at}/>')
-            parts.append(f'<text x="{x + w / 2}" y="{y_text}" text-anchor="middle">{100 * value:.0f}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="mass" y="{y}" width="{width}" height="{height}"'
-    head += f' viewBox="0 0 {width} {height}" role="img" aria-label="{escape(panel.title)}">'
-    return "\n".join([head, *parts, "</svg>"]), width, height
-
-
 def most_of(panels):
     """The largest share in any of these panels, which are all shaded by it."""
     return max(panel.values.max().item() for panel in panels) or 1.0
-
-
-def svg(panels):
-    """All panels, one below the other, as an SVG file."""
-    drawn, width, y = [], 0, 0
-    for panel in panels:
-        text, w, h = svg_panel(panel, most_of(panels), y)
-        drawn, width, y = [*drawn, text], max(width, w), y + h + 16
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="mass" width="{width}" height="{y}">'
-    return "\n".join([head, STYLE, '<rect class="paper" width="100%" height="100%"/>', *drawn, "</svg>\n"])
-
-
-def draw(panels, path):
-    """Write the panels to an .svg file, or by matplotlib to a .png."""
-    with replacing(path) as temporary:
-        if Path(path).suffix.lower() == ".svg":
-            temporary.write_text(svg(panels), encoding="utf-8")
-        else:
-            _matplotlib_figure(panels).savefig(temporary, format="png", dpi=100)
-
-
-def _matplotlib_figure(panels):
-    """The same picture: cells of a quarter of an inch, panels one below the other."""
-    from matplotlib.figure import Figure  # an optional extra: only for a .png
-
-    height = bottom = sum(map(_inches, panels))
-    width, most = 2.5 + max(len(panel.columns) for panel in panels) / 4, most_of(panels)
-    figure = Figure(figsize=(width, height))
-    for panel in panels:
-        n_rows, n_columns = panel.values.shape
-        bottom -= _inches(panel)
-        axes = figure.add_axes((0.8 / width, (bottom + 0.8) / height, n_columns / 4 / width, n_rows / 4 / height))
-        light = dict(cmap="Blues", vmin=0, vmax=2 * most)  # so light that the numbers stay readable
-        axes.imshow(panel.values.numpy(), aspect="auto", **light)
-        axes.set_title(panel.title, loc="left", fontsize=9)
-        axes.set_xticks(range(n_columns), panel.columns, rotation=50, ha="right", fontsize=7, parse_math=False)
-        axes.set_yticks(range(n_rows), panel.rows, fontsize=7)
-        for r, row in enumerate(panel.values.tolist()):
-            for c, value in enumerate(row):
-                axes.text(c, r, f"{100 * value:.0f}", ha="center", va="center", fontsize=7)
-    return figure
-
-
-def _inches(panel):
-    return len(panel.rows) / 4 + 1.3
 
 
 # The command
 
 
 def parse_arguments():
-    parser = cli.Parser(prog="python -m prefix.evaluation.attention_maps", description="Look at what the slots of a prefix learned.")
-    parser.add_argument("prefix", nargs="+", metavar="RUN", help="run or prefix file; of several, the banks of all")
-    parser.add_argument("text", help="the sentence")
-    parser.add_argument("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")
-    parser.add_argument("--to", dest="target", metavar="BANK", help="target language (the prefix's first bank)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="draw the attention, too: .svg, or .png by matplotlib")
-    parser.add_argument("--nearest", type=int_at_least(0), default=5, metavar="N", help="tokens to list for each slot (5)")
-    parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
-    parser.add_argument(
-        "--data", nargs="+", metavar="FILE", help="text for the nearest tokens (what each file learned from)"
-    )
+    from prefix import cli
+
+    name = "python -m prefix.evaluation.attention_maps"
+    parser = cli.Parser(prog=name, description="Look at what the slots of a prefix learned.")
+    option = parser.add_argument
+    option("prefix", nargs="+", metavar="RUN", help="run or prefix file; of several, the banks of all")
+    option("text", help="the sentence")
+    option("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")
+    option("--to", dest="target", metavar="BANK", help="target language (the prefix's first bank)")
+    option("--ablate", action="store_true", help="close each bank and layer: the output, BLEU on 200 sentences")
+    option("--out", type=Path, metavar="FILE", help="draw the attention, or what closing does: .svg or .png")
+    option("--nearest", type=cli.int_at_least(0), default=5, metavar="N", help="tokens to list for each slot (5)")
+    option("--model", help="where the base lies, if not where the prefix file says")
+    option("--data", nargs="+", metavar="FILE", help="text for nearest tokens and BLEU (what it learned from)")
     cli.add_machine_options(parser)
     parser.set_defaults(weights=None)  # as they are: nobody waits for one sentence
     args = parser.parse_args()
-    if args.out:
-        if args.out.suffix.lower() not in (".svg", ".png") or not args.out.absolute().parent.is_dir():
-            parser.error(f"--out {args.out}: not an .svg or .png file in a folder that is there")
-        if args.out.suffix.lower() == ".png" and not importlib.util.find_spec("matplotlib"):
-            parser.error("--out: a .png takes matplotlib (pip install matplotlib); an .svg takes nothing")
+    if args.out and (args.out.suffix.lower() not in (".svg", ".png") or not args.out.absolute().parent.is_dir()):
+        parser.error(f"--out {args.out}: not an .svg or .png file in a folder that is there")
     return args
 
 
 def main():
+    from prefix import cli
+
     args = parse_arguments()
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
-    source, target = cli.direction(args, banks)
-    texts = texts_for_nearest(args, prefixes, model, tokenizer, banks) if args.nearest else []
-    attention = look_at(model, tokenizer, banks, args.text, source, target)
-    if args.out:
-        draw(panels(attention), args.out)
-        log(f"Drew {args.out}")
-    print(printable("\n".join([f"{source} -> {target}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
-    for part, text in texts:
-        n = min(args.nearest, len(text.ids.unique()))
-        found = nearest_tokens(model, part, text.ids, text.packed, n)
-        print(printable("\n".join(["", *nearest_lines(found, part, tokenizer)])))
-
-
-def texts_for_nearest(args, prefixes, model, tokenizer, banks):
-    """[(Banks, the packed text to hold them against)]: all banks and --data or, of each prefix file, its banks and what
-    they learned from."""
+    ends = cli.direction(args, banks)
+    parts = []  # banks, and the files that they learned from
     if args.data:
         parts = [(banks, args.data)]
-    else:
+    elif args.nearest or args.ablate:
         parts = [(Banks.load(path, model), cli.data_of([path])) for path in prefixes]
-    longest, texts = min(384, model.config.n_positions - banks.position_offset), []
-    for part, files in parts:
-        paths, columns = rows.columns_for(run.data_paths(files), part.names)
-        corpus = data.load(paths, columns, tokenizer, TEXT_ROWS, longest)
-        texts.append((part, training_text(corpus, tokenizer, model.device)))
-    return texts
+    texts = [(part, load_head(files, part, model, tokenizer)) for part, files in parts]
+    attention = look_at(model, tokenizer, banks, args.text, ends)
+    print(printable("\n".join([f"{' -> '.join(ends)}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
+    if args.nearest:
+        for part, corpus in texts:
+            text = training_text(corpus, tokenizer, model.device)
+            nearest = nearest_tokens(model, part, text.ids, text.packed, min(args.nearest, len(text.ids.unique())))
+            print(printable("\n".join(["", *nearest_lines(nearest, part, tokenizer)])))
+    if args.ablate:
+        corpus = next((corpus for _, corpus in texts if {*ends} <= {*corpus.columns}), None)
+        if not corpus:
+            raise UserError(f"no text has both {' and '.join(ends)}: name some with --data")
+        found = ablate(model, tokenizer, banks, args.text, corpus, ends)
+        print(printable("\n".join(["", *ablation_lines(found, attention)])))
+    if args.out:
+        draw_ablation(found, args.out) if args.ablate else draw_panels(panels(attention), args.out)
+
+
+def load_head(files, banks, model, tokenizer):
+    """The Corpus of the head of these files, in the columns of these banks."""
+    paths, columns = rows.columns_for(run.data_paths(files), banks.names)
+    longest = min(384, model.config.n_positions - banks.position_offset)
+    return data.load(paths, columns, tokenizer, rows_to_read("test", 200), longest)
 
 
 if __name__ == "__main__":
+    from prefix import cli
+
     with cli.cli_errors():
         main()

@@ -1,61 +1,129 @@
 """The baseline: k-shot prompting of the same frozen model, with nothing learned (Radford et al. 2019, section 3.7).
 
-    fr: Où est la gare ?            k aligned pairs from the training split,
-    en: Where is the station?       drawn by a seed
-    fr: Il pleut.                   then the sentence to translate
-    en:                             the model goes on; its line is the translation
+    with names                       in bare lines
 
-The examples are the same for every sentence, so their keys and values are computed once, as a bank read off text,
-and shared by the whole batch; each sentence costs only its own two lines.
+    fr: Où est la gare ?             Où est la gare ?            k aligned pairs from the training split,
+    en: Where is the station?        Where is the station?       drawn by a seed
+
+    fr: Il pleut.                    Il pleut.                   then the sentence to translate;
+    en:                                                          the model's next line is the translation
+
+(The blank line between pairs is there in bare lines only.) Which form a model answers better in depends on what it was
+pretrained on, so both are tried on a few other training pairs. The examples are the same for every sentence: their keys
+and values are computed once, as a bank read off text, and shared by the whole batch.
 """
+
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
-from minigpt.errors import UserError
+from minigpt.files import UserError
 from minigpt.generate import Prompt, generate
-from minigpt.scoring import likeliest_answer, max_new_tokens
+from minigpt.scoring import likeliest_answer, log_p, max_new_tokens
 from prefix.banks import Banks
 from prefix.data.rows import clean
-from prefix.translation import Translation, answered
+from prefix.translation import Decoding, Translation, answered
+
+FORMS = ("names", "lines")
+TRIALS = 12  # training pairs on which the two forms are compared
 
 
-def draw_examples(corpus, source, target, k, seed):
-    """k pairs (source text, target text) from the training split, drawn without replacement. Raises UserError where
-    there are fewer."""
-    examples = corpus.examples("train")
-    examples = examples[(examples[:, 1] == source) & (examples[:, 2] == target)]
-    if k > len(examples):
-        raise UserError(f"{k} shots, but {len(examples)} training pairs to draw them from: fewer --shots, or --draws 0")
-    chosen = np.random.default_rng((seed, 7)).choice(len(examples), size=k, replace=False)
-    return [(corpus.text(row, source), corpus.text(row, target)) for row, _, _ in examples[chosen]]
+@dataclass
+class Shots:
+    """A k-shot prompt: pairs (source text, target text), the names of their columns, one of FORMS."""
 
+    pairs: list
+    source: str
+    target: str
+    form: str = "names"
 
-def prompt_text(pairs, source_name, target_name):
-    """The examples as text; "" for none."""
-    return "".join(f"{source_name}: {clean(s)}\n{target_name}: {clean(t)}\n" for s, t in pairs)
+    @property
+    def text(self):
+        """The examples; "" for none."""
+        pairs = [(clean(source), clean(target)) for source, target in self.pairs]
+        if self.form == "lines":
+            return "\n".join(f"{source}\n{target}\n" for source, target in pairs)
+        return "".join(f"{self.source}: {source}\n{self.target}: {target}\n" for source, target in pairs)
 
+    def question(self, text):
+        """What follows the examples. The blank line of bare lines is its first token, as it is between examples."""
+        if self.form == "lines":
+            return "\n" * bool(self.pairs) + f"{clean(text)}\n"
+        return f"{self.source}: {clean(text)}\n{self.target}:"
 
-def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_size=32, choices=None):
-    """Texts -> a list of Translation, in the same order. choices: the texts that an answer may be, if not all may.
-    Raises UserError where the pairs alone fill the context."""
-    shots, limit = tokenizer.encode(prompt_text(pairs, source_name, target_name)), model.config.n_positions
-    if len(shots) >= limit:
-        raise UserError(
-            f"{len(pairs)} shots of {len(shots)} tokens fill this model's context of {limit}: fewer --shots"
+    def answer(self, text):
+        return f"{clean(text)}\n" if self.form == "lines" else f" {clean(text)}\n"
+
+    def read(self, model, tokenizer):
+        """(Slots or None, position offset, bank masks of one token or None) of the examples, read by the model. Raises
+        UserError where they alone fill the context."""
+        ids, limit = tokenizer.encode(self.text), model.config.n_positions
+        if len(ids) >= limit:
+            raise UserError(
+                f"{len(self.pairs)} shots of {len(ids)} tokens fill this model's context of {limit}: fewer --shots"
+            )
+        return (
+            (Banks.from_prompt(model, "shots", ids).slots().to(model.dtype), len(ids), [1]) if ids else (None, 0, None)
         )
-    bank = Banks.from_prompt(model, "shots", shots) if shots else None
-    slots, prompts = bank.slots().to(model.dtype) if bank else None, {}
-    answers = [tokenizer.encode(f" {clean(choice)}\n") for choice in choices or []]  # as in prompt_text
+
+
+def training_pairs(corpus, source, target, seed, avoid=()):
+    """Yield the pairs (source text, target text) of the training split in random order, but for those with a source
+    text in `avoid`. source, target: names of columns."""
+    examples, (s, t) = corpus.examples("train"), map(corpus.columns.index, (source, target))
+    rows = examples[(examples[:, 1] == s) & (examples[:, 2] == t), 0]
+    for row in np.random.default_rng((seed, 7)).permutation(rows):
+        if (text := corpus.text(row, s)) not in avoid:
+            yield text, corpus.text(row, t)
+
+
+def draw_shots(corpus, source, target, k, seed, avoid=()):
+    """-> (Shots of k training pairs, TRIALS other pairs or as many as are left). Raises UserError for too few."""
+    pairs = training_pairs(corpus, source, target, seed, avoid)
+    shots = list(islice(pairs, k))
+    if len(shots) < k:
+        raise UserError(f"{k} shots, but {len(shots)} training pairs to draw them from: fewer --shots, or --draws 0")
+    return Shots(shots, source, target), list(islice(pairs, TRIALS))
+
+
+def form_log_p(model, tokenizer, shots, trials):
+    """For each form, the mean over `trials` of log p(target text | examples, source text) -> {form: float}; {} where no
+    trial fits into the context in both forms."""
+    scores = {form: trial_log_p(model, tokenizer, replace(shots, form=form), trials) for form in FORMS}
+    both = [i for i in range(len(trials)) if None not in (scores[form][i] for form in FORMS)]
+    return {form: sum(scores[form][i] for i in both) / len(both) for form in FORMS} if both else {}
+
+
+def trial_log_p(model, tokenizer, shots, trials):
+    """log p of each trial's target text, with the end of its line; None where it does not fit into the context."""
+    slots, offset, mask = shots.read(model, tokenizer)
+    scores, room = [], model.config.n_positions - offset
+    for source, target in trials:
+        ids, answer = tokenizer.encode(shots.question(source)), tokenizer.encode(shots.answer(target))
+        prompt = Prompt(ids, 0, mask and mask * len(ids))
+        fits = len(ids) + len(answer) - 1 <= room
+        scores.append(float(log_p(model, [(prompt, answer)], slots, offset)) if fits else None)
+    return scores
+
+
+def few_shot(model, tokenizer, shots, texts, decoding=Decoding()):
+    """Texts -> a list of Translation, in the same order, greedy or the likeliest of decoding.choices. Raises UserError
+    where the examples alone fill the context."""
+    slots, offset, mask = shots.read(model, tokenizer)
+    answers = [tokenizer.encode(shots.answer(choice)) for choice in decoding.choices or []]
+    prompts = {}
     for i, text in enumerate(texts):
-        ids = tokenizer.encode(f"{source_name}: {clean(text)}\n{target_name}:")
-        left = limit - len(shots) - len(ids)
-        most = max_new_tokens(answers, left) if choices else min(2 * len(ids) + 16, left)
-        prompts[i] = Prompt(ids, most, [1] * len(ids) if bank else None)
+        ids = tokenizer.encode(shots.question(text))
+        left = model.config.n_positions - offset - len(ids)
+        most = max_new_tokens(answers, left) if answers else min(decoding.max_new or 2 * len(ids) + 16, left)
+        prompts[i] = Prompt(ids, most, mask and mask * len(ids))
 
     def answer(prompts):
-        if choices:
-            return likeliest_answer(model, prompts, answers, slots, len(shots), batch_size)
-        return generate(model, prompts, stop_ids(tokenizer), slots, len(shots), batch_size)
+        last = {"batch_size": decoding.batch_size, "on_finished": decoding.on_finished}
+        if answers:
+            return likeliest_answer(model, prompts, answers, slots, offset, **last)
+        return generate(model, prompts, stop_ids(tokenizer), slots, offset, **last)
 
     return answered([Translation() for _ in texts], prompts, answer, tokenizer)
 

@@ -32,8 +32,6 @@ from ways import (
     LoRA,
     Prefix,
     PromptTuning,
-    bare_shots,
-    bare_text,
     nearest_shots,
     train,
     validation_loss,
@@ -43,7 +41,7 @@ from minigpt import GPT, Tokenizer
 from prefix.data import corpus as data
 from prefix.data.corpus import sample_rows
 from prefix.evaluation import metrics
-from prefix.evaluation.few_shot import draw_examples, few_shot, prompt_text
+from prefix.evaluation.few_shot import draw_shots, few_shot
 from prefix.run import DEMO_CORPUS
 
 TRAINED = {  # name: (what trains, the middle one of the first three rates)
@@ -157,12 +155,10 @@ def measure_shots(args, way, k, tokenizer, corpus, seed):
     def translate(texts, source, target):
         s, t = (corpus.columns.index(name) for name in (source, target))
         if way in ("shots", "bare"):
-            pairs = draw_examples(corpus, s, t, k, seed)
-            if way == "bare":
-                kept.append(bare_text(pairs))
-                return bare_shots(model, tokenizer, pairs, texts)
-            kept.append(prompt_text(pairs, source, target))
-            return few_shot(model, tokenizer, pairs, texts, source, target)
+            shots, _ = draw_shots(corpus, source, target, k, seed)
+            shots.form = "lines" if way == "bare" else "names"
+            kept.append(shots.text)
+            return few_shot(model, tokenizer, shots, texts)
         pairs = [(corpus.text(row, s), corpus.text(row, t)) for row in corpus.rows("train")]
         kept[:] = ["\n".join(map("\t".join, pairs))]  # the same pairs serve both directions
         outputs, short = nearest_shots(model, tokenizer, pairs, texts, source, target, k)
@@ -185,7 +181,7 @@ def answers(args, corpus, translate):
         texts, cut = [output.text for output in outputs], sum(not output.finished for output in outputs)
         direction, result["answer_cpu_seconds"] = f"{source} -> {target}", result["answer_cpu_seconds"] + seconds
         result["outputs"][direction], result["references"][direction] = texts, references
-        scores = {"bleu": metrics.corpus_bleu(texts, references), "chrf": metrics.chrf(texts, references)}
+        scores = {name: metrics.METRICS[name](texts, references) for name in ("bleu", "chrf")}
         result["directions"][direction] = scores | {"sentences": len(texts), "cut": cut}
     return result
 
@@ -245,9 +241,9 @@ def compared(ours, theirs, direction):
     median = lambda rows: rows[metrics.median_index([row["directions"][direction]["bleu"] for row in rows])]
     texts, other = median(ours)["outputs"][direction], median(theirs)["outputs"][direction]
     references = ours[0]["references"][direction]
-    found = metrics.paired_bootstrap(texts, other, references)
+    found = metrics.paired_bootstrap(metrics.METRICS["bleu"], texts, other, references)
     low, high = found["interval"]
-    return f"{found['delta']:+.1f} ({low:+.1f} to {high:+.1f}), {metrics.verdict(found['p'], len(references))}"
+    return f"{found['delta']:+.1f} ({low:+.1f} to {high:+.1f}), {metrics.verdict(found['p'])}"
 
 
 if __name__ == "__main__":

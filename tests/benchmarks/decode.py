@@ -48,10 +48,10 @@ from minigpt.quantize import prepack, quantize
 from prefix import Banks
 from prefix.data import corpus as data
 from prefix.data.rows import Skipped, read_rows
-from prefix.evaluation.few_shot import draw_examples, few_shot, prompt_text, stop_ids
+from prefix.evaluation.few_shot import draw_shots, few_shot, stop_ids
 from prefix.init import random_banks
 from prefix.run import DEMO_CORPUS, DEMO_PREFIX
-from prefix.translation import separator, translate
+from prefix.translation import Decoding, separator, translate
 
 REAL_DATA, REAL_VOCABULARY = ROOT.parent / "shared/data/en-fr.csv", ROOT.parent / "shared/data/gpt2_tokenizer"
 BATCHES = (1, 8, 32, 128)
@@ -243,11 +243,11 @@ def our_file(args, way):
     )
     banks, (corpus, sources) = Banks.load(args.prefix, model), sentences(args, tokenizer)
     if way == "3 shots":
-        pairs = draw_examples(corpus, 1, 0, 3, seed=0)
-        run = lambda texts: few_shot(model, tokenizer, pairs, texts, "fr", "en")
+        shots, _ = draw_shots(corpus, "fr", "en", 3, seed=0)
+        run = lambda texts: few_shot(model, tokenizer, shots, texts)
     else:
         beams = 5 if way == "5 beams" else 1
-        run = lambda texts: translate(model, tokenizer, banks, texts, "fr", "en", beams=beams)
+        run = lambda texts: translate(model, tokenizer, banks, texts, "fr", "en", Decoding(beams=beams))
     run(sources[:2])
     found, seconds = clock(lambda: run(sources), args.device)
     return {"seconds": seconds, "tokens": sum(len(tokenizer.encode(result.text)) for result in found)}
@@ -264,7 +264,7 @@ def transformers_file(args, way):
     corpus, sources = sentences(args, tokenizer)
     stop = [tokenizer.eot]
     if way == "3 shots":
-        shots, stop = prompt_text(draw_examples(corpus, 1, 0, 3, seed=0), "fr", "en"), sorted(stop_ids(tokenizer))
+        shots, stop = draw_shots(corpus, "fr", "en", 3, seed=0)[0].text, sorted(stop_ids(tokenizer))
         prompts = [tokenizer.encode(f"{shots}fr: {text}\nen:") for text in sources]
     else:
         prompts = [[*tokenizer.encode(text), separator(tokenizer)] for text in sources]

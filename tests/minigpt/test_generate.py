@@ -13,7 +13,6 @@ from minigpt.attention import PackedBatch
 from minigpt.beam import beam_search
 from minigpt.cache import Cache, decode_one_token, prefill
 from minigpt.generate import Prompt, Sampler, generate
-from prefix.evaluation.few_shot import few_shot, prompt_text, stop_ids
 from prefix.init import random_banks
 
 CONFIG = GPTConfig(vocab_size=53, n_positions=64, n_embd=32, n_layer=2, n_head=4)
@@ -156,29 +155,6 @@ def test_what_a_sentence_leaves_in_its_seat_cannot_hurt_the_next(model):
 def test_a_temperature_near_zero_is_greedy():
     logits = torch.randn(3, 50)
     assert Sampler(1e-40)(logits, range(3)).tolist() == logits.argmax(dim=-1).tolist()
-
-
-class Letters:
-    """A tokenizer of single characters, enough to prompt with."""
-
-    characters = "\n :abcdefghijklmnopqrstuvwxyz"
-    n_vocab, eot = len(characters), STOP
-
-    def encode(self, text):
-        return [self.characters.index(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(self.characters[i] if i < len(self.characters) else "?" for i in ids)
-
-
-def test_the_shared_few_shot_prompt_gives_the_output_of_plain_prompting(model):
-    tokenizer, pairs, texts = Letters(), [("un", "one"), ("deux", "two")], ["trois", "un", "quatre"]
-    ours = few_shot(model, tokenizer, pairs, texts, "fr", "en", batch_size=2)
-    for text, answer in zip(texts, ours):
-        ids = tokenizer.encode(prompt_text(pairs, "fr", "en") + f"fr: {text}\nen:")
-        n_own = len(f"fr: {text}\nen:")
-        plain = generate(model, [Prompt(ids, min(2 * n_own + 16, 64 - len(ids)))], stop_ids(tokenizer))[0]
-        assert answer.text == tokenizer.decode(plain.ids).strip()
 
 
 def test_beams_share_the_cache_by_index(model, monkeypatch):

@@ -186,8 +186,8 @@ OUT_OF_MEMORY = [
 
 
 def short_of_memory(trainer, error, is_too_much):
-    """Have memory run out at the end of the work on some micro-batches: is_too_much(tokens, how manieth), where the
-    count starts at 1. Returns a list that fills with the tokens of these."""
+    """Have memory run out at the end of the work on some micro-batches: is_too_much(its sentences, how manieth), where
+    the count starts at 1. Returns a list that fills with the tokens of these."""
     loss, failed, seen = trainer.loss, [], []
 
     def raise_it(_):
@@ -196,7 +196,7 @@ def short_of_memory(trainer, error, is_too_much):
     def loss_in_little_memory(batch, slots):
         value = loss(batch, slots)
         seen.append(len(batch.ids))
-        if is_too_much(len(batch.ids), len(seen)):
+        if is_too_much(len(batch.packed.lengths), len(seen)):
             failed.append(len(batch.ids))
             value.register_hook(raise_it) if value.requires_grad else raise_it(None)
         return value
@@ -211,7 +211,7 @@ def test_where_memory_runs_out_micro_batches_are_halved_until_they_fit(trainer, 
     t, quartered, undisturbed = (trainer(out, start, batch_size=20) for out in ("t", "quartered", "undisturbed"))
     largest = len(undisturbed.batches.step(0).micro_batches[0].ids)
     assert len(undisturbed.batches.step(0).micro_batches) == 1
-    failed = short_of_memory(t, error, lambda tokens, _: tokens > largest // 4)
+    failed = short_of_memory(t, error, lambda sentences, _: sentences > 5)
     assert one_step(undisturbed)
     assert t.run() and failed[0] == largest and len(failed) >= 2
     fits = t.batches.micro_batch_tokens
@@ -247,7 +247,7 @@ def test_memory_that_is_too_small_for_one_pair_is_an_error_that_says_what_to_do(
 def test_a_validation_that_ran_out_of_memory_is_repeated_in_smaller_micro_batches(trainer, capsys):
     start = slots_of(trainer())
     t, undisturbed = (trainer(out, start, eval_every=3, batch_size=20) for out in ("t", "undisturbed"))
-    failed = short_of_memory(t, OUT_OF_MEMORY[0], lambda tokens, _: not torch.is_grad_enabled() and tokens > 40)
+    failed = short_of_memory(t, OUT_OF_MEMORY[0], lambda sentences, _: not torch.is_grad_enabled() and sentences > 2)
     assert t.run() and undisturbed.run() and failed
     assert "validation after step 3: out of memory with micro-batches of" in capsys.readouterr().err
     for ours, theirs in zip(metrics(t)[1], metrics(undisturbed)[1]):

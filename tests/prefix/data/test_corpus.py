@@ -24,7 +24,7 @@ def tokenizer(tmp_path_factory):
     tokens = [*byte_characters().values(), END_OF_TEXT]
     (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
     (directory / "merges.txt").write_text("#version: 0.2\n")
-    return Tokenizer.from_files(directory / "vocab.json", directory / "merges.txt")
+    return Tokenizer.from_pretrained(directory)
 
 
 @pytest.fixture

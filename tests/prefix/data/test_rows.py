@@ -13,7 +13,15 @@ from test_tables import peak_of, read, skips, table_of
 
 from minigpt import UserError
 from prefix.data import rows, tables
-from prefix.data.rows import Skipped, clean, columns_for, is_language, read_rows, resolve_columns, unused_columns
+from prefix.data.rows import (
+    Skipped,
+    clean,
+    columns_for,
+    is_language,
+    read_rows,
+    resolve_columns,
+    unused_columns,
+)
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

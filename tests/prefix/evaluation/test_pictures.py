@@ -1,0 +1,73 @@
+"""A run's loss.png: drawn where matplotlib is installed, and never a reason for a run to fail."""
+
+import json
+import sys
+
+import pytest
+from conftest import random_rows, save_random_checkpoint, write_table
+
+import train
+from prefix.evaluation import pictures
+
+LINES = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}, {"step": 2, "val_loss": 2.5}, {"step": 3, "loss": 2.0}]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return tmp_path
+
+
+@pytest.mark.parametrize("lines", [LINES, LINES[:1], LINES[2:3], []], ids=len)
+def test_the_loss_is_drawn_whatever_was_logged(lines, tmp_path, capsys):
+    imread = pytest.importorskip("matplotlib.image").imread
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pictures.draw_loss(tmp_path)
+    assert capsys.readouterr().err == "" and imread(tmp_path / "loss.png").std() > 0.05
+
+
+def test_the_curve_is_of_the_logged_numbers():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    pictures.draw_curves(axes, LINES)
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert curves == {"training": [[1, 3], [3, 2]], "mean of 20 steps": [[1, 3], [3, 2.5]], "validation": [[2, 2.5]]}
+
+
+@pytest.mark.parametrize("fault", ["no matplotlib", "full disk"])
+def test_a_picture_that_cannot_be_drawn_is_one_line_and_nothing_else(finished, monkeypatch, capsys, fault):
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if fault == "full disk":
+        monkeypatch.setattr(figure.Figure, "savefig", full)
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    pictures.draw_loss(finished)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "loss.png: not drawn" in err
+    assert ("No space left" if fault == "full disk" else "pip install matplotlib") in err
+    assert [file.name for file in finished.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_run_that_ends_and_one_that_is_stopped_leave_the_picture(run, tmp_path, monkeypatch, stopped):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MINIGPT_HOME", str(tmp_path / "home"))
+    save_random_checkpoint(tmp_path / "base")
+    table = write_table(tmp_path / "t.csv", [["en", "fr"], *random_rows("train", 12), *random_rows("validation", 2)])
+    if stopped:
+        step = train.Trainer.optimizer_step
+
+        def interrupted(trainer, batch):
+            record = step(trainer, batch)
+            trainer.stop.append(2)
+            trainer.stopped = True
+            return record
+
+        monkeypatch.setattr(train.Trainer, "optimizer_step", interrupted)
+    options = ["--model", tmp_path / "base", "--data", table, "--device", "cpu", "--prefix-len", 2]
+    code, out, err = run(train, *options, "--steps", 3, "--batch-size", 4, "--out", tmp_path / "new")
+    assert (code, out) == ((130, "") if stopped else (0, "")), err
+    assert (tmp_path / "new/loss.png").read_bytes().startswith(b"\x89PNG") and "loss.png" not in err

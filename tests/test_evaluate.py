@@ -1,0 +1,346 @@
+"""evaluate.py: prefix and k-shot on the sentences that training held out, scored as the options ask."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_rows, random_text, save_random_checkpoint, write_table
+
+import evaluate
+import translate
+from minigpt import GPT, Tokenizer
+from prefix.banks import Banks
+from prefix.data.splits import split_of
+from prefix.evaluation import compare
+from prefix.evaluation.attention_maps import look_at
+from prefix.evaluation.metrics import METRICS
+from prefix.evaluation.report import html_attention
+from prefix.init import random_banks
+from prefix.translation import Decoding, Translation
+from prefix.translation import translate as translate_texts
+
+CONTEXT = 200
+LABELS = ["joy", "anger", "fear of tests"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the checkpoint `base`, tables, and a prefix file of random slots for each of them."""
+    place = tmp_path_factory.mktemp("place")
+    model = save_random_checkpoint(place / "base", CONTEXT)
+    splits = [("train", 12), ("validation", 2), ("test", 5)]
+    for names in (["en", "fr"], ["en", "fr", "de"], ["tweet", "label"], ["mr", "text"]):
+        rows = [row for split, n in splits for row in random_rows(split, n, len(names))]
+        if "label" in names:
+            rows = [[text, LABELS[i % 3 if i < 14 else i % 2]] for i, (text, _) in enumerate(rows)]
+        if "mr" in names:  # three test sentences of 3, 2 and 1 references
+            rows = rows[:-2] + [[rows[-i][0], f"again {j}"] for i, j in ((5, 1), (4, 1), (5, 2))]
+        table = write_table(place / f"{'-'.join(names)}.csv", [names, *rows])
+        banks = random_banks(model.config, names, prefix_len=3, seed=1)
+        banks.training_record = {"model": str(place / "base"), "data": [str(table)], "columns": names, "init": "random"}
+        banks.training_record["settings"] = {"lr": 0.03, "steps": 7, "seed": 5}
+        banks.save(place / f"{'-'.join(names)}.safetensors", model)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch, place):
+    """Every command runs in an empty folder."""
+    monkeypatch.setenv("MINIGPT_HOME", str(place / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+def rows_of(place, name, n=5):
+    """The last n rows of a table: those of its test split."""
+    with open(place / f"{name}.csv", encoding="utf-8") as file:
+        return list(csv.reader(file))[1:][-n:]
+
+
+@pytest.fixture
+def evaluated(run, place):
+    """A function: a table's name, options -> (standard output, standard error, the directions that --json wrote)."""
+
+    def evaluated(name, *options):
+        arguments = ["--prefix", place / f"{name}.safetensors", "--limit", 5, "--shots", 1, "--draws", 2]
+        code, out, err = run(evaluate, *arguments, "--json", "result.json", *options)
+        assert code == 0, err
+        return out, err, json.loads(Path("result.json").read_text(encoding="utf-8"))["directions"]
+
+    return evaluated
+
+
+def loaded(place, name="en-fr"):
+    model = GPT.from_pretrained(place / "base")
+    return model, Tokenizer.from_pretrained(place / "base"), Banks.load(place / f"{name}.safetensors", model)
+
+
+def ends(directions):
+    return [(direction["source"], direction["target"]) for direction in directions]
+
+
+# Scores
+
+
+def test_an_evaluation_scores_the_outputs_that_it_keeps_in_both_directions(place, evaluated):
+    names = ["chrf", "bleu", "rouge-stem", "exact", "sentence_bleu"]
+    out, _, directions = evaluated("en-fr", "--metrics", *names, "--examples", 1)
+    for direction, (source, target) in zip(directions, ((1, 0), (0, 1)), strict=True):
+        rows, few = rows_of(place, "en-fr"), direction["few_shot"]
+        assert direction["sources"] == [row[source] for row in rows]
+        assert direction["references"] == [row[target] for row in rows]
+        assert [*direction["metrics"]] == ["chrf", "bleu", "rouge1-stem", "rouge2-stem", "rougeL-stem", *names[3:]]
+        for system in [direction["prefix"], *few["draws"]]:
+            for name in direction["metrics"]:
+                assert system["scores"][name] == METRICS[name](system["outputs"], direction["references"])
+            assert system["empty"] == system["outputs"].count("")
+        scores = [draw["scores"]["chrf"] for draw in few["draws"]]
+        assert few["mean"]["chrf"] == pytest.approx(sum(scores) / 2) and scores[few["median"]] == max(scores)
+        delta = direction["prefix"]["scores"]["bleu"] - few["draws"][few["median"]]["scores"]["bleu"]
+        assert few["difference"]["bleu"]["delta"] == pytest.approx(delta)
+        for label, signature in direction["signatures"].items():
+            assert f"{label} {signature}" in out
+    assert ends(directions) == [("fr", "en"), ("en", "fr")] and "fr -> en, 5 sentences" in out
+
+
+def test_the_prefix_is_compared_with_the_median_draw(place, evaluated, monkeypatch):
+    right, references = iter((4, 1, 3)), [row[0] for row in rows_of(place, "en-fr")]
+
+    def some_right(model, tokenizer, shots, texts, decoding):
+        n = next(right)
+        return [Translation(text if i < n else "wrong") for i, text in enumerate(references)]
+
+    monkeypatch.setattr(compare, "few_shot", some_right)
+    out, _, (direction,) = evaluated("en-fr", "--from", "fr", "--draws", 3, "--metrics", "exact")
+    few = direction["few_shot"]
+    assert [draw["scores"]["exact"] for draw in few["draws"]] == [80, 20, 60] and few["median"] == 2
+    assert few["difference"]["exact"]["delta"] == direction["prefix"]["scores"]["exact"] - 60
+    assert few["mean"]["exact"] == pytest.approx(160 / 3) and few["spread"]["exact"] == pytest.approx(24.944, abs=1e-3)
+    assert "53.33 ± 24.9" in out
+
+
+def test_an_evaluation_translates_as_translate_does_and_is_repeatable(place, evaluated, run):
+    once, again = evaluated("en-fr")[2], evaluated("en-fr")[2]
+    for direction, other in zip(once, again):
+        options = ["--prefix", place / "en-fr.safetensors", "--from", direction["source"]]
+        _, out, _ = run(translate, *options, *direction["sources"])
+        assert out == "".join(text + "\n" for text in direction["prefix"]["outputs"])
+        for system, same in zip(
+            [direction["prefix"], *direction["few_shot"]["draws"]], [other["prefix"], *other["few_shot"]["draws"]]
+        ):
+            assert system | {"seconds": 0} == same | {"seconds": 0}
+
+
+def test_each_draw_prompts_with_other_training_pairs_in_the_form_that_suits_the_model(place, evaluated):
+    out, _, directions = evaluated("en-fr", "--shots", 3, "--show-prompt")
+    training = {tuple(row) for row in rows_of(place, "en-fr", 19)[:12]}
+    for direction in directions:
+        few = direction["few_shot"]
+        assert few["form"] == max(few["form_log_p"], key=few["form_log_p"].get)
+        one, other = (draw["prompt"] for draw in few["draws"])
+        assert one != other and one in out
+        lines = list(filter(None, one.splitlines()))
+        if few["form"] == "names":
+            assert [line.split(": ")[0] for line in lines] == [direction["source"], direction["target"]] * 3
+            lines = [line.split(": ", 1)[1] for line in lines]
+        pairs = {(a, b) if direction["source"] == "en" else (b, a) for a, b in zip(lines[::2], lines[1::2])}
+        assert len(pairs) == 3 and pairs <= training
+
+
+def test_of_the_training_split_no_evaluated_sentence_is_an_example(evaluated):
+    _, _, directions = evaluated("en-fr", "--split", "train", "--limit", 8, "--shots", 3)
+    for direction in directions:
+        assert len(direction["sources"]) == 8
+        for draw in direction["few_shot"]["draws"]:
+            assert not any(source in draw["prompt"] for source in direction["sources"])
+
+
+def test_fewer_shots_and_no_draws(evaluated):
+    _, _, directions = evaluated("en-fr", "--shots", 0)
+    assert [[draw["prompt"] for draw in direction["few_shot"]["draws"]] for direction in directions] == [[""], [""]]
+    out, _, directions = evaluated("en-fr", "--draws", 0)
+    assert [direction["few_shot"] for direction in directions] == [None, None] and "shot " not in out
+
+
+# Which sentences
+
+
+def test_columns_in_any_order_are_evaluated_on_the_sentences_that_training_held_out(place, evaluated):
+    rows = rows_of(place, "en-fr-de")
+    _, _, directions = evaluated("en-fr-de", "--draws", 0, "--columns", "de", "fr")
+    assert ends(directions) == [("de", "fr"), ("fr", "de")] and directions[0]["sources"] == [row[2] for row in rows]
+    assert len(evaluated("en-fr-de", "--limit", 1, "--draws", 0)[2]) == 6
+    assert ends(evaluated("en-fr-de", "--from", "fr", "--draws", 0)[2]) == [("fr", "en"), ("fr", "de")]
+    table = write_table("two.csv", [["de", "fr"], *(row[:0:-1] for row in rows)])
+    _, _, directions = evaluated("en-fr-de", "--data", table, "--split", "all", "--draws", 0)
+    assert [direction["sources"] for direction in directions] == [[row[i] for row in rows] for i in (2, 1)]
+
+
+def test_a_direction_that_the_head_of_a_file_lacks_is_sought_in_all_of_it(evaluated, monkeypatch):
+    monkeypatch.setattr(evaluate, "rows_to_read", lambda split, limit: 4)
+    rows = [[*row, ""] for row in random_rows("test", 6)] + [[a, "", b] for a, b in random_rows("test", 3)]
+    table = write_table("sparse.csv", [["en", "fr", "de"], *rows])
+    options = ["--data", table, "--limit", 2, "--draws", 0]
+    _, _, (direction,) = evaluated("en-fr-de", *options, "--from", "fr", "--to", "en")
+    assert {*direction["sources"]} < {row[1] for row in rows[:4]}  # there, the head is enough
+    _, _, (direction,) = evaluated("en-fr-de", *options, "--from", "de")
+    assert direction["target"] == "en" and {*direction["sources"]} < {row[2] for row in rows[6:]}
+
+
+def test_rows_with_the_same_source_can_be_one_sentence_with_several_references(place, evaluated):
+    rows = rows_of(place, "mr-text", 6)
+    one = evaluated("mr-text", "--from", "mr", "--limit", 9)[2][0]
+    assert one["sources"] == [row[0] for row in rows] and one["signatures"]["BLEU"].startswith("nrefs:1|")
+    _, _, (direction,) = evaluated("mr-text", "--from", "mr", "--references", "all")
+    together = {source: [text for other, text in rows if other == source] for source, _ in rows}
+    assert dict(zip(direction["sources"], direction["references"])) == together
+    assert sorted(map(len, direction["references"])) == [1, 2, 3]
+    assert direction["prefix"]["scores"]["bleu"] == METRICS["bleu"](
+        direction["prefix"]["outputs"], direction["references"]
+    )
+    assert direction["signatures"]["BLEU"].startswith("nrefs:var|")
+
+
+def test_other_data_another_split_beams_and_lengths_are_what_the_options_ask_for(place, evaluated):
+    rows = [(fr, en) for en, fr in random_rows("validation", 3)]
+    options = ["--data", write_table("mine.csv", [("fr", "en"), *rows]), "--split", "validation", "--draws", 0]
+    _, _, (direction, _) = evaluated("en-fr", *options, "--beam", 2, "--max-new-tokens", 5)
+    outputs = translate_texts(*loaded(place), [row[0] for row in rows], "fr", "en", Decoding(max_new=5, beams=2))
+    assert direction["prefix"]["outputs"] == [output.text for output in outputs]
+
+
+def test_a_source_is_cut_at_its_end_only_if_asked_and_the_cuts_are_counted(place, evaluated):
+    tokenizer = Tokenizer.from_pretrained(place / "base")
+    rows = random_rows("train", 14) + random_rows("test", 3)
+    while split_of(rows[-1][0]) != "test" or len(rows[-1][0]) < 1000:
+        rows[-1][0] = random_text() + " and so on" * 100
+    options = ["--data", write_table("long.csv", [("en", "fr"), *rows]), "--from", "en"]
+    _, err, (direction,) = evaluated("en-fr", *options)
+    assert len(direction["sources"]) == 2 and "too long" in err and "were cut" not in err
+    out, err, (direction,) = evaluated("en-fr", *options, "--truncate-source", "--max-new-tokens", 20)
+    assert direction["sources"] == [row[0] for row in rows[-3:]]
+    assert "prefix: 1 of 3 sources were cut at their end to fit the context" in err and "sources cut" in out
+    assert [system["sources_cut"] for system in [direction["prefix"], *direction["few_shot"]["draws"]]] == [1, 1, 1]
+    kept = tokenizer.decode(tokenizer.encode(rows[-1][0])[: CONTEXT - 20 - 1])
+    (expected,) = translate_texts(*loaded(place), [kept], "en", "fr", Decoding(max_new=20))
+    assert direction["prefix"]["outputs"][-1] == expected.text and expected.pieces == 1
+
+
+def test_of_all_rows_none_is_an_example_but_what_the_prefix_was_trained_on(place, evaluated):
+    table = write_table("new.csv", [["tweet", "label"], *([random_text(), "unheard of"] for _ in range(4))])
+    options = ["--from", "tweet", "--to", "label", "--choices", "--split", "all"]
+    _, err, (direction,) = evaluated("tweet-label", "--data", table, *options)
+    assert len(direction["sources"]) == 4 and {*direction["prefix"]["outputs"]} <= {*LABELS} and "trained on" not in err
+    assert any(row[0] in direction["few_shot"]["draws"][0]["prompt"] for row in rows_of(place, "tweet-label", 19)[:12])
+    assert "among these sentences are those that the prefix was trained on" in evaluated("tweet-label", *options)[1]
+
+
+# Labels
+
+
+def test_a_classifier_answers_with_labels_of_training_and_is_scored_by_them(place, evaluated):
+    out, _, (direction,) = evaluated("tweet-label", "--from", "tweet", "--to", "label", "--choices")
+    few, references = direction["few_shot"], direction["references"]
+    assert direction["choices"] == sorted(LABELS) == direction["labels"]
+    assert direction["commonest"] == [max(LABELS, key=references.count), 60.0]
+    for system in [direction["prefix"], *few["draws"]]:
+        right = sum(map(str.__eq__, system["outputs"], references))
+        assert {*system["outputs"]} <= {*LABELS} and (system["empty"], system["truncated"]) == (0, 0)
+        assert system["scores"]["accuracy"] == pytest.approx(20 * right) and [*system["scores"]] == [
+            "accuracy",
+            "macro_f1",
+        ]
+        assert sum(system["confusion"][i][i] for i in range(3)) == right and sum(map(sum, system["confusion"])) == 5
+    assert f"{few['difference']['accuracy']['delta']:+.2f} accuracy" in out and "BLEU" not in out
+    assert "likeliest choice" in out and "would have accuracy 60.00" in out
+
+
+def test_the_labels_of_training_are_those_of_the_whole_file(evaluated, monkeypatch):
+    monkeypatch.setattr(evaluate, "rows_to_read", lambda split, limit: 6)
+    rows = [
+        [text, label] for label in ("joy", "anger") for n in (("train", 4), ("test", 2)) for text, _ in random_rows(*n)
+    ]
+    table = write_table("sorted.csv", [["tweet", "label"], *rows])
+    options = ["--data", table, "--from", "tweet", "--to", "label", "--limit", 2, "--draws", 0]
+    assert evaluated("tweet-label", *options, "--choices")[2][0]["choices"] == ["anger", "joy"]
+
+
+def test_choices_that_are_named_are_the_only_answers(place, evaluated, run):
+    options = ["--from", "tweet", "--to", "label", "--choices", "joy", "worry about it"]
+    _, _, (direction,) = evaluated("tweet-label", "--draws", 0, *options)
+    outputs = direction["prefix"]["outputs"]
+    assert {*outputs} <= {"joy", "worry about it"} and "anger" in direction["labels"]  # it is among the references
+    code, out, _ = run(translate, *direction["sources"], "--prefix", place / "tweet-label.safetensors", *options)
+    assert (code, out.splitlines()) == (0, outputs)
+
+
+# Files and bars
+
+
+def test_the_page_the_table_and_the_settings_are_written(place, evaluated):
+    options = ["--report", "page.html", "--hypotheses", "out.tsv", "--examples", 1]
+    out, _, directions = evaluated("en-fr", *options)
+    page, lines = (
+        Path("page.html").read_text(encoding="utf-8"),
+        Path("out.tsv").read_text(encoding="utf-8").splitlines(),
+    )
+    first, settings = directions[0], json.loads(Path("result.json").read_text(encoding="utf-8"))["settings"]
+    banks = Banks.read(place / "en-fr.safetensors")
+    banks.training_record = {}
+    banks.save("bare.safetensors", loaded(place)[0])
+    assert evaluate.training_of("bare.safetensors") == "prefix_len 3"  # an imported one says nothing else
+    assert settings["trained"] == ["init random, prefix_len 3, lr 0.03, steps 7, seed 5, data en-fr.csv"]
+    assert settings["base"] == GPT.from_pretrained(place / "base").fingerprint and settings["base"] in page
+    assert (settings["torch"], settings["columns"], settings["decoding"]) == (torch.__version__, ["en", "fr"], "greedy")
+    assert settings["date"] in page and out.splitlines()[1].split() == ["prefix", "1-shot", "ratio"]
+    assert len(lines) == 11 and lines[1].split("\t")[:2] == [first["sources"][0], first["references"][0]]
+    text, output = next(pair for pair in zip(first["sources"], first["prefix"]["outputs"]) if pair[1])
+    assert html_attention(look_at(*loaded(place), text, ("fr", "en"), output)) in page
+
+
+@pytest.mark.parametrize("options", [[], ["--beam", 2], ["--from", "fr", "--to", "en", "--choices", "a", "b"]])
+def test_on_a_terminal_each_system_has_a_bar_that_reaches_its_end(place, run, monkeypatch, options):
+    bars, arguments = [], ["--prefix", place / "en-fr.safetensors", "--limit", 3, "--shots", 1, "--draws", 1, *options]
+    bar = compare.tqdm
+    monkeypatch.setattr(compare, "tqdm", lambda **kwargs: bars.append(bar(**kwargs)) or bars[-1])
+    assert "3/3" not in run(evaluate, *arguments)[2] and all(bar.disable for bar in bars)
+    bars.clear()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run(evaluate, *arguments)
+    assert [bar.desc for bar in bars[:2]] == ["fr -> en prefix", "fr -> en 1-shot"]
+    assert all((bar.n, bar.total) == (3, 3) for bar in bars)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("en-fr", ["--shots", 12, "--limit", 1], ["12 shots of", f"context of {CONTEXT}"]),
+        ("en-fr", ["--shots", 13], ["13 shots, but 12 training pairs", "--draws 0"]),
+        ("en-fr", ["--json", "nowhere/result.json"], ["--json nowhere/result.json"]),
+        ("en-fr", ["--report", "."], ["--report ."]),
+        ("en-fr", ["--metrics", "meteor"], ["--metrics", "'meteor'", "rouge"]),
+        ("en-fr", ["--split", "dev"], ["--split", "'dev'"]),
+        ("en-fr", ["--data", "nothing.csv"], ["nothing.csv: no such file"]),
+        ("en-fr", ["--columns", "en", "de"], ["no bank 'de'"]),
+        ("en-fr", ["--limit", 0], ["--limit"]),
+        ("en-fr", ["--data", "train.csv"], ["none of the 3 usable pairs", "test split"]),
+        ("tweet-label", ["--choices", "joy"], ["--choices goes with --to"]),
+        ("tweet-label", ["--to", "label", "--beam", 2, "--choices", "joy"], ["without --beam"]),
+        ("tweet-label", ["--to", "label", "--choices", " "], ["an answer is empty"]),
+        ("tweet-label", ["--to", "mood"], ["no bank 'mood'"]),
+        ("tweet-label", ["--columns", "tweet", "tweet"], ["--columns tweet tweet: name two or more, each"]),
+        ("tweet-label", ["--from", "label", "--to", "label"], ["--from label --to label: no direction"]),
+        ("tweet-label", ["--to", "tweet", "--choices"], ["12 different texts in column 'tweet', not 1 to 5"]),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:30] if isinstance(value, list) else value,
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, place, monkeypatch, name, options, words):
+    monkeypatch.setattr(compare, "MAX_CHOICES", 5)
+    write_table("train.csv", [("en", "fr"), *random_rows("train", 3)])
+    code, out, err = run(evaluate, "--prefix", place / f"{name}.safetensors", *options)
+    assert (code, out, err.count("\n")) == (2, "", 1) and all(word in err for word in words), err
