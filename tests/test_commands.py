@@ -127,8 +127,8 @@ def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, place)
     "mistake, words",
     [
         (["--prefix-len", "0"], ["--prefix-len", "'0'", "1 or more"]),
-        (["--prefix-len", "65537"], ["--prefix-len 65,537", "more than 65,536"]),
-        (["--prefix-len", "9" * 13, "--init", "random"], ["--prefix-len", "more than 65,536"]),
+        (["--prefix-len", "65537"], ["--prefix-len 65,537", "65,536 slots at most"]),
+        (["--prefix-len", "9" * 13, "--init", "random"], ["--prefix-len", "65,536 slots at most"]),
         (["--steps", "x"], ["--steps", "'x'"]),
         (["--steps", "²"], ["--steps", "'²'"]),
         (["--lr", "-1"], ["--lr", "'-1'", "above 0"]),
@@ -237,7 +237,7 @@ def test_micro_batches_are_those_that_a_run_began_with_unless_told_otherwise(run
 def test_a_run_that_is_past_the_steps_asked_for_is_refused_and_stays_as_it_is(run, place):
     shutil.copytree(place / "run", "run")
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    assert_refused(run(train, "--resume", "run", "--steps", 2), "3 steps are done", "--steps 2")
+    assert_refused(run(train, "--resume", "run", "--steps", 2), "3 steps are done already", "--steps 2")
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
 
