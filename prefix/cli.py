@@ -19,7 +19,7 @@ from minigpt.quantize import prepack, quantize
 from prefix import prefix_file
 from prefix.banks import Banks
 from prefix.distributed import log
-from prefix.run import CHOICES, DEMO_PREFIX, DTYPES, RUNS
+from prefix.run import CHOICES, DEMO_PREFIX, DTYPES, newest_run
 
 MACHINE_HELP = {
     "device": "where to compute; auto: a GPU if there is one",
@@ -170,9 +170,7 @@ def find_prefix(path, needs=()):
     `needs`, else the demo's."""
     if path is not None:
         return prefix_file.find(path)
-    runs = [p for p in RUNS.glob("*/prefix.safetensors") if p.is_file()]
-    runs = sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)
-    found = next((p for p in runs if set(needs) <= set(prefix_file.read_header(p)["banks"])), DEMO_PREFIX)
+    found = newest_run(needs) or DEMO_PREFIX
     log(f"Using the prefix {found}")
     return found
 

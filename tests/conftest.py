@@ -16,9 +16,13 @@ import torch
 
 import train
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
-from prefix import Banks, cli
+from prefix import cli
+from prefix.banks import Banks
+from prefix.data import corpus as data
 from prefix.data.splits import split_of
+from prefix.init import random_banks
 from prefix.run import DEMO_PREFIX
+from prefix.trainer import Settings, Trainer
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: they then run on the CPU
@@ -200,3 +204,85 @@ def write(tmp_path):
         return path
 
     return write
+
+
+# A small training run
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.from_pretrained("demo")
+
+
+def small_model(tokenizer, dtype=torch.float32):
+    """Two layers of two heads of 16 for this vocabulary, with random weights, frozen."""
+    size = dict(n_positions=128, n_embd=32, n_layer=2, n_head=2)
+    return random_model(GPTConfig(vocab_size=tokenizer.n_vocab, **size), std=0.4).to(dtype)
+
+
+@pytest.fixture
+def model(tokenizer):
+    return small_model(tokenizer)
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer):
+    """A function: rows -> the Corpus of a table of them."""
+
+    def load(rows, names=("en", "fr")):
+        return data.load([str(write_table(tmp_path / "data.csv", [names, *rows]))], names, tokenizer, home=tmp_path)
+
+    return load
+
+
+@pytest.fixture
+def corpus(load):
+    return load(random_rows("train", 20) + random_rows("validation", 4))
+
+
+@pytest.fixture
+def trainer(model, tokenizer, corpus, tmp_path):
+    """A function: settings -> a Trainer of random banks of 3 slots, with a run directory of its own. slots: where they
+    start instead."""
+
+    def build(out="run", slots=None, model=model, corpus=corpus, banks=None, micro=None, directions=None, **settings):
+        (tmp_path / out).mkdir(exist_ok=True)
+        banks = banks or random_banks(model.config, corpus.columns, 3, int(torch.randint(1 << 30, ())))
+        if slots:
+            banks.load_state_dict(slots)
+        settings = Settings(**dict(steps=6, lr=0.05, batch_size=8, warmup=2, eval_every=0) | settings)
+        return Trainer(model, tokenizer, banks, corpus, settings, tmp_path / out, micro, directions)
+
+    return build
+
+
+def one_step(trainer):
+    """The line of metrics of a trainer's next step."""
+    return trainer.optimizer_step(trainer.batches.step(trainer.progress.step))
+
+
+def slots_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.banks.named_parameters()}
+
+
+def saved_prefix(trainer):
+    """What the prefix file of a run holds, as slots_of."""
+    banks = Banks.load(trainer.out / "prefix.safetensors", trainer.model)
+    return {name: p.detach() for name, p in banks.named_parameters()}
+
+
+def same(one, other):
+    """Are two dicts of tensors equal, bit for bit?"""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def watch(owner, attribute, note):
+    """From now on, call note(arguments, result) after each call of a method."""
+    method = getattr(owner, attribute)
+
+    def watched(*arguments, **named):
+        result = method(*arguments, **named)
+        note(arguments, result)
+        return result
+
+    setattr(owner, attribute, watched)

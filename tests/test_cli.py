@@ -182,7 +182,9 @@ def test_a_run_may_go_on_for_more_steps_but_not_otherwise_than_it_began(run, pla
 
 def test_micro_batches_are_those_that_a_run_began_with_unless_told_otherwise(run, on, monkeypatch):
     found, work = [], Trainer.run
-    monkeypatch.setattr(Trainer, "run", lambda trainer: (found.append(trainer.micro_batch_tokens), work(trainer))[1])
+    monkeypatch.setattr(
+        Trainer, "run", lambda trainer: (found.append(trainer.batches.micro_batch_tokens), work(trainer))[1]
+    )
     for arguments in ([*on, "--out", "run", "--micro-batch-tokens", 50], ["--resume", "run"]):
         assert run(train, *arguments)[0] == 0
     assert run(train, "--resume", "run", "--steps", 5, "--micro-batch-tokens", 70)[0] == 0
@@ -231,8 +233,8 @@ def test_a_full_disk_and_too_little_memory_are_one_line(run, monkeypatch, error)
 
 
 def test_too_little_main_memory_is_one_line(run, on, monkeypatch):
-    monkeypatch.setattr(train, "initial_banks", lambda *_: torch.empty(1 << 50))
-    assert_refused(run(train, *on, "--out", "new"), "allocate")
+    monkeypatch.setattr("prefix.init.random_banks", lambda *_: torch.empty(1 << 50))
+    assert_refused(run(train, *on, "--init", "random", "--out", "new"), "allocate")
     assert not Path("new").exists()
 
 

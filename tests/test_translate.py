@@ -3,7 +3,6 @@
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -360,10 +359,14 @@ def test_a_file_is_a_sentence_and_one_notice_says_how_its_lines_are_translated(r
 
 def test_without_prefix_the_newest_run_with_these_banks_is_used_else_the_demo_prefix(run, place, monkeypatch):
     monkeypatch.setattr(cli, "DEMO_PREFIX", place / "run3" / "prefix.safetensors")
+    model = GPT.from_pretrained(place / "base")
     used = lambda *options: run(translate, "--max-new-tokens", 2, *options, "Bonjour")[2]
     assert f"Using the prefix {place}/run3/prefix.safetensors" in used()
     for i, (name, source) in enumerate([("b", "run"), ("c", "run3"), ("a", "run")]):
-        shutil.copytree(place / source, Path("runs", name))
+        Path("runs", name).mkdir(parents=True)
+        banks = Banks.load(place / source, model)
+        banks.training_record = {"model": str(place / "base")}  # and no losses, by which a run may be passed over
+        banks.save(Path("runs", name, "prefix.safetensors"), model)
         os.utime(Path("runs", name, "prefix.safetensors"), (i, i))
     assert "Using the prefix runs/a/prefix.safetensors" in used()
     assert "Using the prefix runs/c/prefix.safetensors" in used("--to", "de")
