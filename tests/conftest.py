@@ -24,6 +24,8 @@ from prefix.init import random_banks
 from prefix.run import DEMO_PREFIX
 from prefix.trainer import Settings, Trainer
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests share two cores, and start others
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: they then run on the CPU
 
