@@ -22,8 +22,8 @@ PIECES = [
     *[".", "...", " ?!", "…", "(", "_", "--", "🙂", " 👩‍👩‍👧", "🇫🇷", "日本語", " Ελλάδα", "नमस्ते", "\0", "\ufeff"],
 ]
 TEXTS = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
-# To shrink what transformers must save each time would take minutes.
 SLOW = settings(deadline=None)
+# To shrink what transformers must save each time would take minutes.
 FEW = settings(SLOW, max_examples=40, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 
 
