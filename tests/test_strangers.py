@@ -90,11 +90,9 @@ READERS = {
     "adapter/adapter_config.json": read_adapter,
     "adapter/adapter_model.safetensors": read_adapter,
 }
-NASTY = b"""
-\0 \xff\xfe \xef\xbb\xbf \r " { ] \\ud800 ../ -1 1e999 NaN null true "" PK\3\4 <!DOCTYPE \xe2\x80\xa8\xe2\x80\xae\xc3\xa9""".split(
-    b" "
-)
-NASTY += [b"", b"\n", b" ", b"9" * 5000, b"[" * 5000]
+NASTY = [b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n", b" ", b'"', b"{", b"]", b"\\ud800", b"../", b"-1"]
+NASTY += [b"1e999", b"NaN", b"null", b"true", b"9" * 5000, b"[" * 5000, b'""', b"PK\3\4", b"<!DOCTYPE html>"]
+NASTY += ["\u2028\u202eé".encode()]
 VALUES = [None, True, False, 0, -1, 1, 2, 2**31, 10**400, 0.5, -1e308, float("nan"), [], {}, [[]], {"a": 1}]
 VALUES += ["", "0", "F32", "\0", "\ud800", "../x", "\x1b[2J\u202e", "x" * 9999]
 

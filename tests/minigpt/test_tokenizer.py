@@ -134,22 +134,42 @@ def trained(tmp_path_factory):
     return folder
 
 
+def save_with(trained, directory, tokens, pad=None, **settings):
+    """Save transformers' tokenizer with added tokens, each (content, normalized, special). Returns it."""
+    from tokenizers import AddedToken
+
+    tokenizer = transformers_tokenizer(trained, **settings)
+    tokenizer.add_tokens([AddedToken(content, normalized=n, special=special) for content, n, special in tokens])
+    tokenizer.add_special_tokens({"pad_token": pad} if pad else {})
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
 @FEW
 @given(tokens=st.lists(st.tuples(CONTENT, st.booleans(), st.booleans()), max_size=5), pad=st.none() | CONTENT,
        prefix_space=st.booleans(), data=st.data())  # fmt: skip
 def test_ids_with_any_added_tokens_equal_transformers(trained, tmp_path, tokens, pad, prefix_space, data):
-    from tokenizers import AddedToken
-
     shutil.rmtree(tmp_path)
-    tokenizer = transformers_tokenizer(trained, add_prefix_space=prefix_space)
-    tokenizer.add_tokens([AddedToken(content, normalized=n, special=special) for content, n, special in tokens])
-    if pad:
-        tokenizer.add_special_tokens({"pad_token": pad})
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer = save_with(trained, tmp_path, tokens, pad, add_prefix_space=prefix_space)
     pieces = st.sampled_from([*AROUND, *(content for content, *_ in tokens)]) | st.text(max_size=3)
     ours = assert_same_ids(tmp_path, data.draw(st.lists(st.lists(pieces, max_size=12).map("".join), max_size=5)))
     ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1)))
     assert ours.decode(ids) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [("foo", True, False), ("oba", False, False)],  # those that are not normalized first
+        [("foo", False, False), ("oba", True, False)],
+        [("foo", True, False), ("foobar", True, False)],  # the longest
+        [("foo", True, False), ("foobar", True, True)],  # a special one stays text, with what is in it
+        [("foo", True, False), ("foobar", False, True)],
+    ],
+)
+def test_added_tokens_that_overlap_are_found_as_by_transformers(trained, tmp_path, tokens):
+    save_with(trained, tmp_path, tokens)
+    assert_same_ids(tmp_path, ["foobar foo bar xfoobarfoo"])
 
 
 @FEW
