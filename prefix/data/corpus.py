@@ -10,7 +10,7 @@ The cache of R rows in C columns, whose cell number row * C + column is the text
     tokens.bin    the ids of all cells, one after another: uint16, or int32 where there are more than 65,536 ids
     index.bin     (R * C + 1,) int64: where each cell begins in tokens.bin
     <split>.bin   (n, 3) int32 for each of splits.SPLITS: its examples, see Corpus.examples
-    meta.json     columns, what there is to report of the files, sizes and a checksum of the files above; written last
+    meta.json     columns, what there is to report, sizes and a checksum of the files above
 
 The ids spell their texts exactly, so the texts themselves are not kept.
 """
@@ -144,8 +144,9 @@ def _build(directory, paths, columns, tokenizer, limit, max_tokens):
         faults = "; ".join(skipped.report()) or "there is none at all"
         raise UserError(f"{' '.join(map(str, paths))}: no row that can be used: {faults}")
     if n_repeated:
-        rows = f"{n_repeated:,} row{'s' * (n_repeated > 1)} repeat{'s' * (n_repeated == 1)}"
-        skipped.notes.append(f"{rows} an earlier one and are used all the same (first at line {first})")
+        skipped.notes.append(
+            f"rows that repeat an earlier one, used all the same: {n_repeated:,} (first at line {first})"
+        )
     return skipped.report()
 
 

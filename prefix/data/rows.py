@@ -10,7 +10,6 @@ without --columns no row number, constant or id is read as text, and no text as 
 import json
 import re
 from itertools import chain, islice
-from pathlib import Path
 from typing import NamedTuple
 
 from minigpt.files import UserError
