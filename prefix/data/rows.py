@@ -71,7 +71,7 @@ def inspect(paths, columns=None):
     found, where = tables.records(paths), " ".join(map(str, paths))
     line, names = next(found, (1, "the file is empty"))
     if fault := names if isinstance(names, str) else damage(names):
-        start = "".join(tables.head(paths[0])[:1])
+        _, start = next(tables.lines_of(paths[0]), (1, ""))
         raise UserError(f"{where}: no table: expected names of columns, in UTF-8: {fault}; it begins {start!r:.60}")
     if len(paths) > 1:
         if len(columns or names) != len(paths):

@@ -21,11 +21,10 @@ from minigpt.files import UserError, reading
 MAX_FIELD = 100_000  # characters
 MAX_LINE = 1 << 20  # bytes
 TOO_LONG = b"x" * (MAX_FIELD + 1)  # stands for a longer line: too long a field in any format
-MAX_LINES = 100  # of one record: a quote still open after them was never closed
-HEAD = 1 << 17  # bytes, which tell the format
+MAX_LINES = 100  # of one record: a quote still open after them was never closed; as many tell the format
+FIRST_LINES = 1000  # of JSON: among them a column must turn up
 JSON_NAMES = (".jsonl", ".ndjson", ".json")
 TABLE_NAMES = (".csv", ".tsv", *JSON_NAMES)
-ARRAY_TO_LINES = "python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]'"
 
 OTHER_KINDS = {  # how they begin
     rb"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or save the sheet as CSV",
@@ -35,7 +34,7 @@ OTHER_KINDS = {  # how they begin
     rb"version https://git-lfs": "a git LFS pointer in place of the file: fetch it with `git lfs pull`",
     rb"\xff\xfe|\xfe\xff": "UTF-16 text: make it UTF-8 with `iconv -f UTF-16 -t UTF-8`",
     rb"[^\n]*\0": "no text: there are NUL bytes in its first line",
-    rb"\[\s*\{": f"a JSON array: make it JSON lines with `{ARRAY_TO_LINES} < array.json > lines.jsonl`",
+    rb"\[\s*\{": "a JSON array: write one object a line, as `jq -c '.[]'` does",
 }
 
 
@@ -44,14 +43,15 @@ def records(paths):
 
     The first is (line number, names of the columns): line 1 of a table, or 0 where no line holds them. The values are
     str, or what JSON has. Of a record that cannot be read they are a str that says why."""
-    (lines, *_), suffixes = [head(path) for path in paths], [Path(path).suffix.lower() for path in paths]
-    first = next(filter(str.strip, lines), "")
+    heads = [list(itertools.islice(lines_of(path), MAX_LINES)) for path in paths]
+    first = next((line for _, line in heads[0] if line.strip()), "")
+    suffixes = [Path(path).suffix.lower() for path in paths]
     if len(paths) > 1 and not set(suffixes) & set(TABLE_NAMES):
         return _aligned(paths)
     if len(paths) == 1 and (suffixes[0] in JSON_NAMES or _object(first)):
-        return _objects(paths[0], lines)
+        return _objects(paths[0])
     if len(paths) == 1 and (suffixes[0] in TABLE_NAMES or "\t" in first):
-        return _fields(_lines(paths[0]), *_dialect(lines, comma=suffixes[0] == ".csv"))
+        return _fields(lines_of(paths[0]), *_dialect(heads[0], comma=suffixes[0] == ".csv"))
     expected = f"expected one table, named {', '.join(TABLE_NAMES)}, or two or more text files, one per column"
     raise UserError(f"{' '.join(map(str, paths))}: {expected}")
 
@@ -59,22 +59,23 @@ def records(paths):
 def _aligned(paths):
     """After a line that is missing in one of the files every pair would be wrong: the lines are counted first."""
     yield 0, [Path(path).suffix[1:] for path in paths]
-    counts = [sum(1 for _ in _lines(path)) for path in paths]
+    counts = [sum(1 for _ in lines_of(path)) for path in paths]
     if len(set(counts)) > 1:
         told = ", ".join(f"{path} has {n:,} line{'s' * (n != 1)}" for path, n in zip(paths, counts))
         raise UserError(f"{told}: line by line they must be translations of each other")
-    for row in zip(*map(_lines, paths)):
+    for row in zip(*map(lines_of, paths)):
         yield row[0][0], [line for _, line in row]
 
 
-def _objects(path, lines):
+def _objects(path):
     """Yield the records of JSON lines. The columns are all keys in the first lines."""
-    names = list(dict.fromkeys(key for line in lines for key in _object(line) or ()))
+    lines = itertools.islice(lines_of(path), FIRST_LINES)
+    names = list(dict.fromkeys(key for _, line in lines for key in _object(line) or ()))
     if not names:
         example = '{"en": "...", "fr": "..."}'
         raise UserError(f"{path}: expected JSON lines, an object such as {example} on each; the first are none")
     yield 0, names
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         if (found := _object(line)) is not None:
             yield number, [found.get(name) for name in names]
         elif line.strip():
@@ -97,11 +98,11 @@ def _dialect(lines, comma):
 
     A tie goes to the delimiter of the file's name. Most .tsv files have no quoting: a quote is a character there."""
     tabs, others = [("\t", False), ("\t", True)], [(mark, True) for mark in ",;|"]
-    if lines[:1] and lines[0].startswith('"'):
+    if lines and lines[0][1].startswith('"'):
         tabs.reverse()
 
     def agreement(dialect):
-        found = [fields for _, fields in _fields(enumerate(lines[:500], 1), *dialect)]
+        found = [fields for _, fields in _fields(lines, *dialect)]
         widths = [0 if isinstance(fields, str) else len(fields) for fields in found]
         return widths.count(widths[0]) / len(widths) if widths and widths[0] > 1 else 0
 
@@ -147,7 +148,7 @@ def _quoted(lines, delimiter):
         ahead.extend(itertools.islice(lines, n_lines))
 
 
-def _lines(path):
+def lines_of(path):
     """Yield (line number, line without its end). Only "\\n" ends a line, or files with other breaks inside their
     sentences would fall out of step. Bytes that are not UTF-8 become lone surrogates."""
     with open_bytes(path) as file:
@@ -158,14 +159,6 @@ def _lines(path):
             while len(part) == MAX_LINE and not part.endswith(b"\n"):
                 line, part = TOO_LONG, file.readline(MAX_LINE)
             yield number, line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
-
-
-def head(path):
-    """The first lines of a file, whole."""
-    with open_bytes(path) as file:
-        start = file.read(HEAD)
-    lines = start.decode("utf-8", "surrogateescape").split("\n")
-    return lines[:-1] if len(start) == HEAD else lines
 
 
 @contextmanager

@@ -134,8 +134,8 @@ def test_a_file_without_usable_rows_is_an_error_that_lists_the_reasons(write, lo
 
 
 def test_a_limit_counts_usable_rows_and_reads_little_further_than_it_needs(write, load, monkeypatch):
-    numbers, lines = [], tables._lines
-    monkeypatch.setattr(tables, "_lines", lambda path: (numbers.append(line[0]) or line for line in lines(path)))
+    numbers, lines = [], tables.lines_of
+    monkeypatch.setattr(tables, "lines_of", lambda path: (numbers.append(line[0]) or line for line in lines(path)))
     path = write("a.csv", "en,fr\n123456789,x\n" + "one,un\n,\n" * 5000)
     corpus = load([path], ["en", "fr"], limit=1500, max_tokens=9)
     assert texts_of(corpus) == [("one", "un")] * 1500 and max(numbers) <= 2 + 2 * 1500 + tables.MAX_LINES
@@ -265,9 +265,9 @@ def test_of_two_builders_the_first_wins_and_both_get_its_cache(write, load, fold
 
 
 def test_what_nobody_opened_for_a_month_goes(write, load, folder):
-    paths = unused, used = write("a.csv", TABLE), write("b.csv", TABLE)
-    for path in paths:
-        load([path])
+    used = write("b.csv", TABLE)
+    load([write("a.csv", TABLE)])
+    load([used])
     for name in (".building-old", ".building-fresh", "of-another-program"):
         shutil.copytree(next(folder.iterdir()), folder / name)
     then = time.time() - 31 * 24 * 60 * 60
