@@ -150,6 +150,7 @@ def _default_columns(where, there):
     elif faults:
         told = " and ".join(f"{name!r} {fault}" for name, fault in faults.items())
         raise UserError(f"{where}: the column {told}: name the columns to read by --columns, it too if it is meant")
+    _require(where, columns, there.names)
     return list(columns)
 
 
