@@ -37,7 +37,7 @@ LANGUAGES = set(
 )
 REGION = "(?!id)[a-z]{2}|[0-9]{3}|latn|cyrl|arab|deva|hans|hant"  # en_US, es-419, zho_Hans
 SENTENCE = re.compile(r"[!?…;,\"«»¿¡'’。！？，]|\.(\s|$)")  # marks that no name of a column has
-NO_TEXT = re.compile(r"[\W\d_]+|\S*(\d|://)\S*|(?i:nan|n/?a|null|none)")  # numbers, ids, addresses, missing values
+NO_TEXT = re.compile(r"[\W\d_]+|(?=\S*(\d|://))\S+|(?i:nan|n/?a|null|none)")  # numbers, ids, addresses, missing values
 
 
 class Skipped:
@@ -63,7 +63,7 @@ class Contents(NamedTuple):
 
     names: list  # of the columns, or the texts in line 1
     samples: list  # of each column: its first texts that are not empty
-    has_header: bool  # whether the names stand in the files
+    has_header: bool  # False: line 1 is a row
 
 
 def inspect(paths, columns=None):

@@ -43,7 +43,7 @@ def records(paths):
 
     The first is (line number, names of the columns): line 1 of a table, or 0 where no line holds them. The values are
     str, or what JSON has. Of a record that cannot be read they are a str that says why."""
-    heads = [list(itertools.islice(lines_of(path), MAX_LINES)) for path in paths]
+    heads = [list(itertools.islice(lines_of(path), MAX_LINES)) for path in paths]  # opens each of them
     first = next((line for _, line in heads[0] if line.strip()), "")
     suffixes = [Path(path).suffix.lower() for path in paths]
     if len(paths) > 1 and not set(suffixes) & set(TABLE_NAMES):

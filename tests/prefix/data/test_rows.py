@@ -144,8 +144,12 @@ def test_a_table_without_a_header_is_told_and_read_when_its_columns_are_named(wr
 
 
 @pytest.mark.parametrize(
-    "name, content, columns, message",
+    "names, content, columns, message",
     [
+        ("a.txt b.txt", "a", None, "different names"),
+        ("a.txt b.txt", "a", ["en", "fr", "de"], "2 text files, but 3 columns"),
+        ("a.csv b.csv", "en,fr\na,b\n", None, "expected one table"),
+        ("a.csv b.fr", "en,fr\na,b\n", None, "expected one table"),
         ("a.csv", "en,fr\na,b\n", ["en", "de"], "a.csv: has no column 'de'; its columns are 'en', 'fr'"),
         ("a.tsv", "en\tfr\na\tb\n", ["xx", "yy"], "a.tsv: has no column 'xx'; its columns are 'en', 'fr'"),
         ("a.jsonl", '{"en": 1, "fr": 2}', ["en", "de"], "a.jsonl: has no column 'de'; its columns are 'en', 'fr'"),
@@ -157,21 +161,12 @@ def test_a_table_without_a_header_is_told_and_read_when_its_columns_are_named(wr
         ("a.jsonl", r'{"\ud800": "a", "b": "c"}', None, "names of columns, in UTF-8"),
     ],
 )
-def test_a_mistake_about_columns_is_told_in_one_line(write, name, content, columns, message):
-    path = write(name, content)
-    for mistaken in (lambda: resolve_columns([path], columns), lambda: read(path, columns=columns)):
+def test_a_mistake_about_columns_is_told_in_one_line(write, names, content, columns, message):
+    paths = [write(name, content) for name in names.split()]
+    for mistaken in (lambda: resolve_columns(paths, columns), lambda: read(*paths, columns=columns)):
         with pytest.raises(UserError, match=message) as error:
             mistaken()
         assert "\n" not in str(error.value) and len(str(error.value)) < 700
-
-
-def test_text_files_need_a_name_each(write):
-    paths = [write("a.txt", "a"), write("b.txt", "b")]
-    with pytest.raises(UserError, match="different names"):
-        resolve_columns(paths)
-    with pytest.raises(UserError, match="2 text files, but 3 columns"):
-        resolve_columns(paths, ["en", "fr", "de"])
-    assert resolve_columns(paths, ["en", "fr"]) == ("en", "fr")
 
 
 # What holds for any file
