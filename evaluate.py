@@ -13,17 +13,22 @@ import torch
 
 from minigpt import UserError
 from minigpt.files import replacing
-from minigpt.splits import SPLITS
-from prefix import command, data, distributed, evaluation, metrics, rows
-from prefix.banks import read_metadata
-from prefix.command import notice, shown, whole
-from prefix.inspect import look_at
-from prefix.report import write_page
+from prefix import cli, distributed, run
+from prefix.cli import int_at_least
+from prefix.data import corpus as data
+from prefix.data import rows
+from prefix.data.splits import SPLITS
+from prefix.distributed import log, printable
+from prefix.evaluation import compare as evaluation
+from prefix.evaluation import metrics
+from prefix.evaluation.attention_maps import look_at
+from prefix.evaluation.report import write_page
+from prefix.prefix_file import read_header
 
 
 def parse_arguments():
-    parser = command.Parser(prog="evaluate.py", description="Compare a learned prefix with k-shot prompting.")
-    command.add_prefix_option(parser)
+    parser = cli.Parser(prog="evaluate.py", description="Compare a learned prefix with k-shot prompting.")
+    cli.add_prefix_option(parser)
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="default: what the prefix was trained on")
     parser.add_argument("--columns", nargs="+", metavar="NAME", help="evaluate between these (all that have a bank)")
@@ -44,26 +49,26 @@ def parse_arguments():
     )
     parser.add_argument(
         "--limit",
-        type=whole(1),
+        type=int_at_least(1),
         default=500,
         metavar="N",
         help="sentences in each direction (500), from the head of the file: no more of it is read than they take, unless"
         " --references all or --choices needs all of it, or a direction has too few there",
     )
-    parser.add_argument("--shots", type=whole(0), default=3, metavar="K", help="examples in the prompt (3)")
+    parser.add_argument("--shots", type=int_at_least(0), default=3, metavar="K", help="examples in the prompt (3)")
     parser.add_argument(
-        "--draws", type=whole(0), default=3, metavar="N", help="draws of these examples (3); 0: no k-shot"
+        "--draws", type=int_at_least(0), default=3, metavar="N", help="draws of these examples (3); 0: no k-shot"
     )
-    parser.add_argument("--beam", type=whole(1), default=1, metavar="N", help="beams for the prefix (1: greedy)")
-    parser.add_argument("--max-tokens", type=whole(3), default=384, metavar="N", help="longest pair, in tokens (384)")
-    parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="sentences decoded at once")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the draws")
-    parser.add_argument("--examples", type=whole(0), default=3, metavar="N", help="sentences to show side by side (3)")
+    parser.add_argument("--beam", type=int_at_least(1), default=1, metavar="N", help="beams for the prefix (1: greedy)")
+    parser.add_argument("--max-tokens", type=int_at_least(3), default=384, metavar="N", help="longest pair, in tokens (384)")
+    parser.add_argument("--batch-size", type=int_at_least(1), default=32, metavar="N", help="sentences decoded at once")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, metavar="N", help="of the draws")
+    parser.add_argument("--examples", type=int_at_least(0), default=3, metavar="N", help="sentences to show side by side (3)")
     parser.add_argument("--show-prompt", action="store_true", help="show the first k-shot prompt of each direction")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here as well")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page to look at, one file")
-    command.add_weights_option(parser)
-    command.add_machine_options(parser)
+    cli.add_weights_option(parser)
+    cli.add_machine_options(parser)
     args = parser.parse_args()
     for name, path in (("json", args.json), ("report", args.report)):
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
@@ -82,19 +87,19 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     distributed.start()
-    model, tokenizer, banks, prefixes = command.load_with_base(args)
-    trained_on, wanted = read_metadata(prefixes[0])["training"], directions(args, banks)
-    files = command.data_paths(args.data or command.data_of(prefixes))
+    model, tokenizer, banks, prefixes = cli.load_with_base(args)
+    trained_on, wanted = read_header(prefixes[0])["training"], directions(args, banks)
+    files = run.data_paths(args.data or cli.data_of(prefixes))
     paths, columns = rows.columns_for(files, banks.names, args.columns)
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
     corpus = read(args, paths, columns, tokenizer, longest, wanted)
     for line in corpus.report:
-        notice(line)
+        log(line)
     training = corpus if args.split != "all" else None
-    if not training and set(command.data_names(paths)) & set(trained_on.get("data", [])):
-        notice("--split all: among these sentences are those that the prefix was trained on")
+    if not training and set(run.data_names(paths)) & set(trained_on.get("data", [])):
+        log("--split all: among these sentences are those that the prefix was trained on")
     if not training and (args.draws or args.choices == []):
-        where, names = command.data_paths(command.data_of(prefixes)), trained_on.get("columns")
+        where, names = run.data_paths(cli.data_of(prefixes)), trained_on.get("columns")
         training = data.load(where, names, tokenizer, trained_on.get("limit"), longest)
         if lacking := set(columns) - set(training.columns):
             raise UserError(f"--split all: no column {min(lacking)} in the training text: use --draws 0")
@@ -147,13 +152,13 @@ def settings_of(args, prefixes, model):
     """What an evaluation is to be repeated with: the options, the machine's, and how each prefix file came to be."""
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "report")}
     settings |= {"prefix": [str(path) for path in prefixes], "trained": list(map(training_of, prefixes))}
-    settings |= {"base": read_metadata(prefixes[0])["base"]["fingerprint"], "torch": torch.__version__}
+    settings |= {"base": read_header(prefixes[0])["base"]["fingerprint"], "torch": torch.__version__}
     return settings | {"device": str(model.device), "dtype": str(model.dtype)}
 
 
 def training_of(path):
     """What a prefix file says of its training, in a line. It may say nothing: an imported one does not."""
-    metadata = read_metadata(path)
+    metadata = read_header(path)
     record = metadata["training"]
     settings = record.get("settings")
     said = {**record, **(settings if isinstance(settings, dict) else {}), "prefix_len": metadata["prefix_len"]}
@@ -164,17 +169,17 @@ def training_of(path):
 
 def print_results(args, settings, signatures, reports):
     for report in reports:
-        print(shown("\n".join(evaluation.table(report, args.shots))), end="\n\n")
+        print(printable("\n".join(evaluation.table(report, args.shots))), end="\n\n")
         if args.show_prompt and report["few_shot"]:
-            print(shown(report["few_shot"]["prompts"][0]))
+            print(printable(report["few_shot"]["prompts"][0]))
         if args.examples:
-            print(shown("\n".join(evaluation.examples(report, args.examples, args.shots))))
+            print(printable("\n".join(evaluation.examples(report, args.examples, args.shots))))
     decoding = "likeliest choice" if args.choices is not None else f"beam {args.beam}" if args.beam > 1 else "greedy"
     shots = f"{args.draws} draws of {args.shots} shots"
     prefixes, paths = " ".join(settings["prefix"]), " ".join(settings["data"])
-    print(shown(f"prefix {prefixes}, data {paths}, split {args.split}, {decoding}, {shots}"))
+    print(printable(f"prefix {prefixes}, data {paths}, split {args.split}, {decoding}, {shots}"))
     if args.choices is None:
-        print(shown(f"BLEU {signatures['bleu']}   chrF2 {signatures['chrf']}"))
+        print(printable(f"BLEU {signatures['bleu']}   chrF2 {signatures['chrf']}"))
         print("sentence BLEU: mean of nltk's sentence_bleu on words split at spaces, as the notebook has it")
 
 
@@ -198,5 +203,5 @@ def look_at_first(model, tokenizer, banks, report):
 
 
 if __name__ == "__main__":
-    with command.telling_errors():
+    with cli.cli_errors():
         main()

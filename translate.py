@@ -13,37 +13,38 @@ from tqdm import tqdm
 
 from minigpt import UserError
 from minigpt.generate import Sampler
-from prefix import command, distributed
-from prefix.command import notice, number, shown, whole
+from prefix import cli, distributed
+from prefix.cli import float_range, int_at_least
+from prefix.distributed import log, printable
 from prefix.translation import translate
 
 LINES_AT_A_TIME = 32  # batches of standard input, at most, that are read before the first of them is answered
 
 
 def parse_arguments():
-    parser = command.Parser(prog="translate.py", description="Translate with a learned prefix.")
+    parser = cli.Parser(prog="translate.py", description="Translate with a learned prefix.")
     parser.add_argument("text", nargs="*", help="sentences; without any, the lines of standard input")
     parser.add_argument(
         "--from", dest="source", metavar="BANK", help="source (the second bank, or the first that is not --to)"
     )
     parser.add_argument("--to", dest="target", metavar="BANK", help="target (the first bank that is not --from)")
-    command.add_prefix_option(parser)
+    cli.add_prefix_option(parser)
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
-    parser.add_argument("--beam", type=whole(1), default=1, metavar="N", help="beams (1: no beam search)")
+    parser.add_argument("--beam", type=int_at_least(1), default=1, metavar="N", help="beams (1: no beam search)")
     parser.add_argument(
-        "--length-penalty", type=number(-10, 10), metavar="X", help="beams are ranked by log p / length**X (1)"
+        "--length-penalty", type=float_range(-10, 10), metavar="X", help="beams are ranked by log p / length**X (1)"
     )
-    parser.add_argument("--temperature", type=number(0, 100), metavar="X", help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-k", type=whole(0), default=0, metavar="N", help="sample among the N likeliest; 0: all")
-    parser.add_argument("--top-p", type=number(0, 1, open_low=True), default=1.0, metavar="X")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N")
-    parser.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="default: twice the source plus 16")
-    parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="sentences decoded at once")
+    parser.add_argument("--temperature", type=float_range(0, 100), metavar="X", help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-k", type=int_at_least(0), default=0, metavar="N", help="sample among the N likeliest; 0: all")
+    parser.add_argument("--top-p", type=float_range(0, 1, open_low=True), default=1.0, metavar="X")
+    parser.add_argument("--seed", type=int_at_least(0), default=0, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int_at_least(1), metavar="N", help="default: twice the source plus 16")
+    parser.add_argument("--batch-size", type=int_at_least(1), default=32, metavar="N", help="sentences decoded at once")
     parser.add_argument(
         "--choices", nargs="+", metavar="ANSWER", help="answer with the likeliest of these; put it behind the text"
     )
-    command.add_weights_option(parser)
-    command.add_machine_options(parser)
+    cli.add_weights_option(parser)
+    cli.add_machine_options(parser)
     args = parser.parse_args()
     if args.length_penalty is not None and args.beam == 1:
         parser.error("--length-penalty goes with --beam")
@@ -62,16 +63,16 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     distributed.start()
-    model, tokenizer, banks, _ = command.load_with_base(args)
-    source, target = command.direction(args, banks)
+    model, tokenizer, banks, _ = cli.load_with_base(args)
+    source, target = cli.direction(args, banks)
     if args.choices and not args.text:
-        notice(f"Reading sentences from standard input: --choices took all of {', '.join(args.choices)}")
+        log(f"Reading sentences from standard input: --choices took all of {', '.join(args.choices)}")
     if not args.text and sys.stdin.isatty():
-        notice(f"Reading {source} sentences, one per line; Ctrl-D ends.")
+        log(f"Reading {source} sentences, one per line; Ctrl-D ends.")
     chunks = iter([args.text]) if args.text else lines_as_they_come(LINES_AT_A_TIME * args.batch_size)
     first, done, cut, faults, divided = distributed.rank() == 0, 0, 0, 0, 0
     with progress(args.text) as bar:
-        while chunk := distributed.from_first(next(chunks, None) if first else None):
+        while chunk := distributed.broadcast(next(chunks, None) if first else None):
             output = Output()
             results = translate(
                 model,
@@ -93,18 +94,18 @@ def main():
                 if first:
                     output.line(result.text)
                 if result.fault:
-                    notice(f"line {line}: {result.fault}")
+                    log(f"line {line}: {result.fault}")
                 faults += bool(result.fault)
                 cut += not result.finished and not result.fault
                 divided += result.pieces > 1
             done += len(chunk)
             bar.update(len(chunk))
     if divided:
-        notice(
+        log(
             f"{divided} of {done} texts were too long for the model's context: translated in parts, cut at sentence ends"
         )
     if cut:
-        notice(f"{cut} of {done} translations were cut at their token limit (--max-new-tokens)")
+        log(f"{cut} of {done} translations were cut at their token limit (--max-new-tokens)")
     if faults:
         raise UserError(f"{faults} of {done} sentences could not be translated: cut them into shorter ones")
 
@@ -116,11 +117,11 @@ class Output:
         self.there = ""
 
     def grow(self, text):
-        print(shown(text[len(self.there) :]), end="", flush=True)
+        print(printable(text[len(self.there) :]), end="", flush=True)
         self.there = text
 
     def line(self, text):
-        print(shown(text[len(self.there) :]), flush=True)
+        print(printable(text[len(self.there) :]), flush=True)
         self.there = ""
 
 
@@ -166,5 +167,5 @@ def lines_ahead(fd):
 
 
 if __name__ == "__main__":
-    with command.telling_errors():
+    with cli.cli_errors():
         main()

@@ -27,55 +27,55 @@ import torch.nn.functional as F
 KERNELS_FROM = (8, 0)  # compute capability: below it, Triton 3.9 compiles matrix products without tensor cores
 
 
-def upload(x, device):
+def to_device(x, device):
     """x on `device`; on its way to a GPU it waits for nothing that runs there, as it would in pageable memory."""
     if device.type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
-class Layout:
+class PackedBatch:
     """How N packed tokens fall into B sentences, and which banks are open at each.
 
     lengths: tokens of each sentence, in order, as a list of ints >= 1.
     opened: (N,) bit masks, or None where no bank is open anywhere.
     """
 
-    def __init__(self, lengths, opened=None, device="cpu"):
+    def __init__(self, lengths, bank_mask=None, device="cpu"):
         self.lengths, self.device = list(lengths), torch.device(device)
         self.n_tokens, self.longest = sum(self.lengths), max(self.lengths)
         self.ragged = min(self.lengths) != self.longest
-        self.has_open = opened is not None
-        opened = torch.zeros(self.n_tokens) if opened is None else opened
-        self.opened = upload(opened.to(torch.int32), self.device)
+        self.has_open = bank_mask is not None
+        bank_mask = torch.zeros(self.n_tokens) if bank_mask is None else bank_mask
+        self.bank_mask = to_device(bank_mask.to(torch.int32), self.device)
         n = torch.tensor(self.lengths, dtype=torch.int32)
         end = n.cumsum(0, dtype=torch.int32).repeat_interleave(n)  # (N,): the token after each token's sentence
         start = end - n.repeat_interleave(n)  # (N,): the first token of each token's sentence
-        self.start, self.end = upload(start, self.device), upload(end, self.device)
-        self.position = upload(torch.arange(self.n_tokens) - start, self.device)  # (N,) int64
+        self.start, self.end = to_device(start, self.device), to_device(end, self.device)
+        self.position = to_device(torch.arange(self.n_tokens) - start, self.device)  # (N,) int64
 
     @cached_property
-    def cell(self):
+    def flat_index(self):
         """Where each token stands when sentences are laid out as rows of a (B, T) grid: (N,) flat indices."""
         sentence = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
         return sentence.to(self.device) * self.longest + self.position
 
     @cached_property
-    def grid(self):
+    def pad_index(self):
         """The inverse of `cell`: (B*T,) the token in each cell; token 0 in the empty cells at the ends of rows."""
-        grid = torch.zeros(len(self.lengths) * self.longest, dtype=torch.int64, device=self.device)
-        grid[self.cell] = torch.arange(self.n_tokens, device=self.device)
-        return grid
+        pad_index = torch.zeros(len(self.lengths) * self.longest, dtype=torch.int64, device=self.device)
+        pad_index[self.flat_index] = torch.arange(self.n_tokens, device=self.device)
+        return pad_index
 
-    def to_grid(self, x):
+    def pad(self, x):
         """(N, ...) -> (B, T, ...). Empty cells repeat token 0: they stand after the text, where nothing looks."""
-        x = x.index_select(0, self.grid) if self.ragged else x
+        x = x.index_select(0, self.pad_index) if self.ragged else x
         return x.view(len(self.lengths), self.longest, *x.shape[1:])
 
-    def to_row(self, x):
+    def unpad(self, x):
         """(B, T, ...) -> (N, ...), dropping the empty cells."""
         x = x.reshape(-1, *x.shape[2:])
-        return x.index_select(0, self.cell) if self.ragged else x
+        return x.index_select(0, self.flat_index) if self.ragged else x
 
 
 @dataclass
@@ -93,30 +93,32 @@ class Slots:
     def layer(self, i):
         return Slots(self.key[i], self.value[i], self.bank)
 
-    def open_to(self, opened):
+    def visible_slots(self, bank_mask):
         """opened (...), bank masks -> (..., S): True for the slots of open banks."""
-        return (opened[..., None] >> self.bank) & 1 == 1
+        return (bank_mask[..., None] >> self.bank) & 1 == 1
 
 
-def attend(qkv, n_head, layout, slots=None, how="auto"):
+def attend(qkv, n_head, packed, slots=None, backend="auto"):
     """qkv (N, 3 * n_embd), the projection's output -> (N, n_embd). slots: those of this layer, or None, of any dtype.
 
     how: "plain" (the formula, the reference), "fused" (in one pass, without scores in memory), or "auto": fused."""
-    if slots is not None and (slots.bank.numel() == 0 or not layout.has_open):
+    if slots is not None and (slots.bank.numel() == 0 or not packed.has_open):
         slots = None
-    if how == "plain":
-        return plain(qkv, n_head, layout, slots)
+    if backend == "plain":
+        return reference_attention(qkv, n_head, packed, slots)
     if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= KERNELS_FROM:
-        from minigpt import kernels  # here, because triton comes with CUDA builds of torch only
+        from minigpt import (
+            kernels,  # here, because triton comes with CUDA builds of torch only
+        )
 
         with torch.cuda.device(qkv.device):  # Triton launches on the current one
-            return kernels.fused(qkv, n_head, layout, slots)
-    return fused(qkv, n_head, layout, slots)
+            return kernels.triton_attention(qkv, n_head, packed, slots)
+    return sdpa_attention(qkv, n_head, packed, slots)
 
 
-def plain(qkv, n_head, layout, slots):
+def reference_attention(qkv, n_head, packed, slots):
     """The formula above, step by step; the softmax in float32 or better."""
-    q, k, v = _heads(qkv, n_head, layout)  # each (B, n_head, T, head_dim)
+    q, k, v = split_heads(qkv, n_head, packed)  # each (B, n_head, T, head_dim)
     n_slots = 0
     if slots is not None:
         slots, n_slots = slots.to(q.dtype), slots.bank.numel()
@@ -124,69 +126,69 @@ def plain(qkv, n_head, layout, slots):
     if n_slots:
         scores = torch.cat([q @ slots.key.transpose(-2, -1), scores], dim=-1)  # (B, n_head, T, S + T)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(q.size(-1))
-    scores = scores.masked_fill(~_visible(layout, slots), -torch.inf)
+    scores = scores.masked_fill(~visible(packed, slots), -torch.inf)
     weights = scores.softmax(dim=-1).to(v.dtype)
     out = weights[..., n_slots:] @ v  # (B, n_head, T, head_dim)
     if n_slots:
         out = out + weights[..., :n_slots] @ slots.value
-    return layout.to_row(out.transpose(1, 2)).flatten(1)  # (N, n_embd)
+    return packed.unpad(out.transpose(1, 2)).flatten(1)  # (N, n_embd)
 
 
-def fused(qkv, n_head, layout, slots):
+def sdpa_attention(qkv, n_head, packed, slots):
     """The same by torch's scaled_dot_product_attention, slots in front of each sentence's keys."""
-    q, k, v = _heads(qkv, n_head, layout)
+    q, k, v = split_heads(qkv, n_head, packed)
     if slots is None:  # with as many keys as queries, is_causal means what it says
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
         slots = slots.to(q.dtype)
         k = torch.cat([slots.key.expand(len(k), -1, -1, -1), k], dim=2)  # (B, n_head, S + T, head_dim)
         v = torch.cat([slots.value.expand(len(v), -1, -1, -1), v], dim=2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(layout, slots))
-    return layout.to_row(out.transpose(1, 2)).flatten(1)  # (N, n_embd)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(packed, slots))
+    return packed.unpad(out.transpose(1, 2)).flatten(1)  # (N, n_embd)
 
 
-def _heads(qkv, n_head, layout):
+def split_heads(qkv, n_head, packed):
     """(N, 3 * n_embd) -> q, k, v, each (B, n_head, T, head_dim)."""
-    grid = layout.to_grid(qkv).unflatten(-1, (3, n_head, -1))  # (B, T, 3, n_head, head_dim)
-    return grid.permute(2, 0, 3, 1, 4).unbind(0)
+    pad_index = packed.pad(qkv).unflatten(-1, (3, n_head, -1))  # (B, T, 3, n_head, head_dim)
+    return pad_index.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _visible(layout, slots):
+def visible(packed, slots):
     """True where a query may look: (B, 1, T, S + T) with slots, (T, T) without."""
-    causal = torch.ones(layout.longest, layout.longest, dtype=torch.bool, device=layout.device).tril()
+    causal = torch.ones(packed.longest, packed.longest, dtype=torch.bool, device=packed.device).tril()
     if slots is None:
         return causal
-    slot = slots.open_to(layout.to_grid(layout.opened))[:, None]  # (B, 1, T, S)
+    slot = slots.visible_slots(packed.pad(packed.bank_mask))[:, None]  # (B, 1, T, S)
     return torch.cat([slot, causal.expand(len(slot), 1, -1, -1)], dim=-1)
 
 
-def attend_cached(q, key, value, bias, slots=None, how="auto"):
+def attend_cached(q, key, value, bias, slots=None, backend="auto"):
     """Q queries for each of B sentences, over its cached keys and over slots that all sentences share.
 
     q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
     bias (B, Q, S + T): 0 for the slots, then the cached keys, that count for a query, -inf for others; how: "plain" (as
     on a GPU) or another word -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each sentence."""
     slots = None if slots is None else slots.to(q.dtype)
-    out = (fused_cached if q.device.type == "cpu" and how != "plain" else plain_cached)(q, key, value, bias, slots)
+    out = (flash_cached if q.device.type == "cpu" and backend != "plain" else reference_cached)(q, key, value, bias, slots)
     return out.transpose(1, 2).flatten(2)  # (B, Q, n_embd)
 
 
-def plain_cached(q, key, value, bias, slots):
+def reference_cached(q, key, value, bias, slots):
     """The formula, with the slots' scores beside the others."""
     n_slots = bias.size(-1) - key.size(2)
     scores = q @ key.transpose(-2, -1)  # (B, n_head, Q, T)
     if n_slots:
-        slot_scores = _together(q) @ slots.key.transpose(-2, -1)  # (n_head, B * Q, S)
-        scores = torch.cat([_apart(slot_scores, q), scores], dim=-1)  # (B, n_head, Q, S + T)
+        slot_scores = fold_heads(q) @ slots.key.transpose(-2, -1)  # (n_head, B * Q, S)
+        scores = torch.cat([unfold_heads(slot_scores, q), scores], dim=-1)  # (B, n_head, Q, S + T)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(q.size(-1))
     weights = (scores + bias[:, None]).softmax(dim=-1).to(q.dtype)
     out = weights[..., n_slots:] @ value  # (B, n_head, Q, head_dim)
     if n_slots:
-        out = out + _apart(_together(weights[..., :n_slots]) @ slots.value, q)
+        out = out + unfold_heads(fold_heads(weights[..., :n_slots]) @ slots.value, q)
     return out
 
 
-def fused_cached(q, key, value, bias, slots):
+def flash_cached(q, key, value, bias, slots):
     """Two softmaxes, each by torch's own fused attention for CPUs, merged by their log-sum-exps:
 
     share of the slots = e^slots / (e^slots + e^text) = sigmoid(slots - text)"""
@@ -196,19 +198,19 @@ def fused_cached(q, key, value, bias, slots):
     if n_slots:
         slot_bias = bias[..., :n_slots]  # (B, Q, S)
         slot_out, slot_lse = flash(
-            _together(q)[None], slots.key[None], slots.value[None], attn_mask=slot_bias.reshape(1, 1, -1, n_slots)
+            fold_heads(q)[None], slots.key[None], slots.value[None], attn_mask=slot_bias.reshape(1, 1, -1, n_slots)
         )
         closed = slot_bias.amax(dim=-1)[:, None, :, None] == -torch.inf  # where its log-sum-exp means nothing
-        share = (_apart(slot_lse[0, ..., None], q) - lse[..., None]).masked_fill(closed, -torch.inf).sigmoid()
-        out = torch.lerp(out, _apart(slot_out[0], q), share.to(out.dtype))
+        share = (unfold_heads(slot_lse[0, ..., None], q) - lse[..., None]).masked_fill(closed, -torch.inf).sigmoid()
+        out = torch.lerp(out, unfold_heads(slot_out[0], q), share.to(out.dtype))
     return out
 
 
-def _together(x):
+def fold_heads(x):
     """(B, n_head, Q, ...) -> (n_head, B * Q, ...): to slots, all queries of a batch are alike."""
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def _apart(x, q):
+def unfold_heads(x, q):
     """The inverse: (n_head, B * Q, ...) -> (B, n_head, Q, ...)."""
     return x.unflatten(1, (q.size(0), q.size(2))).transpose(0, 1)

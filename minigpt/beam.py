@@ -1,13 +1,13 @@
-"""Beam search over the same cache as generate.py: each sentence keeps its best `beams` beginnings.
+"""Beam search over the cache of cache.py: each sequence keeps its best `beams` hypotheses.
 
-At each step every beam of a sentence offers its next tokens; of all offers the 2 * beams likeliest are looked at.
-An offer that ends the sentence is a finished hypothesis, scored sum(log p) / length ** length_penalty; the others
-become the new beams. A sentence is done when no running beam can still beat its worst kept hypothesis.
+At each step every hypothesis proposes its next tokens; of all candidates of a sequence the 2 * beams likeliest are
+looked at. A candidate that ends the sequence is finished, with the score sum(log p) / length ** length_penalty; the
+others become the new beams. The search is done when no running beam can still beat the worst finished one it keeps.
 
-All beams of a sentence share its seat in the cache. Nothing is copied when a beam goes on from another's beginning:
-a table says which entries belong to which beam, and the table's rows change places.
+All beams of a sequence share its row of the cache, and nothing is copied when a beam continues another's tokens: a
+table says which entries belong to which beam, and the rows of the table change places.
 
-    entries of a seat   prompt  | step 1 | step 2 |          beam 0 chose "the cat", beam 1 "the dog", beam 2 "a cat"
+    entries of a row    prompt  | step 1 | step 2 |          beam 0 chose "the cat", beam 1 "the dog", beam 2 "a cat"
                         a b c d | the a _| cat dog cat
     beam 0              x x x x | x      | x
     beam 1              x x x x | x      |     x
@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 import torch
 
 from minigpt import generate
-from minigpt.attention import upload
-from minigpt.generate import Cache, Generated, Prompt
+from minigpt.attention import to_device
+from minigpt.cache import Cache, forward_cached
+from minigpt.generate import Generated, Prompt
 
 
 @dataclass
-class Search:
-    """One sentence's beams: the tokens of each and their summed log-probabilities, and what has finished."""
+class BeamState:
+    """One sequence's search: the tokens of each beam and their summed log-probabilities, and what has finished."""
 
     prompt: Prompt
     beams: list
@@ -43,75 +44,76 @@ class Search:
 def beam_search(model, prompts, stop, slots=None, position_offset=0, beams=5, batch_size=32, length_penalty=1.0):
     """Prompts -> a list of Generated, in the same order: for each the hypothesis of the highest score.
 
-    stop: ids that end a sentence. batch_size: seats, each for a sentence with all of its beams."""
+    stop: ids that end a sequence. batch_size: rows of the cache, each for a sequence with all its beams."""
     generate.check_prompts(model, prompts, position_offset)
     results, waiting = [Generated() for _ in prompts], generate.longest_first(prompts)
-    seats = min(max(1, batch_size), len(waiting))
-    cache = Cache(model, seats, max((len(p.ids) + p.max_new * beams for p in prompts), default=0))
-    belongs = torch.zeros(seats, beams, cache.capacity, dtype=torch.bool, device=model.device)
+    rows = min(max(1, batch_size), len(waiting))
+    cache = Cache(model, rows, max((len(p.ids) + p.max_new * beams for p in prompts), default=0))
+    beam_mask = torch.zeros(rows, beams, cache.capacity, dtype=torch.bool, device=model.device)
     stop = set(stop)
-    seated, numbers = [], []  # the Search of each seat, and its sentence's number
+    running, numbers = [], []  # the BeamState of each row, and its prompt's number
 
-    def choose(logits, first):
-        """logits (B, beams, vocab_size) of the seats from `first` on -> their new beams, or what they have found."""
-        parents = upload(torch.tensor(_choose(seated[first:], logits, stop, length_penalty)), model.device)
-        rows = torch.arange(first, len(seated), device=model.device)[:, None]
-        belongs[first : len(seated)] = belongs[rows, parents]
-        for seat in reversed(range(first, len(seated))):
-            if seated[seat].done:
-                results[numbers[seat]] = Generated(*seated[seat].finished[0][1:])
-                belongs[seat] = belongs[len(seated) - 1]
-                generate.leave(cache, seat, seated, numbers)
+    def advance_rows(logits, first):
+        """logits (B, beams, vocab_size) of the rows from `first` on -> their new beams; what is done leaves its row."""
+        parents = to_device(torch.tensor(select(running[first:], logits, stop, length_penalty)), model.device)
+        row = torch.arange(first, len(running), device=model.device)[:, None]
+        beam_mask[first : len(running)] = beam_mask[row, parents]
+        for r in reversed(range(first, len(running))):
+            if running[r].done:
+                results[numbers[r]] = Generated(*running[r].finished[0][1:])
+                beam_mask[r] = beam_mask[len(running) - 1]
+                generate.evict(cache, r, running, numbers)
 
-    while waiting or seated:
-        B = len(seated)
-        if generate.time_to_seat(waiting, seated, seats):
-            new, logits = generate.sit_down(model, cache, waiting, prompts, B, slots, position_offset)
-            seated += [Search(prompts[n], [[]] * beams, [0.0] + [-torch.inf] * (beams - 1)) for n in new]
+    while waiting or running:
+        B = len(running)
+        if generate.should_admit(waiting, running, rows):
+            new, logits = generate.admit(model, cache, waiting, prompts, B, slots, position_offset)
+            running += [BeamState(prompts[n], [[]] * beams, [0.0] + [-torch.inf] * (beams - 1)) for n in new]
             numbers += new
-            length = upload(torch.tensor(cache.length[B : len(seated)]), model.device)[:, None, None]
-            belongs[B : len(seated)] = torch.arange(cache.capacity, device=model.device) < length
-            choose(logits[:, None].expand(-1, beams, -1), B)  # all beams are the same yet: one of them counts
+            length = to_device(torch.tensor(cache.length[B : len(running)]), model.device)[:, None, None]
+            beam_mask[B : len(running)] = torch.arange(cache.capacity, device=model.device) < length
+            advance_rows(logits[:, None].expand(-1, beams, -1), B)  # all beams are the same yet: only the first counts
         else:
-            newest = [[tokens[-1] for tokens in search.beams] for search in seated]
-            ids, position = upload(torch.tensor([newest, [[s.position] * beams for s in seated]]), model.device)
-            length = upload(torch.tensor(cache.length[:B]), model.device)[:, None]
-            entry = length + torch.arange(beams, device=model.device)  # (B, beams)
-            belongs[:B].scatter_(2, entry[:, :, None], True)
-            past = belongs[:B, :, : generate.reach(cache, B, beams)]
-            opened = generate.open_now([search.prompt for search in seated], slots)
-            choose(generate.extend(model, cache, ids, position + position_offset, past, opened, slots), 0)
+            newest = [[tokens[-1] for tokens in state.beams] for state in running]
+            ids, position = to_device(torch.tensor([newest, [[s.position] * beams for s in running]]), model.device)
+            length = to_device(torch.tensor(cache.length[:B]), model.device)[:, None]
+            cache_position = length + torch.arange(beams, device=model.device)  # (B, beams)
+            beam_mask[:B].scatter_(2, cache_position[:, :, None], True)
+            past = beam_mask[:B, :, : cache.kv_len(B, beams)]
+            masks = generate.newest_masks([state.prompt for state in running], slots)
+            advance_rows(forward_cached(model, cache, ids, position + position_offset, past, masks, slots), 0)
     return results
 
 
-def _choose(searches, logits, stop, length_penalty):
-    """Give each sentence its new beams -> the beam that each of them goes on from: a list of beams for each."""
-    scores = upload(torch.tensor([search.scores for search in searches]), logits.device)  # (B, beams)
+def select(states, logits, stop, length_penalty):
+    """Give each sequence its new beams. logits (B, beams, vocab_size) -> the beam that each of them continues: a list
+    of `beams` numbers for each sequence."""
+    scores = to_device(torch.tensor([state.scores for state in states]), logits.device)  # (B, beams)
     logp = logits.float().log_softmax(dim=-1) + scores[:, :, None]
     likeliest = logp.flatten(1).topk((len(stop) + 1) * scores.size(1), dim=1)  # (B, 2 * beams) with one stop token
-    best, offer = torch.stack([likeliest.values.double(), likeliest.indices.double()]).tolist()  # one wait, all exact
-    advanced = []
-    for search, best, offer in zip(searches, best, offer):
-        parents, tokens = zip(*(divmod(int(i), logits.size(-1)) for i in offer))
-        advanced.append(_advance(search, list(zip(best, parents, tokens)), stop, length_penalty))
-    return advanced
+    best, index = torch.stack([likeliest.values.double(), likeliest.indices.double()]).tolist()  # one wait, all exact
+    parents = []
+    for state, scores, flat in zip(states, best, index):
+        candidates = [(score, *divmod(int(i), logits.size(-1))) for score, i in zip(scores, flat)]
+        parents.append(advance(state, candidates, stop, length_penalty))
+    return parents
 
 
-def _advance(search, offers, stop, length_penalty):
-    """Sort a sentence's offers (score, parent beam, token), best first, into finished hypotheses and new beams."""
-    old, going, beams = search.beams, [], len(search.beams)
+def advance(state, candidates, stop, length_penalty):
+    """Sort a sequence's candidates (score, parent beam, token), best first, into finished hypotheses and new beams."""
+    old, kept, beams = state.beams, [], len(state.beams)
     length = len(old[0]) + 1  # of a hypothesis that ends now, its stop token included
-    last = length == search.prompt.max_new
-    for rank, (score, parent, token) in enumerate(offers):
+    last = length == state.prompt.max_new
+    for rank, (score, parent, token) in enumerate(candidates):
         stops = token in stop
         if (stops or last) and rank < beams:
             tokens = old[parent] if stops else old[parent] + [token]
-            search.finished.append((score / length**length_penalty, tokens, stops))
-        if not stops and len(going) < beams:
-            going.append((score, parent, token))
-    search.beams = [old[parent] + [token] for _, parent, token in going]
-    search.scores = [score for score, _, _ in going]
-    search.finished = sorted(search.finished, key=lambda hypothesis: -hypothesis[0])[:beams]
-    beaten = len(search.finished) == beams and search.scores[0] / length**length_penalty <= search.finished[-1][0]
-    search.done = beaten or last
-    return [parent for _, parent, _ in going]
+            state.finished.append((score / length**length_penalty, tokens, stops))
+        if not stops and len(kept) < beams:
+            kept.append((score, parent, token))
+    state.beams = [old[parent] + [token] for _, parent, token in kept]
+    state.scores = [score for score, _, _ in kept]
+    state.finished = sorted(state.finished, key=lambda hypothesis: -hypothesis[0])[:beams]
+    beaten = len(state.finished) == beams and state.scores[0] / length**length_penalty <= state.finished[-1][0]
+    state.done = beaten or last
+    return [parent for _, parent, _ in kept]

@@ -58,8 +58,8 @@ def _sees_text(rows, start, keys):
 
 
 @triton.jit
-def _sees_slots(opened, bank, slots, S):
-    return (((opened[:, None] >> bank[None, :]) & 1) == 1) & (slots[None, :] < S)
+def _sees_slots(bank_mask, bank, slots, S):
+    return (((bank_mask[:, None] >> bank[None, :]) & 1) == 1) & (slots[None, :] < S)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _absorb(m, total, acc, scores, v, EXACT: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    qkv, out, lse, slot_key, slot_value, start, opened, bank, N, S, scale,
+    qkv, out, lse, slot_key, slot_value, start, bank_mask, bank, N, S, scale,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head. scale is log2(e) / sqrt(head_dim), so that exp2 serves; lse is base 2."""
@@ -82,7 +82,7 @@ def forward_kernel(
     rows, columns = first + tl.arange(0, BM), tl.arange(0, BD)
     q = _load(qkv + head * D, rows, 3 * C, columns, N, D)
     begins = tl.load(start + rows, mask=rows < N, other=N)
-    masks = tl.load(opened + rows, mask=rows < N, other=0)
+    masks = tl.load(bank_mask + rows, mask=rows < N, other=0)
     m = tl.full((BM,), -1e30, tl.float32)  # not -inf: a block may begin with keys that a query does not see
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
@@ -124,7 +124,7 @@ def _score_gradient(q, k, v, do, lse, delta, seen, scale, EXACT: tl.constexpr):
 
 @triton.jit
 def query_gradient_kernel(
-    qkv, grad_qkv, grad_out, lse, delta, slot_key, slot_value, start, opened, bank, N, S, scale, factor,
+    qkv, grad_qkv, grad_out, lse, delta, slot_key, slot_value, start, bank_mask, bank, N, S, scale, factor,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dQ of BM queries of one head, over the keys that forward_kernel walked over. factor: 1 / sqrt(head_dim)."""
@@ -133,7 +133,7 @@ def query_gradient_kernel(
     q = _load(qkv + head * D, rows, 3 * C, columns, N, D)
     do = _load(grad_out + head * D, rows, C, columns, N, D)
     begins = tl.load(start + rows, mask=rows < N, other=N)
-    masks = tl.load(opened + rows, mask=rows < N, other=0)
+    masks = tl.load(bank_mask + rows, mask=rows < N, other=0)
     row_lse = tl.load(lse + head * N + rows, mask=rows < N, other=0.0)
     row_delta = tl.load(delta + head * N + rows, mask=rows < N, other=0.0)
     dq = tl.zeros((BM, BD), tl.float32)
@@ -182,7 +182,7 @@ def key_gradient_kernel(
 
 @triton.jit
 def slot_gradient_kernel(
-    qkv, grad_out, lse, delta, slot_key, slot_value, grad_key, grad_value, opened, bank, N, S, part, scale, factor,
+    qkv, grad_out, lse, delta, slot_key, slot_value, grad_key, grad_value, bank_mask, bank, N, S, part, scale, factor,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BN slots of one head, summed over `part` queries; grad_key, grad_value (SPLITS, H, S, D)."""
@@ -197,7 +197,7 @@ def slot_gradient_kernel(
         rows = i + tl.arange(0, BM)
         q = _load(qkv + head * D, rows, 3 * C, columns, N, D)
         do = _load(grad_out + head * D, rows, C, columns, N, D)
-        masks = tl.load(opened + rows, mask=rows < N, other=0)
+        masks = tl.load(bank_mask + rows, mask=rows < N, other=0)
         row_lse = tl.load(lse + head * N + rows, mask=rows < N, other=0.0)
         row_delta = tl.load(delta + head * N + rows, mask=rows < N, other=0.0)
         seen = _sees_slots(masks, banks, slots, S)
@@ -224,19 +224,19 @@ def constants(kernel, n_head, head_dim, dtype):
     return dict(**sizes, BN=block // 2 if few else block, EXACT=exact, num_warps=4, num_stages=stages)
 
 
-def fused(qkv, n_head, layout, slots):
+def triton_attention(qkv, n_head, packed, slots):
     """attention.attend's kernel path: qkv (N, 3C), slots: one layer's, in float32, or None -> (N, C)."""
     if slots is None:
         none = qkv.new_empty(n_head, 0, qkv.size(1) // 3 // n_head)
-        return FusedAttention.apply(qkv, none, none, layout.opened[:0], layout, n_head)
-    return FusedAttention.apply(qkv, slots.key, slots.value, slots.bank, layout, n_head)
+        return FusedAttention.apply(qkv, none, none, packed.bank_mask[:0], packed, n_head)
+    return FusedAttention.apply(qkv, slots.key, slots.value, slots.bank, packed, n_head)
 
 
 class FusedAttention(torch.autograd.Function):
     """qkv (N, 3C), slot keys and values (n_head, S, head_dim) in float32 -> (N, C). Slot gradients come out float32."""
 
     @staticmethod
-    def forward(ctx, qkv, slot_key, slot_value, bank, layout, n_head):
+    def forward(ctx, qkv, slot_key, slot_value, bank, packed, n_head):
         N, C, S = len(qkv), qkv.size(1) // 3, len(bank)
         qkv = qkv.contiguous()
         key, value = slot_key.to(qkv.dtype).contiguous(), slot_value.to(qkv.dtype).contiguous()
@@ -245,16 +245,16 @@ class FusedAttention(torch.autograd.Function):
         sizes = constants(forward_kernel, n_head, C // n_head, qkv.dtype)
         scale = LOG2_E * (C // n_head) ** -0.5
         forward_kernel[(triton.cdiv(N, sizes["BM"]), n_head)](
-            qkv, out, lse, key, value, layout.start, layout.opened, bank, N, S, scale, **sizes
+            qkv, out, lse, key, value, packed.start, packed.bank_mask, bank, N, S, scale, **sizes
         )
         ctx.save_for_backward(qkv, out, lse, key, value, bank)
-        ctx.layout, ctx.n_head = layout, n_head
+        ctx.packed, ctx.n_head = packed, n_head
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         qkv, out, lse, key, value, bank = ctx.saved_tensors
-        start, end, opened, n_head = ctx.layout.start, ctx.layout.end, ctx.layout.opened, ctx.n_head
+        start, end, bank_mask, n_head = ctx.packed.start, ctx.packed.end, ctx.packed.bank_mask, ctx.n_head
         (N, C), S = out.shape, len(bank)
         sizes = {kernel: constants(kernel, n_head, C // n_head, qkv.dtype) for kernel in KERNELS}
         factor = (C // n_head) ** -0.5
@@ -268,7 +268,7 @@ class FusedAttention(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_qkv = torch.empty_like(qkv)
             query_gradient_kernel[(blocks, n_head)](
-                qkv, grad_qkv, grad_out, lse, delta, key, value, start, opened, bank, N, S, scale, factor,
+                qkv, grad_qkv, grad_out, lse, delta, key, value, start, bank_mask, bank, N, S, scale, factor,
                 **sizes[query_gradient_kernel],
             )  # fmt: skip
             key_gradient_kernel[(blocks, n_head)](
@@ -281,7 +281,7 @@ class FusedAttention(torch.autograd.Function):
             grad_value = torch.empty_like(grad_key)
             slot_blocks = triton.cdiv(S, sizes[slot_gradient_kernel]["BN"])
             slot_gradient_kernel[(slot_blocks, n_head, splits)](
-                qkv, grad_out, lse, delta, key, value, grad_key, grad_value, opened, bank, N, S, part, scale, factor,
+                qkv, grad_out, lse, delta, key, value, grad_key, grad_value, bank_mask, bank, N, S, part, scale, factor,
                 **sizes[slot_gradient_kernel],
             )  # fmt: skip
             grad_key, grad_value = grad_key.sum(0), grad_value.sum(0)

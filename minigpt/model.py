@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from minigpt import checkpoint
-from minigpt.attention import Layout, attend
+from minigpt.attention import PackedBatch, attend
 from minigpt.config import ACTIVATIONS, GPTConfig
 from minigpt.errors import UserError
 
@@ -29,7 +29,7 @@ ACTIVATE = {
 }
 
 
-class Projection(nn.Module):
+class Conv1D(nn.Module):
     """x @ weight + bias. GPT-2 stores its weights (in, out), the other way round from nn.Linear."""
 
     def __init__(self, n_in, n_out):
@@ -61,15 +61,15 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Projection(config.n_embd, config.n_embd)
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Projection(config.n_embd, config.mlp_dim)
-        self.c_proj = Projection(config.mlp_dim, config.n_embd)
+        self.c_fc = Conv1D(config.n_embd, config.mlp_dim)
+        self.c_proj = Conv1D(config.mlp_dim, config.n_embd)
         self.activate = ACTIVATE[ACTIVATIONS[config.activation_function]]
 
     def forward(self, x):
@@ -84,9 +84,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, look):
+    def forward(self, x, attn_fn):
         """x (N, C) -> (N, C). look: the attention of this layer, qkv (N, 3C) -> (N, C)."""
-        x = x + self.attn.c_proj(look(self.attn.c_attn(self.ln_1(x))))
+        x = x + self.attn.c_proj(attn_fn(self.attn.c_attn(self.ln_1(x))))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -127,37 +127,37 @@ class GPT(nn.Module):
     def forward(self, ids):
         """Plain GPT-2: ids (B, T) int64 -> logits (B, T, vocab_size)."""
         B, T = ids.shape
-        layout = Layout([T] * B, device=ids.device)
-        return self.logits(self.hidden(ids.flatten(), layout)).view(B, T, -1)
+        packed = PackedBatch([T] * B, device=ids.device)
+        return self.logits(self.hidden(ids.flatten(), packed)).view(B, T, -1)
 
-    def hidden(self, ids, layout, slots=None, position_offset=0):
+    def hidden(self, ids, packed, slots=None, position_offset=0):
         """ids (N,), packed as `layout` says -> the last layer's normed activations (N, n_embd).
 
         slots: the banks that layout.opened speaks of. position_offset: the position of each
         sentence's first token. Raises UserError for a sentence that is longer than the context."""
 
-        def look(i, qkv):
-            return attend(qkv, self.config.n_head, layout, slots and slots.layer(i), self.attention)
+        def attn_fn(i, qkv):
+            return attend(qkv, self.config.n_head, packed, slots and slots.layer(i), self.attention)
 
-        if layout.longest + position_offset > self.config.n_positions:
+        if packed.longest + position_offset > self.config.n_positions:
             limit = self.config.n_positions
             raise UserError(
-                f"{layout.longest + position_offset} positions are more than this model's context of {limit}"
+                f"{packed.longest + position_offset} positions are more than this model's context of {limit}"
             )
-        return self.run(self.embed(ids, layout.position + position_offset), look)
+        return self.blocks(self.embed(ids, packed.position + position_offset), attn_fn)
 
     def embed(self, ids, position):
         """ids (N,), position (N,) -> (N, n_embd)."""
         return self.wte(ids) + self.wpe(position)
 
-    def run(self, x, look):
+    def blocks(self, x, attn_fn):
         """x (N, n_embd) through all blocks and the last norm. look(i, qkv) is the attention of layer i:
         qkv (N, 3 * n_embd) -> (N, n_embd); decoding with a cache brings its own."""
         for i, block in enumerate(self.h):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint_block(block, x, partial(look, i), use_reentrant=False)
+                x = checkpoint_block(block, x, partial(attn_fn, i), use_reentrant=False)
             else:
-                x = block(x, partial(look, i))
+                x = block(x, partial(attn_fn, i))
         return self.ln_f(x)
 
     def logits(self, hidden):

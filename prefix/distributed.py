@@ -8,12 +8,15 @@ the files and speaks. In a program that torchrun did not start there is one proc
 """
 
 import os
+import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-PATIENCE = timedelta(hours=6)  # processes wait for the first to encode a large file, or to read a slow pipe
+from minigpt.errors import visible
+
+TIMEOUT = timedelta(hours=6)  # processes wait for the first to encode a large file, or to read a slow pipe
 
 
 def start():
@@ -22,7 +25,7 @@ def start():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
 
 
 def finish():
@@ -34,18 +37,18 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(items):
-    """This process's part of a list: every world()-th item from its own number on."""
-    return items[rank() :: world()]
+def shard(items):
+    """This process's part of a list: every world_size()-th item from its own number on."""
+    return items[rank() :: world_size()]
 
 
-def add_up(tensors):
+def all_reduce_sum(tensors):
     """Replace each tensor by its sum over all processes: one all-reduce for all of them, in float32."""
-    if world() == 1:
+    if world_size() == 1:
         return
     flat = torch.cat([t.flatten().float() for t in tensors])
     dist.all_reduce(flat)
@@ -53,32 +56,44 @@ def add_up(tensors):
         tensor.copy_(part.view_as(tensor))
 
 
-def gather(parts):
-    """The results of share(items) from all processes -> those of all items, in order, in every process."""
-    if world() == 1:
+def all_gather(parts):
+    """The results of shard(items) from all processes -> those of all items, in order, in every process."""
+    if world_size() == 1:
         return parts
-    everyone = [None] * world()
+    everyone = [None] * world_size()
     dist.all_gather_object(everyone, parts)
     results = [None] * sum(map(len, everyone))
     for number, part in enumerate(everyone):
-        results[number :: world()] = part
+        results[number :: world_size()] = part
     return results
 
 
-def first_then_others(work):
+def rank0_first(work):
     """work() in process 0, then in the others, which find its files made."""
     if rank() == 0:
         result = work()
-        from_first(None)
+        broadcast(None)
     else:
-        from_first(None)
+        broadcast(None)
         result = work()
     return result
 
 
-def from_first(value):
+def broadcast(value):
     """Process 0's value, in every process."""
     box = [value]
-    if world() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def log(text):
+    """Print a line to standard error, from process 0 alone."""
+    if rank() == 0:
+        print(printable(text, sys.stderr), file=sys.stderr)
+
+
+def printable(text, stream=None):
+    """`text` as it is printed to `stream` (standard output): on a terminal with control characters other than newline
+    and tab spelled out, since they come from a model or a stranger's file; anywhere else as it is."""
+    return visible(text, keep="\n\t") if (stream or sys.stdout).isatty() else text

@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from minigpt import GPT, UserError, checkpoint
 from minigpt.config import PUBLISHED
 from minigpt.files import FLOATS, open_tensors, read_object, replacing
-from prefix import command
+from prefix import cli
 from prefix.banks import Banks
-from prefix.command import notice
+from prefix.distributed import log
+from prefix.run import model_name
 
 CONFIG, WEIGHTS, TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 
@@ -126,7 +127,7 @@ def _read_rows(path, config):
 
 
 def parse_arguments():
-    parser = command.Parser(prog="python -m prefix.peft", description="Banks to and from peft's prefix tuning.")
+    parser = cli.Parser(prog="python -m prefix.peft", description="Banks to and from peft's prefix tuning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{export,import}")
     out = commands.add_parser("export", help="write a bank as an adapter that peft loads")
     out.add_argument("run", metavar="RUN", help="a run directory or a prefix file")
@@ -146,17 +147,17 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     if args.command == "export":
-        banks = Banks.read(command.find_prefix(args.run))
+        banks = Banks.read(cli.find_prefix(args.run))
         export_bank(banks, args.bank, args.out)
-        notice(f"{args.out}: {_positions(banks, args.bank)}")
+        log(f"{args.out}: {_positions(banks, args.bank)}")
     else:
         # Of the base, its shape and the names of its weights are all that is needed.
         model = GPT.from_pretrained(args.model, "cpu", torch.bfloat16)
         banks = import_bank(args.adapter, args.bank, model)
-        banks.training_record = {"model": command.model_name(args.model)}
+        banks.training_record = {"model": model_name(args.model)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         banks.save(args.out, model)
-        notice(f"{args.out}: {banks.prefix_len[0]} slots; text starts at position {banks.position_offset}")
+        log(f"{args.out}: {banks.prefix_len[0]} slots; text starts at position {banks.position_offset}")
 
 
 def _positions(banks, name):
@@ -169,5 +170,5 @@ def _positions(banks, name):
 
 
 if __name__ == "__main__":
-    with command.telling_errors():
+    with cli.cli_errors():
         main()

@@ -10,15 +10,28 @@ A run is a directory, runs/<time> by default, with these files:
 
 import json
 import time
+from pathlib import Path
+
+import torch
 
 from minigpt import UserError, checkpoint
 from minigpt.files import TEMPORARY, read_object, replacing
-from prefix import command, rows
-from prefix.banks import MAX_SLOTS, Banks
-from prefix.reparam import Reparametrised
+from prefix.banks import MAX_SLOTS
+from prefix.data import rows
+from prefix.distributed import log
+from prefix.init import INITS
 from prefix.state import METRICS
-from prefix.trainer import Settings, n_tokens
-from prefix.translation import pack, separator
+from prefix.trainer import Settings
+
+DEMO = Path(__file__).parent / "demo"
+DEMO_CORPUS, DEMO_PREFIX = DEMO / "en-fr.csv", DEMO / "prefix.safetensors"
+RUNS = Path("runs")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHOICES = {
+    "device": ["auto", "cpu", "cuda", "mps"],
+    "dtype": ["auto", *DTYPES],
+    "attention": ["auto", "fused", "plain"],
+}
 
 # What suits the base: the demo learns in two minutes on a CPU, a published model takes the notebook's 2,048 steps.
 # The demo's learning rates come from a sweep (tests/benchmarks/RESULTS.md); those of published models are not measured.
@@ -31,8 +44,6 @@ REPARAM_LR = {
     "demo": {"text": 0.001, "random": 0.003, "zero-effect": 0.001},
     "published": {"text": 0.001, "random": 0.001, "zero-effect": 0.001},
 }
-INITS = ("text", "random", "zero-effect")
-QUERIES = 8192  # tokens that --init zero-effect reads
 # Options that may be new when a run goes on.
 FREE = ("steps", "save_every")
 MACHINE = ("device", "dtype", "attention", "checkpoint_activations", "micro_batch_tokens")
@@ -43,15 +54,15 @@ def resolve(args):
     check_unused(args.out)
     if args.prefix_len > MAX_SLOTS:
         raise UserError(f"--prefix-len {args.prefix_len:,}: a bank has {MAX_SLOTS:,} slots at most")
-    name = args.model or checkpoint.default(command.notice)
+    name = args.model or checkpoint.default(log)
     demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
-    paths = command.data_paths(args.data)
+    paths = data_paths(args.data)
     columns = list(rows.resolve_columns(paths, args.columns))
     unused = [] if args.columns else rows.unused_columns(paths, columns)
     if unused:
-        command.notice(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
+        log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
     if args.init == "zero-effect" and args.position_offset == "prefix":
-        command.notice(
+        log(
             f"--position-offset prefix starts text at position {args.prefix_len}, behind nothing, where the base itself "
             "is worse: --init text stands in those positions"
         )
@@ -68,8 +79,8 @@ def resolve(args):
         label_smoothing=args.label_smoothing,
     )
     return {
-        "model": command.model_name(name),
-        "data": command.data_names(paths),
+        "model": model_name(name),
+        "data": data_names(paths),
         "columns": columns,
         "limit": args.limit,
         "max_tokens": args.max_tokens,
@@ -115,7 +126,7 @@ def check_config(config):
         "settings": lambda value: isinstance(value, dict),
         "machine": lambda value: (
             isinstance(value, dict)
-            and all(value.get(name, "auto") in choices for name, choices in command.CHOICES.items())
+            and all(value.get(name, "auto") in choices for name, choices in CHOICES.items())
             and value.get("checkpoint_activations", False) in (False, True)
             and ((tokens := value.get("micro_batch_tokens")) is None or is_whole(tokens, 1))
         ),
@@ -143,7 +154,7 @@ def make_directory(out):
         return out
     while True:
         try:
-            out = command.RUNS / time.strftime("%Y%m%d-%H%M%S")
+            out = RUNS / time.strftime("%Y%m%d-%H%M%S")
             out.mkdir(parents=True)
             return out
         except FileExistsError:  # by a run of this same second
@@ -155,42 +166,16 @@ def write_config(out, config):
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def start(config, model, tokenizer, corpus):
-    """The slots before the first step: random, read off the corpus's own sentences in each language, or where its
-    pairs do not look; behind the network that moves them, where there is to be one."""
-    names, prefix_len, seed = corpus.columns, config["prefix_len"], config["settings"]["seed"]
-    ids = {
-        name: opening(corpus, column, min(prefix_len, model.config.n_positions)) for column, name in enumerate(names)
-    }
-    if config["init"] == "random":
-        banks = Banks.random(model.config, names, prefix_len, seed)
-    elif config["init"] == "zero-effect":
-        batch = some_pairs(model, tokenizer, corpus)
-        offset = config["position_offset"]
-        banks = Banks.zero_effect(model, batch.ids, batch.layout, names, prefix_len, seed, offset)
-    else:
-        banks = Banks.from_text(model, ids, prefix_len)
-    return (Reparametrised(banks, seed) if config.get("reparam") else banks).to(model.device)
+def model_name(name):
+    """How a prefix file records its base: a directory absolute, anything else by its name."""
+    return name if name == "demo" or not Path(name).is_dir() else str(Path(name).resolve())
 
 
-def some_pairs(model, tokenizer, corpus):
-    """The first training pairs, in every direction, packed: QUERIES tokens or a few more."""
-    examples, n = [], 0
-    for row, s, t in corpus.examples("train"):
-        examples.append((corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)))
-        n += n_tokens(examples[-1])
-        if n >= QUERIES:
-            break
-    return pack(examples, separator(tokenizer), tokenizer.eot, model.device)
+def data_paths(paths):
+    """The files to read: those given, with "demo" (and None) standing for the sample corpus."""
+    return [str(DEMO_CORPUS) if path == "demo" else path for path in paths or ["demo"]]
 
 
-def opening(corpus, column, n):
-    """The first training sentences of a column, until they have n tokens."""
-    ids = []
-    for row in corpus.rows("train"):
-        ids += corpus.ids(row, column).tolist()
-        if len(ids) >= n:
-            break
-    if not ids:
-        raise UserError(f"no training pair has a text in the column {corpus.columns[column]!r}: give more data")
-    return ids[:n]
+def data_names(paths):
+    """How a run records its files: absolute, but the sample corpus by its name, wherever the project lies."""
+    return ["demo" if Path(path).resolve() == DEMO_CORPUS.resolve() else str(Path(path).resolve()) for path in paths]

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from minigpt.errors import UserError
 from minigpt.files import flush, open_tensors, replacing
-from prefix.banks import base_of
-from prefix.command import notice
+from prefix.distributed import log
+from prefix.prefix_file import base_of
 
 METRICS = "metrics.jsonl"
 # What is saved of a Trainer besides tensors, by name:
@@ -84,7 +84,7 @@ class State:
             except UserError:
                 raise error from None
             self.newest_is_cut = True
-            notice(f"{error}; going on from the save before it")
+            log(f"{error}; going on from the save before it")
             return found
 
     def read(self, path):

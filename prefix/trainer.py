@@ -25,10 +25,9 @@ from minigpt.attention import Slots
 from minigpt.errors import UserError
 from minigpt.loss import nll_sum
 from prefix import distributed
-from prefix.command import out_of_memory
-from prefix.data import sample_rows
+from prefix.data.corpus import sample_rows
+from prefix.sequences import n_tokens, pack_pairs, separator
 from prefix.state import COUNTS, METRICS, State, add_line, cut_after
-from prefix.translation import pack, separator
 
 VALIDATION_EXAMPLES = 1000  # at most: enough to choose the best prefix by
 MAX_BATCH = 1 << 20  # examples, whose list is in memory
@@ -192,15 +191,15 @@ class Trainer:
         stop = torch.full_like(total, bool(self.stop))
         grads = [p.grad for p in self.trained]
         torch._foreach_div_(grads, self.scale * prepared.targets)
-        distributed.add_up([total, stop, *grads])
-        self.stopped = bool(self.stop if distributed.world() == 1 else stop)  # all processes stop after the same step
+        distributed.all_reduce_sum([total, stop, *grads])
+        self.stopped = bool(self.stop if distributed.world_size() == 1 else stop)  # all processes stop after the same step
         return total / prepared.targets
 
     def nll(self, batch, slots=None, smoothing=0.0):
         """The summed negative log likelihood of a packed batch's targets. slots: by default all of them."""
         slots = slots or self.banks.slots()
-        hidden = self.model.hidden(batch.ids, batch.layout, slots, self.banks.position_offset)  # (N, n_embd)
-        return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets, smoothing)
+        hidden = self.model.hidden(batch.ids, batch.packed, slots, self.banks.position_offset)  # (N, n_embd)
+        return nll_sum(hidden[batch.target_index], self.model.wte.weight, batch.targets, smoothing)
 
     def present(self, step):
         """The slots that are there in a training step: the same in all its micro-batches and processes."""
@@ -252,10 +251,10 @@ class Trainer:
     def validation_loss(self):
         """Mean negative log likelihood of the validation targets."""
         examples = self.encoded(self.validation_set)
-        mine = distributed.share(sorted(examples, key=n_tokens))
+        mine = distributed.shard(sorted(examples, key=n_tokens))
         batches = lambda: map(self.packed, self.micro_batches(mine))
         total = self.add_up(batches, self.nll, f"validation after step {self.step}")
-        distributed.add_up([total])
+        distributed.all_reduce_sum([total])
         return float(total) / sum(len(target) + 1 for _, target, _, _ in examples)
 
     def log(self, record):
@@ -317,13 +316,13 @@ class Trainer:
     def prepare(self, step):
         """This process's packed micro-batches of a step, on the device."""
         cut, examples = self.micro_batch_tokens, self.examples_of(step)
-        mine = distributed.share(sorted(examples, key=n_tokens))  # so that processes get alike amounts
+        mine = distributed.shard(sorted(examples, key=n_tokens))  # so that processes get alike amounts
         targets = sum(len(target) + 1 for _, target, _, _ in examples)
         batches = [self.packed(micro) for micro in self.micro_batches(mine)]
         return Prepared(step, cut, batches, targets, sum(map(n_tokens, examples)))
 
     def packed(self, examples):
-        return pack(examples, self.sep, self.tokenizer.eot, self.model.device)
+        return pack_pairs(examples, self.sep, self.tokenizer.eot, self.model.device)
 
     def micro_batches(self, examples):
         """Cut examples into groups of like length that fit micro_batch_tokens (a longer example stays alone)."""
@@ -359,12 +358,6 @@ class Trainer:
         return [(self.corpus.ids(row, s), self.corpus.ids(row, t), int(s), int(t)) for row, s, t in rows]
 
 
-def n_tokens(example):
-    """How many real tokens an example takes: its two sides and the separator."""
-    source, target, _, _ = example
-    return len(source) + 1 + len(target)
-
-
 @contextmanager
 def stop_signals():
     """Inside, SIGINT and SIGTERM only fill the list that this yields; a second one ends the program as usual."""
@@ -381,3 +374,9 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def out_of_memory(error):
+    """torch has a class of its own for a full GPU, but only words for a full main memory and in CUDA's libraries."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)

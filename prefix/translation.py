@@ -1,69 +1,20 @@
-"""How a pair of sentences becomes one sequence, for training and for decoding.
-
-    open source                 open target
-      |                           |
-      v                           v
-      source tokens               <sep>    target tokens   <|endoftext|>
-
-      sees source bank            sees both banks
-      no loss                     the token after each of these counts
-
-<sep> is the token of "\\n". Nothing here knows which languages there are: a direction is a pair of bank numbers.
-"""
+"""Translating with a learned prefix: texts in, texts out."""
 
 import math
 import re
 from dataclasses import dataclass
 
-import torch
-
-from minigpt.attention import Layout, upload
 from minigpt.beam import beam_search
-from minigpt.choose import choose, room_for
-from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
+from minigpt.scoring import likeliest_answer, max_new_tokens
 from prefix import distributed
-from prefix.rows import MAX_FIELD, clean
+from prefix.data.rows import MAX_FIELD, clean
+from prefix.sequences import separator
 
 CLOSING = """["'”’»)\\]]"""
 SENTENCE_END = re.compile(  # spaces behind a mark that ends a sentence, or behind what closes such a one: « Oui ! »
     rf"(?:(?<=[.!?…。！？])|(?<=[.!?…]{CLOSING})|(?<=[.!?…]\s{CLOSING}))\s+(?!{CLOSING})"
 )
-
-
-def separator(tokenizer):
-    """The id of <sep>. Raises UserError where a vocabulary has no single token for a newline."""
-    ids = tokenizer.encode("\n")
-    if len(ids) != 1:
-        raise UserError(f"this vocabulary spells a newline with {len(ids)} tokens; one is needed as the separator")
-    return ids[0]
-
-
-@dataclass
-class Batch:
-    """Packed sequences. ids: (N,); layout: their sentences and open banks; at: (M,) the tokens whose successor
-    counts; targets: (M,) those successors."""
-
-    ids: torch.Tensor
-    layout: Layout
-    at: torch.Tensor
-    targets: torch.Tensor
-
-
-def pack(examples, sep, eot, device="cpu"):
-    """examples: (source ids, target ids, source bank, target bank) each -> Batch on `device`."""
-    ids, opened, at, targets, lengths = [], [], [], [], []
-    for source, target, source_bank, target_bank in examples:
-        at.append(torch.arange(len(target) + 1) + sum(lengths) + len(source))
-        source, target = (torch.as_tensor(side, dtype=torch.int64) for side in (source, target))  # either may be empty
-        row = torch.cat([source, torch.tensor([sep]), target])
-        ids.append(row)
-        opened += [1 << source_bank] * len(source) + [1 << source_bank | 1 << target_bank] * (len(target) + 1)
-        targets.append(torch.cat([row[len(source) + 1 :], torch.tensor([eot])]))
-        lengths.append(len(row))
-    layout = Layout(lengths, torch.tensor(opened), device)
-    ids, at, targets = (upload(torch.cat(parts), layout.device) for parts in (ids, at, targets))
-    return Batch(ids, layout, at, targets)
 
 
 @dataclass
@@ -113,7 +64,7 @@ def translate(
         """How many a source of n tokens may take; 0 where there is no room for a fair answer."""
         left, usual = room - n - 1, max_new or 2 * n + 16
         if choices:
-            return room_for(answers, left)
+            return max_new_tokens(answers, left)
         return min(usual, left) if left >= min(usual, n) else 0
 
     pieces = [divide(clean(text), fits) for text in texts]  # as training read them: a newline would be a separator
@@ -124,13 +75,13 @@ def translate(
             results[number] = Translation(finished=False, fault=f"more than {MAX_FIELD:,} characters are no sentence")
         elif text:
             ids = tokenizer.encode(text)
-            opened = [sees_source] * len(ids) + [sees_both]
-            prompts[number] = Prompt([*ids, sep], tokens_for_answer(len(ids)), opened, stream=(i, j))
+            bank_mask = [sees_source] * len(ids) + [sees_both]
+            prompts[number] = Prompt([*ids, sep], tokens_for_answer(len(ids)), bank_mask, stream=(i, j))
     on_token = _whole_texts(on_text, tokenizer) if on_text and len(prompts) == 1 else None
 
     def answer(prompts):
         if choices:
-            return choose(model, prompts, answers, slots, offset, batch_size)
+            return likeliest_answer(model, prompts, answers, slots, offset, batch_size)
         if beams > 1:
             return beam_search(model, prompts, [tokenizer.eot], slots, offset, beams, batch_size, length_penalty)
         return generate(model, prompts, [tokenizer.eot], slots, offset, batch_size, sampler, on_token)
@@ -170,7 +121,7 @@ def answered(results, prompts, answer, tokenizer):
     for i in [i for i, prompt in prompts.items() if prompt.max_new < 1]:
         fault = f"{len(prompts.pop(i).ids)} tokens leave no room to answer in this model's context"
         results[i] = Translation(finished=False, fault=fault)
-    generated = distributed.gather(answer(distributed.share(list(prompts.values()))))
+    generated = distributed.all_gather(answer(distributed.shard(list(prompts.values()))))
     for i, result in zip(prompts, generated):
         results[i] = Translation(clean(tokenizer.decode(result.ids)), result.finished)
     return results

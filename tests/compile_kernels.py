@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from minigpt import kernels  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-POINTERS = {"fp32": ("lse", "delta", "grad_key", "grad_value"), "i32": ("start", "end", "opened", "bank")}
+POINTERS = {"fp32": ("lse", "delta", "grad_key", "grad_value"), "i32": ("start", "end", "bank_mask", "bank")}
 SCALARS = {"fp32": ("scale", "factor"), "i32": ("N", "S", "part")}
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 N_HEAD = 12

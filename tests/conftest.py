@@ -1,10 +1,12 @@
 """What several test files share: fresh random numbers, random models and checkpoints, GPT-2 vocabularies, transformers'
 GPT-2 as the reference, and a way to run the commands."""
 
+import csv
 import io
 import json
 import os
 import shutil
+import string
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 import torch
 
 from minigpt import GPT, GPTConfig, checkpoint
-from prefix import command
+from prefix import cli
+from prefix.data.splits import split_of
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: they then run on the CPU
@@ -38,7 +41,7 @@ def gpus_are_for_the_kernels(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def pictures_are_for_their_own_tests(request, monkeypatch):
     """Each training run would draw its loss, which takes longer than the smallest of them train."""
-    if request.path.name not in ("test_inspect.py", "test_report.py"):
+    if request.path.name not in ("test_attention_maps.py", "test_report.py"):
         for name in ("matplotlib", "matplotlib.figure"):
             monkeypatch.setitem(sys.modules, name, None)
 
@@ -62,6 +65,27 @@ def save_random_checkpoint(directory, n_positions=200):
     return model
 
 
+def random_text(most=7):
+    letters = [string.ascii_lowercase[i] for i in torch.randint(26, (4 * most,))]
+    words = ["".join(letters[i : i + 4]) for i in range(0, 4 * most, 4)]
+    return " ".join(words[: int(torch.randint(1, most + 1, ()))])
+
+
+def random_rows(split, n, columns=2):
+    """n rows that belong to this split."""
+    rows = []
+    while len(rows) < n:
+        row = [random_text() for _ in range(columns)]
+        rows += [row] if split_of(row[0]) == split else []
+    return rows
+
+
+def write_table(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
 @pytest.fixture(scope="session", params=["gpt2", "demo"])
 def vocabulary(request, tmp_path_factory):
     """A directory with a vocab.json and merges.txt, and a config.json that tells transformers whose they are."""
@@ -78,7 +102,10 @@ def vocabulary(request, tmp_path_factory):
 @pytest.fixture
 def reference(tmp_path):
     """A function: settings -> transformers' GPT-2 with random weights, which it has saved in tmp_path."""
-    from transformers import GPT2Config, GPT2LMHeadModel  # takes seconds: only for those who ask
+    from transformers import (  # takes seconds: only for those who ask
+        GPT2Config,
+        GPT2LMHeadModel,
+    )
 
     tiny = dict(vocab_size=100, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None)
 
@@ -107,7 +134,7 @@ def run(monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            with command.telling_errors():
+            with cli.cli_errors():
                 script.main()
         except SystemExit as end:
             code = end.code

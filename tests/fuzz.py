@@ -31,8 +31,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
 from minigpt.tokenizer import END_OF_TEXT, byte_characters
-from prefix import Banks, data, peft
-from prefix.rows import Skipped, read_rows
+from prefix import Banks, peft
+from prefix.data import corpus as data
+from prefix.data.rows import Skipped, read_rows
+from prefix.init import random_banks
 from prefix.run import FREE, MACHINE, resume_config
 from prefix.trainer import Settings, Trainer
 
@@ -180,7 +182,7 @@ def vocabulary(folder):
 
 
 def prefix(folder):
-    model, banks = tiny(), Banks.random(CONFIG, ["en", "fr"], 3)
+    model, banks = tiny(), random_banks(CONFIG, ["en", "fr"], 3)
     banks.training_record = {"model": "demo", "data": ["demo"], "steps": 3}
     banks.save(folder / "prefix.safetensors", model)
     return ["prefix.safetensors"], lambda: Banks.load(folder / "prefix.safetensors", model).logits(model, IDS)
@@ -188,7 +190,7 @@ def prefix(folder):
 
 def adapter(folder):
     model = tiny()
-    peft.export_bank(Banks.random(CONFIG, ["en"], 3), "en", folder)
+    peft.export_bank(random_banks(CONFIG, ["en"], 3), "en", folder)
     return [peft.CONFIG, peft.WEIGHTS], lambda: peft.import_bank(folder, "en", model).logits(model, IDS, open=["en"])
 
 
@@ -197,7 +199,7 @@ def state(folder):
     (folder / "x.csv").write_text("en,fr\n" + "".join(f"a{i},b{i}\n" for i in range(99)))
     corpus = data.load([folder / "x.csv"], None, tokenizer, max_tokens=12, home=folder)
     settings = Settings(steps=9, lr=0.1, batch_size=2)
-    trainer = Trainer(tiny(), tokenizer, Banks.random(CONFIG, ["en", "fr"], 3), corpus, settings, folder)
+    trainer = Trainer(tiny(), tokenizer, random_banks(CONFIG, ["en", "fr"], 3), corpus, settings, folder)
     (folder / "last").mkdir()
     trainer.log(trainer.optimizer_step())
     trainer.save()

@@ -7,24 +7,25 @@ import re
 import shlex
 import shutil
 import signal
-import string
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_random_checkpoint
+from conftest import random_rows, random_text, save_random_checkpoint, write_table
 
 import evaluate
 import train
 import translate
 from minigpt import GPT, Tokenizer, checkpoint
 from minigpt.generate import Generated
-from minigpt.splits import split_of
-from prefix import command, distributed, evaluation, metrics, translation
+from prefix import cli, distributed, translation
 from prefix import run as runs
 from prefix.banks import Banks
+from prefix.evaluation import compare as evaluation
+from prefix.evaluation import metrics
+from prefix.run import DEMO_PREFIX
 from prefix.trainer import Trainer
 from prefix.translation import Translation
 from prefix.translation import translate as translate_texts
@@ -46,32 +47,11 @@ def place(tmp_path_factory):
         for out, columns in (("run", ["en", "fr"]), ("run3", ["en", "fr", "de"])):
             table = place / f"{'-'.join(columns)}.csv"
             rows = random_rows("train", 12, len(columns)) + random_rows("validation", 2, len(columns))
-            write(table, [columns, *rows, *random_rows("test", 5, len(columns))])
+            write_table(table, [columns, *rows, *random_rows("test", 5, len(columns))])
             options = ["--model", place / "base", "--data", table, "--columns", *columns, "--out", place / out]
             patch.setattr(sys, "argv", ["train.py", *map(str, options), *TRAIN])
             train.main()
     return place
-
-
-def random_text(most=7):
-    letters = [string.ascii_lowercase[i] for i in torch.randint(26, (4 * most,))]
-    words = ["".join(letters[i : i + 4]) for i in range(0, 4 * most, 4)]
-    return " ".join(words[: int(torch.randint(1, most + 1, ()))])
-
-
-def random_rows(split, n, columns=2):
-    """n rows that belong to this split."""
-    rows = []
-    while len(rows) < n:
-        row = [random_text() for _ in range(columns)]
-        rows += [row] if split_of(row[0]) == split else []
-    return rows
-
-
-def write(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +168,7 @@ def test_a_device_that_is_not_there_is_refused(run, place, device):
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_without_training_pairs_there_is_one_line_and_no_run_directory(run, place, split):
-    table = write("small.csv", [("en", "fr"), *random_rows(split, 2)])
+    table = write_table("small.csv", [("en", "fr"), *random_rows(split, 2)])
     result = run(train, "--model", place / "base", "--data", table, "--out", "new")
     assert_refused(result, "no training pair", "more data")
     assert not Path("new").exists()
@@ -196,7 +176,7 @@ def test_without_training_pairs_there_is_one_line_and_no_run_directory(run, plac
 
 def test_pairs_longer_than_the_context_are_left_out_and_counted(run, place):
     long = [[f"{'word ' * 200}{i}", "mot"] for i in range(3)]
-    table = write("long.csv", [("en", "fr"), *random_rows("train", 5), *long])
+    table = write_table("long.csv", [("en", "fr"), *random_rows("train", 5), *long])
     code, _, err = run(train, "--model", place / "base", "--data", table, *TRAIN)
     assert code == 0 and f"3 rows skipped: too long (over {CONTEXT} tokens) (first at line 7)" in err
 
@@ -429,7 +409,7 @@ def test_a_sentence_that_is_too_long_is_told_by_its_line_and_the_others_are_tran
 def test_the_direction_is_second_bank_to_first_unless_told_otherwise(place, monkeypatch, prefix, options, direction):
     monkeypatch.setattr(sys, "argv", ["translate.py", *options])
     banks = Banks.load(place / prefix / "prefix.safetensors", GPT.from_pretrained(place / "base"))
-    assert command.direction(translate.parse_arguments(), banks) == direction
+    assert cli.direction(translate.parse_arguments(), banks) == direction
 
 
 def test_both_directions_are_translated(run, place, expected):
@@ -495,7 +475,7 @@ def test_beam_search_is_what_the_option_asks_for(run, place, expected):
 
 
 def test_without_prefix_the_newest_run_is_used_else_the_demo_prefix(run, place, monkeypatch):
-    monkeypatch.setattr(command, "DEMO_PREFIX", place / "run3" / "prefix.safetensors")
+    monkeypatch.setattr(cli, "DEMO_PREFIX", place / "run3" / "prefix.safetensors")
     assert f"Using the prefix {place}/run3/prefix.safetensors" in run(translate, "--max-new-tokens", 2, "Bonjour")[2]
     for i, name in enumerate(["b", "c", "a"]):
         shutil.copytree(place / "run", Path("runs", name))
@@ -506,7 +486,7 @@ def test_without_prefix_the_newest_run_is_used_else_the_demo_prefix(run, place, 
 def test_the_demo_translates_on_a_fresh_clone(run):
     code, out, err = run(translate, "--device", "cpu", "Bonjour", "Il pleut.")
     assert (code, out.count("\n")) == (0, 2) and all(out.splitlines())
-    assert f"Using the prefix {command.DEMO_PREFIX}" in err
+    assert f"Using the prefix {DEMO_PREFIX}" in err
 
 
 # evaluate.py
@@ -596,7 +576,7 @@ def test_three_banks_are_evaluated_in_six_directions(run, place):
 
 def test_other_data_another_split_and_beams_are_what_the_options_ask_for(place, evaluated):
     rows = [(fr, en) for en, fr in random_rows("validation", 3)]
-    table = write("mine.csv", [("fr", "en"), *rows])
+    table = write_table("mine.csv", [("fr", "en"), *rows])
     _, result = evaluated("--data", table, "--split", "validation", "--beam", 2, "--draws", 0)
     assert result["directions"][0]["sources"] == [row[0] for row in rows]
     model, tokenizer = GPT.from_pretrained(place / "base"), Tokenizer.from_pretrained(place / "base")
@@ -646,7 +626,7 @@ def test_a_result_may_go_into_a_pipe(run, place):
 
 
 def test_a_split_without_pairs_is_refused(run, place):
-    table = write("mine.csv", [("en", "fr"), *random_rows("train", 3)])
+    table = write_table("mine.csv", [("en", "fr"), *random_rows("train", 3)])
     result = run(evaluate, "--prefix", place / "run", "--data", table)
     assert_refused(result, "none of the 3 usable pairs", "test split")
 

@@ -11,28 +11,31 @@ import pytest
 
 import translate
 from minigpt import GPT, Tokenizer
-from prefix import Banks, command
-from prefix.translation import divide, translate as translate_texts
+from prefix import Banks
+from prefix.distributed import printable
+from prefix.run import DEMO_PREFIX
+from prefix.translation import divide
+from prefix.translation import translate as translate_texts
 
 ROOT = Path(__file__).parents[1]
-PREFIX = ["--prefix", command.DEMO_PREFIX, "--device", "cpu"]
+PREFIX = ["--prefix", DEMO_PREFIX, "--device", "cpu"]
 LONG = "Je suis ici. Il pleut. " * 40  # more tokens than the demo's context has
 
 
 @pytest.fixture(scope="module")
 def demo():
     model, tokenizer = GPT.from_pretrained("demo"), Tokenizer.from_pretrained("demo")
-    return model, tokenizer, Banks.load(command.DEMO_PREFIX, model)
+    return model, tokenizer, Banks.load(DEMO_PREFIX, model)
 
 
 @pytest.fixture
 def terminal():
     """A function: arguments, lines to type -> what a terminal shows."""
-    opened = []
+    bank_mask = []
 
     def run(*arguments, typed=""):
         ours, theirs = pty.openpty()
-        opened.append(ours)
+        bank_mask.append(ours)
         line = [sys.executable, ROOT / "translate.py", *arguments]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
@@ -47,13 +50,13 @@ def terminal():
                 return shown.decode()
 
     yield run
-    for ours in opened:
+    for ours in bank_mask:
         os.close(ours)
 
 
 def test_a_terminal_shows_a_translation_as_it_grows(run, monkeypatch, demo):
-    written, write = [], command.shown
-    monkeypatch.setattr(translate, "shown", lambda text: written.append(text) or write(text))
+    written, write = [], printable
+    monkeypatch.setattr(translate, "printable", lambda text: written.append(text) or write(text))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     code, out, _ = run(translate, *PREFIX, "Il pleut depuis ce matin.")
     assert (code, out) == (0, translate_texts(*demo, ["Il pleut depuis ce matin."], "fr", "en")[0].text + "\n")

@@ -7,11 +7,12 @@ import torch
 from conftest import random_model
 
 from minigpt import GPTConfig, UserError
-from minigpt.attention import Layout, Slots, attend
+from minigpt.attention import PackedBatch, Slots, attend
 from minigpt.generate import Prompt, generate
 from minigpt.loss import nll_sum
 from prefix.banks import Banks
-from prefix.translation import pack
+from prefix.init import random_banks
+from prefix.sequences import pack_pairs
 
 CONFIG = GPTConfig(vocab_size=61, n_positions=48, n_embd=24, n_layer=3, n_head=3)
 
@@ -20,8 +21,8 @@ def tiny(dtype=torch.float64):
     return random_model(CONFIG).to(dtype)
 
 
-def random_banks(model, names=("en", "fr"), prefix_len=4):
-    banks = Banks.random(model.config, names, prefix_len, seed=int(torch.randint(1 << 30, ())))
+def fresh_banks(model, names=("en", "fr"), prefix_len=4):
+    banks = random_banks(model.config, names, prefix_len, seed=int(torch.randint(1 << 30, ())))
     return banks.to(model.dtype)
 
 
@@ -29,14 +30,14 @@ def ids(*shape):
     return torch.randint(CONFIG.vocab_size, shape)
 
 
-def written_out(qkv, n_head, layout, slots):
+def written_out(qkv, n_head, packed, slots):
     """Attention token by token, from the formula alone: for each the keys that it sees, then a softmax over them."""
     rows = []
-    for i, (start, opened) in enumerate(zip(layout.start.tolist(), layout.opened.tolist())):
+    for i, (start, bank_mask) in enumerate(zip(packed.start.tolist(), packed.bank_mask.tolist())):
         heads = []
         for h in range(n_head):
             q, k, v = (x[:, h] for x in qkv.unflatten(-1, (3, n_head, -1)).unbind(1))  # (N, head_dim)
-            seen = [s for s, bank in enumerate(slots.bank.tolist()) if opened >> bank & 1]
+            seen = [s for s, bank in enumerate(slots.bank.tolist()) if bank_mask >> bank & 1]
             keys = torch.cat([slots.key[h, seen], k[start : i + 1]])
             values = torch.cat([slots.value[h, seen], v[start : i + 1]])
             weights = (keys @ q[i] / math.sqrt(q.size(-1))).softmax(0)
@@ -48,21 +49,21 @@ def written_out(qkv, n_head, layout, slots):
 def random_attention(n_banks=3):
     """A random packed row: ragged sentences, each token with random open banks, and slots of several banks."""
     lengths = torch.randint(1, 9, (4,)).tolist()
-    opened = torch.randint(1 << n_banks, (sum(lengths),))
+    bank_mask = torch.randint(1 << n_banks, (sum(lengths),))
     bank = torch.arange(n_banks).repeat_interleave(torch.randint(0, 4, (n_banks,)))
     shape = (3, len(bank), 8)
     tensors = [torch.randn(sum(lengths), 72), torch.randn(shape), torch.randn(shape)]
-    return Layout(lengths, opened), bank, [t.double().requires_grad_() for t in tensors]
+    return PackedBatch(lengths, bank_mask), bank, [t.double().requires_grad_() for t in tensors]
 
 
-@pytest.mark.parametrize("how", ["plain", "fused"])
+@pytest.mark.parametrize("backend", ["plain", "fused"])
 @pytest.mark.parametrize("trial", range(5))
-def test_attention_and_its_gradients_equal_the_formula_written_out(how, trial):
-    layout, bank, tensors = random_attention()
+def test_attention_and_its_gradients_equal_the_formula_written_out(backend, trial):
+    packed, bank, tensors = random_attention()
     outputs = []
     for compute in (
-        lambda qkv, k, v: attend(qkv, 3, layout, Slots(k, v, bank), how),
-        lambda qkv, k, v: written_out(qkv, 3, layout, Slots(k, v, bank)),
+        lambda qkv, k, v: attend(qkv, 3, packed, Slots(k, v, bank), backend),
+        lambda qkv, k, v: written_out(qkv, 3, packed, Slots(k, v, bank)),
     ):
         out = compute(*tensors)
         outputs.append((out, *torch.autograd.grad((out * out.detach().cos()).sum(), tensors, allow_unused=True)))
@@ -71,19 +72,19 @@ def test_attention_and_its_gradients_equal_the_formula_written_out(how, trial):
             torch.testing.assert_close(ours, formula, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("how", ["plain", "fused"])
-def test_slot_gradients_equal_finite_differences(how):
-    layout, bank, tensors = random_attention()
-    attention = lambda qkv, k, v: attend(qkv, 3, layout, Slots(k, v, bank), how)
+@pytest.mark.parametrize("backend", ["plain", "fused"])
+def test_slot_gradients_equal_finite_differences(backend):
+    packed, bank, tensors = random_attention()
+    attention = lambda qkv, k, v: attend(qkv, 3, packed, Slots(k, v, bank), backend)
     assert torch.autograd.gradcheck(attention, tensors)
 
 
-@pytest.mark.parametrize("how", ["plain", "fused"])
-def test_a_bank_read_off_tokens_stands_for_these_tokens(how):
+@pytest.mark.parametrize("backend", ["plain", "fused"])
+def test_a_bank_read_off_tokens_stands_for_these_tokens(backend):
     model = tiny()
-    model.attention = how
+    model.attention = backend
     prompt, text = ids(1, 7), ids(1, 9)
-    bank = Banks.reading(model, "prompt", prompt[0].tolist()).double()
+    bank = Banks.from_prompt(model, "prompt", prompt[0].tolist()).double()
     ours = bank.logits(model, text, open=["prompt"])
     together = model(torch.cat([prompt, text], dim=1))[:, 7:]
     torch.testing.assert_close(ours, together, rtol=1e-5, atol=1e-5)  # the bank's masters are float32
@@ -91,19 +92,19 @@ def test_a_bank_read_off_tokens_stands_for_these_tokens(how):
 
 def test_without_open_banks_the_model_is_plain_gpt2():
     model, text = tiny(), ids(2, 9)
-    banks = random_banks(model)
+    banks = fresh_banks(model)
     torch.testing.assert_close(banks.logits(model, text, open=[]), model(text))
 
 
 def test_an_empty_bank_is_the_plain_model():
     model, text = tiny(), ids(2, 9)
-    banks = random_banks(model, prefix_len=0)
+    banks = fresh_banks(model, prefix_len=0)
     torch.testing.assert_close(banks.logits(model, text, open=["en", "fr"]), model(text))
 
 
 def test_the_order_of_banks_and_slots_does_not_matter():
     model, text = tiny(), ids(1, 9)
-    banks = random_banks(model)
+    banks = fresh_banks(model)
     mirrored = Banks(
         {n: (k.flip(2), v.flip(2)) for n, k, v in reversed(list(zip(banks.names, banks.key, banks.value)))}
     )
@@ -113,46 +114,46 @@ def test_the_order_of_banks_and_slots_does_not_matter():
 
 def test_a_bank_is_seen_from_where_it_opens_on_and_not_before():
     model, banks = tiny(), None
-    banks = random_banks(model)
-    text, opened = ids(9), torch.tensor([1] * 4 + [3] * 5)
-    hidden = lambda b, o: model.hidden(text, Layout([9], o), b.slots())
-    changed = random_banks(model)
+    banks = fresh_banks(model)
+    text, bank_mask = ids(9), torch.tensor([1] * 4 + [3] * 5)
+    hidden = lambda b, o: model.hidden(text, PackedBatch([9], o), b.slots())
+    changed = fresh_banks(model)
     changed.load_state_dict({**changed.state_dict(), "key.0": banks.key[0], "value.0": banks.value[0]})
-    one, other = hidden(banks, opened), hidden(changed, opened)  # they differ in bank 1 alone
+    one, other = hidden(banks, bank_mask), hidden(changed, bank_mask)  # they differ in bank 1 alone
     torch.testing.assert_close(one[:4], other[:4])
     assert not torch.isclose(one[4:], other[4:]).all(dim=-1).any()
 
 
-@pytest.mark.parametrize("how", ["plain", "fused"])
-def test_a_ragged_batch_gives_each_sentence_what_it_gets_alone(how):
+@pytest.mark.parametrize("backend", ["plain", "fused"])
+def test_a_ragged_batch_gives_each_sentence_what_it_gets_alone(backend):
     model = tiny()
-    model.attention = how
-    slots = random_banks(model).slots()
+    model.attention = backend
+    slots = fresh_banks(model).slots()
     sentences = [(ids(n), torch.randint(4, (n,))) for n in (5, 1, 12, 3)]
     together = model.hidden(
-        torch.cat([t for t, _ in sentences]), Layout([5, 1, 12, 3], torch.cat([o for _, o in sentences])), slots
+        torch.cat([t for t, _ in sentences]), PackedBatch([5, 1, 12, 3], torch.cat([o for _, o in sentences])), slots
     )
-    alone = [model.hidden(text, Layout([len(text)], opened), slots) for text, opened in sentences]
+    alone = [model.hidden(text, PackedBatch([len(text)], bank_mask), slots) for text, bank_mask in sentences]
     torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_text_keeps_the_positions_it_had_in_pretraining():
-    layout = Layout([3, 5])
-    assert layout.position.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    packed = PackedBatch([3, 5])
+    assert packed.position.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
 
 
 def test_the_loss_of_a_pair_counts_the_target_and_its_end_and_nothing_else():
-    batch = pack([([5, 6, 7], [8, 9], 1, 0), ([4], [3, 2, 1], 0, 1)], sep=10, eot=60)
+    batch = pack_pairs([([5, 6, 7], [8, 9], 1, 0), ([4], [3, 2, 1], 0, 1)], sep=10, eot=60)
     assert batch.ids.tolist() == [5, 6, 7, 10, 8, 9, 4, 10, 3, 2, 1]
-    assert batch.layout.opened.tolist() == [2, 2, 2, 3, 3, 3, 1, 3, 3, 3, 3]
-    assert batch.at.tolist() == [3, 4, 5, 7, 8, 9, 10]
+    assert batch.packed.bank_mask.tolist() == [2, 2, 2, 3, 3, 3, 1, 3, 3, 3, 3]
+    assert batch.target_index.tolist() == [3, 4, 5, 7, 8, 9, 10]
     assert batch.targets.tolist() == [8, 9, 60, 3, 2, 1, 60]
 
 
 def test_an_empty_side_is_packed_like_any_other():
-    batch = pack([([], [8], 0, 1), ([5], [], 1, 0)], sep=10, eot=60)
+    batch = pack_pairs([([], [8], 0, 1), ([5], [], 1, 0)], sep=10, eot=60)
     assert batch.ids.tolist() == [10, 8, 5, 10]
-    assert batch.at.tolist() == [0, 1, 3]
+    assert batch.target_index.tolist() == [0, 1, 3]
 
 
 def test_the_chunked_loss_and_its_gradient_equal_cross_entropy(monkeypatch):
@@ -173,22 +174,22 @@ def test_the_chunked_loss_and_its_gradient_equal_cross_entropy(monkeypatch):
 def slot_gradients(model, banks):
     """Gradients of a translation loss with respect to every bank's keys and values."""
     torch.manual_seed(5)
-    batch = pack([(ids(4), ids(3), 1, 0), (ids(2), ids(6), 0, 1)], sep=10, eot=60)
-    hidden = model.hidden(batch.ids, batch.layout, banks.slots())
-    loss = nll_sum(hidden[batch.at], model.wte.weight, batch.targets)
+    batch = pack_pairs([(ids(4), ids(3), 1, 0), (ids(2), ids(6), 0, 1)], sep=10, eot=60)
+    hidden = model.hidden(batch.ids, batch.packed, banks.slots())
+    loss = nll_sum(hidden[batch.target_index], model.wte.weight, batch.targets)
     return torch.autograd.grad(loss, list(banks.parameters()))
 
 
 def test_all_slots_of_all_layers_get_gradients_and_the_base_model_none():
     model = tiny()
-    gradients = slot_gradients(model, random_banks(model))
+    gradients = slot_gradients(model, fresh_banks(model))
     assert all((g.abs().amax(dim=(-1, -2)) > 0).all() for g in gradients)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
 def test_slots_still_get_gradients_after_a_translation_in_between():
     model = tiny()
-    banks = random_banks(model)
+    banks = fresh_banks(model)
     before = slot_gradients(model, banks)
     with torch.no_grad():
         generate(model, [Prompt([1, 2, 3], 5, [1, 1, 3])], [60], banks.slots())
@@ -198,7 +199,7 @@ def test_slots_still_get_gradients_after_a_translation_in_between():
 
 def test_a_prefix_file_keeps_every_bit(tmp_path):
     model = tiny(torch.float32)
-    banks = Banks.random(CONFIG, ["en", "fr", "de"], 4)
+    banks = random_banks(CONFIG, ["en", "fr", "de"], 4)
     banks.training_record = {"steps": 3}
     banks.save(tmp_path / "p.safetensors", model)
     again = Banks.load(tmp_path / "p.safetensors", model)
@@ -208,7 +209,7 @@ def test_a_prefix_file_keeps_every_bit(tmp_path):
 
 def test_a_run_directory_stands_for_its_prefix_file(tmp_path):
     model = tiny()
-    banks = Banks.random(CONFIG, ["en", "fr"], 4)
+    banks = random_banks(CONFIG, ["en", "fr"], 4)
     banks.save(tmp_path / "prefix.safetensors", model)
     assert torch.equal(Banks.load(tmp_path, model).key[1], banks.key[1])
     (tmp_path / "empty").mkdir()
@@ -218,7 +219,7 @@ def test_a_run_directory_stands_for_its_prefix_file(tmp_path):
 
 def test_a_prefix_refuses_another_base_naming_both(tmp_path):
     model, other = tiny(), tiny()
-    Banks.random(CONFIG, ["en", "fr"], 4).save(tmp_path / "p.safetensors", model)
+    random_banks(CONFIG, ["en", "fr"], 4).save(tmp_path / "p.safetensors", model)
     with pytest.raises(UserError) as error:
         Banks.load(tmp_path / "p.safetensors", other)
     assert model.fingerprint in str(error.value) and other.fingerprint in str(error.value)
@@ -238,7 +239,7 @@ def test_a_sentence_longer_than_the_context_is_an_error():
 
 def test_slots_and_the_numbers_of_their_banks_are_on_one_device():
     """Wherever banks come from; "meta" stands for a GPU."""
-    banks = Banks.random(CONFIG, ["en", "fr"], 3).to("meta")
-    joined = Banks.joined([("a", banks), ("b", Banks.random(CONFIG, ["de"], 2).to("meta"))])
+    banks = random_banks(CONFIG, ["en", "fr"], 3).to("meta")
+    joined = Banks.joined([("a", banks), ("b", random_banks(CONFIG, ["de"], 2).to("meta"))])
     for slots in (banks.slots(), joined.slots()):
         assert slots.key.device == slots.bank.device == torch.device("meta")

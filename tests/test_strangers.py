@@ -9,16 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import fuzz
 from minigpt import UserError
 from minigpt.errors import visible
 from prefix import Banks
-from prefix.command import DEMO_PREFIX, notice, shown
+from prefix.distributed import log, printable
+from prefix.init import random_banks
+from prefix.run import DEMO_PREFIX
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "\x1b[2J\x9b31m\x07\x7f\r\u202eoui\u2066"
@@ -86,16 +88,16 @@ def terminal():
 
 def test_control_characters_are_spelled_out_on_a_terminal(terminal, monkeypatch):
     stream, read = terminal
-    print(shown(HOSTILE, stream), file=stream)
+    print(printable(HOSTILE, stream), file=stream)
     monkeypatch.setattr(sys, "stderr", stream)
-    notice(HOSTILE)
+    log(HOSTILE)
     stream.close()
     assert read() == f"{SPELLED}\r\n{SPELLED}\r\n"
 
 
 def test_control_characters_are_untouched_in_a_pipe(capsys):
-    print(shown(HOSTILE))
-    notice(HOSTILE)
+    print(printable(HOSTILE))
+    log(HOSTILE)
     assert capsys.readouterr() == (f"{HOSTILE}\n", f"{HOSTILE}\n")
 
 
@@ -124,7 +126,7 @@ MODEL = fuzz.tiny()
 def refusal(tmp_path):
     """A function: a change of a sound prefix file's (tensors, metadata) -> the one line that says why it is refused."""
     path = tmp_path / "p.safetensors"
-    Banks.random(fuzz.CONFIG, ["en", "fr"], 3).save(path, MODEL)
+    random_banks(fuzz.CONFIG, ["en", "fr"], 3).save(path, MODEL)
     Banks.load(path, MODEL)
 
     def refusal(change):

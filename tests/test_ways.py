@@ -18,9 +18,9 @@ from benchmarks.ways import (
 
 from minigpt import GPT, Tokenizer
 from minigpt.generate import Prompt, generate
-from prefix import data
-from prefix.few_shot import few_shot, prompt_text, stop_ids
-from prefix.rows import clean
+from prefix.data import corpus as data
+from prefix.data.rows import clean
+from prefix.evaluation.few_shot import few_shot, prompt_text, stop_ids
 
 TEXTS = ["Le chat dort.", "Le chien dort.", "Il pleut à Paris.", "Où est la gare ?", "Il pleut.", "LE CHAT dort."]
 
@@ -55,7 +55,7 @@ def test_prompt_embeddings_that_are_those_of_tokens_are_these_tokens(model, toke
     batch = way.pack(examples)
     rows = [[*front[s], *source, *front[t], way.sep, *target] for source, target, s, t in examples]
     expected = torch.cat([model(torch.tensor([row]))[0] for row in rows])
-    found = way.model.logits(way.model.hidden(batch.ids, batch.layout))  # and of no more columns: they never come out
+    found = way.model.logits(way.model.hidden(batch.ids, batch.packed))  # and of no more columns: they never come out
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     encoded = [tokenizer.encode(text) for text in TEXTS]
     prompts = [Prompt([*front[1], *ids, *front[0], way.sep], 2 * len(ids) + 16) for ids in encoded]
@@ -65,28 +65,28 @@ def test_prompt_embeddings_that_are_those_of_tokens_are_these_tokens(model, toke
 
 def test_fine_tuning_reads_the_prompt_that_decoding_asks_with(tokenizer, corpus, examples):
     batch = FineTuning("demo", tokenizer, corpus).pack(examples)
-    firsts = [0, batch.layout.lengths[0]]  # the first token of each sentence, and the first that counts
-    counts = [batch.at.tolist().index(min(at for at in batch.at.tolist() if at >= first)) for first in firsts]
-    prompts = [batch.ids[first : batch.at[count] + 1] for first, count in zip(firsts, counts)]
+    firsts = [0, batch.packed.lengths[0]]  # the first token of each sentence, and the first that counts
+    counts = [batch.target_index.tolist().index(min(at for at in batch.target_index.tolist() if at >= first)) for first in firsts]
+    prompts = [batch.ids[first : batch.target_index[count] + 1] for first, count in zip(firsts, counts)]
     asked = ["en: The cat number 3 sleeps.\nfr:", f"fr: {tokenizer.decode(examples[1][0])}\nen:"]
     assert [tokenizer.decode(prompt) for prompt in prompts] == asked
     answers = [" Le chat numéro 3 dort.", " The cat number 12 sleeps."]
     assert tokenizer.decode(batch.targets) == "".join(f"{answer}<|endoftext|>" for answer in answers)
-    within = batch.at[batch.targets != tokenizer.eot]
+    within = batch.target_index[batch.targets != tokenizer.eot]
     assert torch.equal(batch.ids[within + 1], batch.targets[batch.targets != tokenizer.eot])
 
 
 def test_lora_merged_into_our_weights_gives_the_logits_that_peft_gives(tokenizer, corpus, examples, model):
     way = LoRA("demo", tokenizer, corpus)
     batch = way.pack(examples)
-    plain = model.hidden(batch.ids, batch.layout)
+    plain = model.hidden(batch.ids, batch.packed)
     torch.testing.assert_close(way.hidden(batch).detach(), plain, rtol=0, atol=1e-4)  # before training: nothing added
     with torch.no_grad():
         for p in way.parameters():
             p.normal_(std=0.1)
     theirs = way.hidden(batch).detach()
     assert (theirs - plain).abs().max() > 0.1
-    torch.testing.assert_close(way.tuned.hidden(batch.ids, batch.layout), theirs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(way.tuned.hidden(batch.ids, batch.packed), theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind, trained", [(Prefix, 61440), (PromptTuning, 5120), (FineTuning, None), (LoRA, 61440)])

@@ -27,11 +27,24 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from common import Peak, best_rate, circumstances, fresh, measure_row
+from ways import (
+    FineTuning,
+    LoRA,
+    Prefix,
+    PromptTuning,
+    bare_shots,
+    bare_text,
+    nearest_shots,
+    train,
+    validation_loss,
+)
+
 from minigpt import GPT, Tokenizer
-from prefix import command, data, metrics
-from prefix.data import sample_rows
-from prefix.few_shot import draw_examples, few_shot, prompt_text
-from ways import FineTuning, LoRA, Prefix, PromptTuning, bare_shots, bare_text, nearest_shots, train, validation_loss
+from prefix.data import corpus as data
+from prefix.data.corpus import sample_rows
+from prefix.evaluation import metrics
+from prefix.evaluation.few_shot import draw_examples, few_shot, prompt_text
+from prefix.run import DEMO_CORPUS
 
 TRAINED = {  # name: (what trains, the middle one of the first three rates)
     "prefix": (Prefix, 1e-1),
@@ -47,6 +60,7 @@ def main():
     args = parse_arguments()
     if args.row:
         return measure_row(measure, args)
+    args.base = GPT.from_pretrained(args.model).fingerprint  # "demo" may come to be another
     table = {}
     for way, (_, middle) in TRAINED.items():
         lr = best_rate(middle, lambda lr: row(args, way=way, sweep=lr, steps=args.sweep_steps)["validation_loss"])
@@ -67,7 +81,7 @@ def main():
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Compare a prefix with other ways to steer the same model.")
     parser.add_argument("--model", default="demo", help="a checkpoint's directory (the demo)")
-    parser.add_argument("--data", type=Path, default=command.DEMO_CORPUS)
+    parser.add_argument("--data", type=Path, default=DEMO_CORPUS)
     parser.add_argument("--limit", type=int, help="read no more than this many usable pairs")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sweep-steps", type=int, default=100)
@@ -88,7 +102,7 @@ def parse_arguments():
 
 def row(args, **what):
     """The result of a row: from --results where it is there, else measured now."""
-    given = {name: str(getattr(args, name)) for name in ("model", "data", "limit", "batch_size", "sentences")}
+    given = {name: str(getattr(args, name)) for name in ("model", "base", "data", "limit", "batch_size", "sentences")}
     for line in args.results.read_text().splitlines() if args.results and args.results.exists() else []:
         kept = json.loads(line)
         if kept["what"] == what and kept["given"] == given:

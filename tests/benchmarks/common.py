@@ -48,7 +48,6 @@ def fresh(name, home):
 
 def measure_row(measure, args):
     """What the script does that was run for one row: measure(args) -> a dict, printed as the last line."""
-    import torch._dynamo  # an optimizer's first step imports it: now, so that it is no row's own memory
 
     if args.device == "cpu" and LINUX:
         refuse_to_swallow_the_machine()

@@ -30,14 +30,27 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from common import circumstances, clock, fresh, make_checkpoint, measure_row, multiplies_bf16, run_rows, timings
+from common import (
+    circumstances,
+    clock,
+    fresh,
+    make_checkpoint,
+    measure_row,
+    multiplies_bf16,
+    run_rows,
+    timings,
+)
+
 from minigpt import GPT, Tokenizer, checkpoint
 from minigpt.config import PUBLISHED
 from minigpt.generate import Prompt, generate
-from minigpt.weights import pack, quantize
-from prefix import Banks, command, data
-from prefix.few_shot import draw_examples, few_shot, prompt_text, stop_ids
-from prefix.rows import read_rows, Skipped
+from minigpt.quantize import prepack, quantize
+from prefix import Banks
+from prefix.data import corpus as data
+from prefix.data.rows import Skipped, read_rows
+from prefix.evaluation.few_shot import draw_examples, few_shot, prompt_text, stop_ids
+from prefix.init import random_banks
+from prefix.run import DEMO_CORPUS, DEMO_PREFIX
 from prefix.translation import separator, translate
 
 REAL_DATA, REAL_VOCABULARY = ROOT.parent / "shared/data/en-fr.csv", ROOT.parent / "shared/data/gpt2_tokenizer"
@@ -71,8 +84,8 @@ def parse_arguments():
         "--shape", choices=[*PUBLISHED], default="gpt2", help="of --what batches; its weights are random"
     )
     parser.add_argument("--model", default="demo", help="of --what file (the demo checkpoint)")
-    parser.add_argument("--prefix", default=str(command.DEMO_PREFIX), help="of --what file (the demo prefix)")
-    parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else command.DEMO_CORPUS)
+    parser.add_argument("--prefix", default=str(DEMO_PREFIX), help="of --what file (the demo prefix)")
+    parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else DEMO_CORPUS)
     parser.add_argument("--sentences", type=int, default=1000, help="of --what file (1000)")
     parser.add_argument("--new", type=int, default=48, help="tokens that each sentence gets (48)")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
@@ -131,8 +144,8 @@ def our_batches(args, dtype, int8=False):
     model = GPT.from_pretrained(args.home, args.device, getattr(torch, dtype))
     bytes_per_weight = 1 if int8 else model.dtype.itemsize
     if args.device == "cpu" and dtype == "bfloat16":
-        (quantize if int8 else pack)(model)
-    slots = Banks.random(model.config, ["en", "fr"], SLOTS).to(args.device).slots().to(model.dtype)
+        (quantize if int8 else prepack)(model)
+    slots = random_banks(model.config, ["en", "fr"], SLOTS).to(args.device).slots().to(model.dtype)
 
     def run(prompts, new):
         prompts = [Prompt(ids, new, [2] * (len(ids) - 1) + [3]) for ids in prompts]
@@ -285,7 +298,18 @@ def with_peft(model, args):
     both = torch.stack([slots.key, slots.value], dim=1)  # (n_layer, 2, n_head, S, head_dim)
     with torch.no_grad():
         peft.prompt_encoder["default"].embedding.weight.copy_(both.permute(3, 0, 1, 2, 4).reshape(n, -1))
+    check_prefix_counts(peft)
     return peft.to(args.device)
+
+
+def check_prefix_counts(peft):
+    """peft 0.21.2's generate ignores the prefix under transformers 5.24.0 (not under 5.23.0): measure no such thing."""
+    ids = torch.arange(8)[None]
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    options |= {"attention_mask": torch.ones_like(ids), "return_dict_in_generate": True}
+    written = peft.generate(input_ids=ids, **options).logits[0]
+    if not torch.allclose(written, peft(input_ids=ids).logits[:, -1], atol=1e-2):
+        raise RuntimeError("peft's generate ignores the prefix with these versions: take transformers 5.23.0")
 
 
 def file_dtype(args):

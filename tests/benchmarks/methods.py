@@ -29,18 +29,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, which has a train.py of its own
 
 from common import best_rate, circumstances
+from ways import FineTuning, train, validation_loss
 
 from minigpt import GPT, Tokenizer
 from minigpt.files import replacing
-from minigpt.splits import split_of
-from prefix import command, data, metrics, run
+from prefix import cli
 from prefix.banks import Banks
-from prefix.data import sample_rows
+from prefix.data import corpus as data
+from prefix.data.corpus import sample_rows
+from prefix.data.rows import Skipped, read_rows
+from prefix.data.splits import split_of
+from prefix.evaluation import metrics
+from prefix.init import initial_banks, random_banks
 from prefix.reparam import Reparametrised
-from prefix.rows import Skipped, read_rows
+from prefix.run import DEMO_CORPUS
 from prefix.trainer import Settings, Trainer
 from prefix.translation import translate
-from ways import FineTuning, train, validation_loss
 
 LONGEST = 60  # characters of either side, of the sentences that are reported on
 MIDDLE = {"slots": 1e-1, "network": 3e-3, "fine-tuning": 1e-4}  # of the first three learning rates, by what is trained
@@ -52,14 +56,14 @@ PAIRS = [100, 300, 1000, None]  # None: all
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
-    parser.add_argument("--data", default=str(command.DEMO_CORPUS), help="held-out sentences (the sample corpus)")
-    parser.add_argument("--train-data", default=str(command.DEMO_CORPUS), help="training pairs (the sample corpus)")
+    parser.add_argument("--data", default=str(DEMO_CORPUS), help="held-out sentences (the sample corpus)")
+    parser.add_argument("--train-data", default=str(DEMO_CORPUS), help="training pairs (the sample corpus)")
     parser.add_argument("--model", default="demo", help="a checkpoint's directory (the demo)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--sentences", type=int, default=200, help="for BLEU, in each direction")
-    parser.add_argument("--dtype", choices=list(command.DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=list(cli.DTYPES), default="float32")
     parser.add_argument("--results", type=Path, default=Path("methods.jsonl"))
     return parser.parse_args()
 
@@ -69,7 +73,7 @@ class Bench:
 
     def __init__(self, args):
         self.args = args
-        self.model = GPT.from_pretrained(args.model, dtype=command.DTYPES[args.dtype])
+        self.model = GPT.from_pretrained(args.model, dtype=cli.DTYPES[args.dtype])
         self.tokenizer = Tokenizer.from_pretrained(args.model)
         self.corpus = data.load([args.train_data], ("en", "fr"), self.tokenizer, max_tokens=256)
         held_out = data.load([new_pairs(args.data, args.results.parent)], ("en", "fr"), self.tokenizer, max_tokens=256)
@@ -107,7 +111,7 @@ class Bench:
         settings = Settings(**options, eval_every=0)
         config = {name: spec[name] for name in ("init", "reparam", "prefix_len")}
         config |= {"position_offset": 0, "settings": options}
-        banks = run.start(config, self.model, self.tokenizer, self.corpus)
+        banks = initial_banks(config, self.model, self.tokenizer, self.corpus)
         if spec["plain"]:
             banks = as_in_the_paper(banks, spec["seed"])
         with tempfile.TemporaryDirectory() as out:
@@ -153,7 +157,7 @@ class Bench:
 
     def without_slots(self):
         """The row of the base itself."""
-        result = self.measure(Banks.random(self.model.config, ("en", "fr"), 0))
+        result = self.measure(random_banks(self.model.config, ("en", "fr"), 0))
         return {"name": "no slots at all", "lr": None} | {name: [value] for name, value in result.items()}
 
 

@@ -49,15 +49,29 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from common import Peak, ceiling, circumstances, clock, first_line, fresh, make_checkpoint, measure_row
-from common import multiplies_bf16, run_rows, timings
+from common import (
+    Peak,
+    ceiling,
+    circumstances,
+    clock,
+    first_line,
+    fresh,
+    make_checkpoint,
+    measure_row,
+    multiplies_bf16,
+    run_rows,
+    timings,
+)
+
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
-from minigpt.attention import Layout, Slots, attend
+from minigpt.attention import PackedBatch, Slots, attend
 from minigpt.config import PUBLISHED
 from minigpt.loss import nll_sum
-from prefix import Banks, command, data
+from prefix.data import corpus as data
+from prefix.init import random_banks
+from prefix.run import DEMO_CORPUS
+from prefix.sequences import TrainingBatch, separator
 from prefix.trainer import MICRO_BATCH_TOKENS, Settings, Trainer, n_tokens
-from prefix.translation import Batch, separator
 
 SHAPES = {"demo": GPTConfig.from_file(checkpoint.DEMO / "config.json"), **PUBLISHED}
 REAL_DATA, REAL_VOCABULARY = ROOT.parent / "shared/data/en-fr.csv", ROOT.parent / "shared/data/gpt2_tokenizer"
@@ -97,7 +111,7 @@ def parse_arguments():
     parser.add_argument("--what", nargs="+", choices=[*PARTS], default=["ladder"])
     parser.add_argument("--shape", choices=[*SHAPES], default="gpt2", help="of the model; its weights are random")
     parser.add_argument("--prefix-len", type=int, default=10, help="slots in each of two banks (10)")
-    parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else command.DEMO_CORPUS)
+    parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else DEMO_CORPUS)
     parser.add_argument("--batch-size", type=int, default=64, help="pairs of an optimizer step (64)")
     parser.add_argument("--micro-batch", type=int, nargs="+", help="sentences at a time: peft tries all of these, and "
                         "the first rungs take the first (CPU: 16, GPU: 64 16)")  # fmt: skip
@@ -146,11 +160,11 @@ class AllLogits(Counted):
     def packed(self, examples):
         batch = super().packed(examples)
         targets = torch.full_like(batch.ids, IGNORED)
-        targets[batch.at] = batch.targets
-        return Batch(batch.ids, batch.layout, None, targets)
+        targets[batch.target_index] = batch.targets
+        return TrainingBatch(batch.ids, batch.packed, None, targets)
 
     def nll(self, batch, slots, smoothing):
-        logits = self.model.logits(self.model.hidden(batch.ids, batch.layout, slots))
+        logits = self.model.logits(self.model.hidden(batch.ids, batch.packed, slots))
         return F.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED, reduction="sum")
 
 
@@ -159,9 +173,9 @@ class Padded(AllLogits):
 
     def packed(self, examples):
         batch = super().packed(examples)
-        layout = batch.layout
-        ids, opened, targets = (layout.to_grid(x).flatten() for x in (batch.ids, layout.opened, batch.targets))
-        return Batch(ids, Layout([layout.longest] * len(examples), opened, layout.device), None, targets)
+        packed = batch.packed
+        ids, bank_mask, targets = (packed.pad(x).flatten() for x in (batch.ids, packed.bank_mask, batch.targets))
+        return TrainingBatch(ids, PackedBatch([packed.longest] * len(examples), bank_mask, packed.device), None, targets)
 
 
 def ladder(args):
@@ -187,7 +201,7 @@ def train_ours(args, dtype, kind=Rung, attention="auto", compiled=False, checkpo
     model.attention, model.checkpoint_activations = attention, checkpointing
     if compiled:
         compile_blocks(model)
-    banks = Banks.random(model.config, corpus.columns, args.prefix_len).to(args.device)
+    banks = random_banks(model.config, corpus.columns, args.prefix_len).to(args.device)
     settings = Settings(steps=args.warmup + args.steps, lr=0.001)
     trainer = kind(model, Tokenizer.from_pretrained(args.home), banks, corpus, settings, args.home)
     trainer.args = args
@@ -198,7 +212,7 @@ def compile_blocks(model):
     """All of a block but attention, which takes lengths that are new in every batch."""
     for block in model.h:
         block.compile(dynamic=True)
-    model.run = lambda x, look: GPT.run(model, x, torch.compiler.disable(look))
+    model.run = lambda x, attn_fn: GPT.run(model, x, torch.compiler.disable(attn_fn))
 
 
 def train_peft(args, dtype):
@@ -376,9 +390,9 @@ def leaves(args, tokens, n_slots):
 
 def ours(how, args, lengths, n_slots):
     qkv, key, value, differentiate = leaves(args, [sum(lengths)], n_slots)
-    layout = Layout(lengths, torch.ones(sum(lengths)), args.device)
+    packed = PackedBatch(lengths, torch.ones(sum(lengths)), args.device)
     slots = Slots(key, value, torch.zeros(n_slots, dtype=torch.int32, device=args.device)) if n_slots else None
-    return lambda: differentiate(attend(qkv, SHAPES[args.shape].n_head, layout, slots, how))
+    return lambda: differentiate(attend(qkv, SHAPES[args.shape].n_head, packed, slots, how))
 
 
 def with_slots(qkv, n_head, key, value):
@@ -407,7 +421,7 @@ def flex(args, lengths, n_slots):
     torch.compiler.reset()  # or the ninth shape is not compiled any more
     N, n_head = sum(lengths), SHAPES[args.shape].n_head
     qkv, key, value, differentiate = leaves(args, [1, N], n_slots)
-    start = Layout(lengths, device=args.device).start
+    start = PackedBatch(lengths, device=args.device).start
 
     def sees(b, h, q, k):
         return (k < n_slots) | ((k - n_slots <= q) & (k - n_slots >= start[q]))
@@ -451,15 +465,15 @@ def measure_curve(args):
 
 
 def curve_step(args, model, prefix_len, length):
-    banks = Banks.random(model.config, ["only"], prefix_len).to(args.device)
+    banks = random_banks(model.config, ["only"], prefix_len).to(args.device)
     optimizer = torch.optim.AdamW(banks.parameters(), lr=0.001)
     lengths = [length] * (TOKENS[args.device] // length)
-    layout = Layout(lengths, torch.ones(sum(lengths)), args.device)
-    at = (layout.position >= length // 2).nonzero()[:, 0]
+    packed = PackedBatch(lengths, torch.ones(sum(lengths)), args.device)
+    at = (packed.position >= length // 2).nonzero()[:, 0]
     ids = torch.randint(model.config.vocab_size, (sum(lengths),), device=args.device)
 
     def step():
-        hidden = model.hidden(ids, layout, banks.slots())
+        hidden = model.hidden(ids, packed, banks.slots())
         nll_sum(hidden[at], model.wte.weight, ids[at]).backward()
         optimizer.step()
         optimizer.zero_grad()

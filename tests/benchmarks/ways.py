@@ -25,15 +25,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minigpt import GPT, GPTConfig, checkpoint
-from minigpt.attention import Layout
+from minigpt.attention import PackedBatch
 from minigpt.generate import Prompt, generate
 from minigpt.loss import nll_sum
 from minigpt.model import Embedding
-from prefix import translation
-from prefix.banks import Banks
-from prefix.few_shot import few_shot, prompt_text, stop_ids
-from prefix.rows import clean
-from prefix.translation import Batch, Translation, answered, separator
+from prefix.data.rows import clean
+from prefix.evaluation.few_shot import few_shot, prompt_text, stop_ids
+from prefix.init import from_text
+from prefix.sequences import TrainingBatch, pack_pairs, separator
+from prefix.translation import Translation, answered, translate
 
 
 def train(way, corpus, steps, lr, batch_size, seed=0, pairs=None):
@@ -86,20 +86,20 @@ class Prefix:
     def __init__(self, directory, tokenizer, corpus, length=10):
         self.model, self.tokenizer, self.sep = GPT.from_pretrained(directory), tokenizer, separator(tokenizer)
         start = {name: opening(corpus, column, length) for column, name in enumerate(corpus.columns)}
-        self.banks = Banks.from_text(self.model, start, length)
+        self.banks = from_text(self.model, start, length)
 
     def parameters(self):
         return self.banks.parameters()
 
     def pack(self, examples):
-        return translation.pack(examples, self.sep, self.tokenizer.eot)
+        return pack_pairs(examples, self.sep, self.tokenizer.eot)
 
     def nll(self, batch):
-        hidden = self.model.hidden(batch.ids, batch.layout, self.banks.slots())  # (N, n_embd)
-        return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets)
+        hidden = self.model.hidden(batch.ids, batch.packed, self.banks.slots())  # (N, n_embd)
+        return nll_sum(hidden[batch.target_index], self.model.wte.weight, batch.targets)
 
     def translate(self, texts, source, target):
-        return translation.translate(self.model, self.tokenizer, self.banks, texts, source, target)
+        return translate(self.model, self.tokenizer, self.banks, texts, source, target)
 
     def save(self, directory):
         self.banks.save(directory / "prefix.safetensors", self.model)
@@ -137,11 +137,11 @@ class PromptTuning:
 
     def pack(self, examples):
         rows = [(self.prompt(source, s, t), target, s, t) for source, target, s, t in examples]
-        return translation.pack(rows, self.sep, self.tokenizer.eot)
+        return pack_pairs(rows, self.sep, self.tokenizer.eot)
 
     def nll(self, batch):
-        hidden = self.model.hidden(batch.ids, batch.layout)  # (N, n_embd)
-        return nll_sum(hidden[batch.at], self.model.wte.weight, batch.targets)
+        hidden = self.model.hidden(batch.ids, batch.packed)  # (N, n_embd)
+        return nll_sum(hidden[batch.target_index], self.model.wte.weight, batch.targets)
 
     def translate(self, texts, source, target):
         numbers, prompts = [self.names.index(name) for name in (source, target)], {}
@@ -172,13 +172,13 @@ class FineTuning:
         lengths = [len(row) for row in rows]
         last = torch.tensor(lengths).cumsum(0).tolist()
         at = [torch.arange(end - len(answer), end) for end, answer in zip(last, answers)]
-        return Batch(torch.tensor(sum(rows, [])), Layout(lengths), torch.cat(at), torch.tensor(sum(answers, [])))
+        return TrainingBatch(torch.tensor(sum(rows, [])), PackedBatch(lengths), torch.cat(at), torch.tensor(sum(answers, [])))
 
     def hidden(self, batch):
-        return self.model.hidden(batch.ids, batch.layout)  # (N, n_embd)
+        return self.model.hidden(batch.ids, batch.packed)  # (N, n_embd)
 
     def nll(self, batch):
-        hidden = self.hidden(batch)[batch.at]  # (M, n_embd); the head is trained too, so its gradient is autograd's
+        hidden = self.hidden(batch)[batch.target_index]  # (M, n_embd); the head is trained too, so its gradient is autograd's
         return F.cross_entropy(hidden @ self.head.T, batch.targets, reduction="sum")
 
     @property
@@ -219,8 +219,8 @@ class LoRA(FineTuning):
         return self.learned
 
     def hidden(self, batch):
-        rows = batch.layout.to_grid(batch.ids)  # (B, T), ragged ends after the text, where nothing looks
-        return batch.layout.to_row(self.model.transformer(rows, use_cache=False).last_hidden_state)
+        rows = batch.packed.pad(batch.ids)  # (B, T), ragged ends after the text, where nothing looks
+        return batch.packed.unpad(self.model.transformer(rows, use_cache=False).last_hidden_state)
 
     @property
     def head(self):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import sentence_bleu
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from prefix.metrics import (
+from prefix.evaluation.metrics import (
     bleu_from_statistics,
     bleu_statistics,
     chrf,
@@ -307,7 +307,7 @@ def test_the_median_is_in_the_middle_or_the_better_of_two(scores, median):
 
 
 def test_the_benchmark_holds_the_median_seed_against_the_median_draw_of_each_direction(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     import baselines
 
     rng = random.Random(5)

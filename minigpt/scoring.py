@@ -9,12 +9,12 @@ costs. And since the end token counts, answers of different lengths compare as t
 
 import torch
 
-from minigpt.attention import Layout
+from minigpt.attention import PackedBatch
 from minigpt.generate import Generated
 
 
 @torch.no_grad()
-def choose(model, prompts, answers, slots=None, position_offset=0, batch_size=32):
+def likeliest_answer(model, prompts, answers, slots=None, position_offset=0, batch_size=32):
     """Prompts -> a list of Generated, in the same order: the likeliest of the answers after each.
 
     answers: lists of ids, each with the token that ends it; of two that are as likely, the first wins. A prompt and
@@ -26,7 +26,7 @@ def choose(model, prompts, answers, slots=None, position_offset=0, batch_size=32
     return [Generated(answers[i][:-1], finished=True) for i in best.tolist()]
 
 
-def room_for(answers, left):
+def max_new_tokens(answers, left):
     """The max_new of a prompt that leaves room for `left` tokens: those of the longest answer, which its last one need
     not fit, or 0 where there is no room for it."""
     longest = max(map(len, answers))
@@ -35,16 +35,16 @@ def room_for(answers, left):
 
 def log_p(model, pairs, slots=None, position_offset=0):
     """(prompt, answer) each -> log p(answer | prompt) (B,), float32."""
-    ids, opened, at, targets = [], [], [], []
+    ids, bank_mask, at, targets = [], [], [], []
     for prompt, answer in pairs:
         at += range(len(ids) + len(prompt.ids) - 1, len(ids) + len(prompt.ids) + len(answer) - 1)
         ids += prompt.ids + answer[:-1]
         targets += answer
         if slots is not None:
-            opened += prompt.opened + prompt.opened[-1:] * (len(answer) - 1)
+            bank_mask += prompt.bank_mask + prompt.bank_mask[-1:] * (len(answer) - 1)
     lengths = [len(prompt.ids) + len(answer) - 1 for prompt, answer in pairs]
-    layout = Layout(lengths, None if slots is None else torch.tensor(opened), model.device)
-    hidden = model.hidden(torch.tensor(ids, device=model.device), layout, slots, position_offset)  # (N, n_embd)
+    packed = PackedBatch(lengths, None if slots is None else torch.tensor(bank_mask), model.device)
+    hidden = model.hidden(torch.tensor(ids, device=model.device), packed, slots, position_offset)  # (N, n_embd)
     logp = model.logits(hidden[at]).float().log_softmax(dim=-1)  # (M, vocab_size), M = all tokens of all answers
     of_targets = logp.gather(1, torch.tensor(targets, device=model.device)[:, None])[:, 0]
     return torch.stack([part.sum() for part in of_targets.split([len(answer) for _, answer in pairs])])

@@ -13,13 +13,15 @@ import evaluate
 import train
 import translate
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
-from minigpt.choose import choose, log_p
 from minigpt.generate import Prompt, generate
-from minigpt.splits import split_of
-from prefix import evaluation, metrics
+from minigpt.scoring import likeliest_answer, log_p
 from prefix.banks import Banks
-from prefix.data import load
-from prefix.rows import columns_for
+from prefix.data.corpus import load
+from prefix.data.rows import columns_for
+from prefix.data.splits import split_of
+from prefix.evaluation import compare as evaluation
+from prefix.evaluation import metrics
+from prefix.init import random_banks
 from prefix.translation import translate as translate_texts
 
 CONFIG = GPTConfig(vocab_size=61, n_positions=48, n_embd=24, n_layer=2, n_head=3)
@@ -108,7 +110,7 @@ def test_three_columns_train_three_banks_in_six_directions_and_rows_may_lack_one
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     banks = banks_of(trained("run", table, "--columns", *names, "--init", "random"))
     assert banks.names == names
-    start = Banks.random(GPTConfig(n_embd=32, n_layer=2, n_head=2), names, 2, seed=0)
+    start = random_banks(GPTConfig(n_embd=32, n_layer=2, n_head=2), names, 2, seed=0)
     for learned, first in zip(banks.parameters(), start.parameters()):
         assert (learned != first).any(dim=(1, 3)).all()  # every slot of every layer has moved
     corpus = load([table], names, Tokenizer.from_pretrained("demo"))
@@ -205,7 +207,7 @@ def written_out(model, prompt, answer, banks):
 
 
 def test_an_answer_scores_the_probability_of_its_tokens_and_of_its_end(model):
-    banks = Banks.random(CONFIG, ["a", "b"], 3)
+    banks = random_banks(CONFIG, ["a", "b"], 3)
     prompts = [Prompt(torch.randint(60, (n,)).tolist(), 5, [3] * n) for n in (4, 1, 7)]
     answers = [torch.randint(60, (n,)).tolist() + [60] for n in (1, 3, 2, 0)]
     pairs = list(itertools.product(prompts, answers))
@@ -213,7 +215,7 @@ def test_an_answer_scores_the_probability_of_its_tokens_and_of_its_end(model):
     torch.testing.assert_close(log_p(model, pairs, banks.slots()), torch.tensor(expected), rtol=1e-4, atol=1e-4)
     best = [max(answers, key=lambda a: written_out(model, prompt, a, banks)) for prompt in prompts]
     for batch_size in (1, 3, 32):
-        chosen = choose(model, prompts, answers, banks.slots(), batch_size=batch_size)
+        chosen = likeliest_answer(model, prompts, answers, banks.slots(), batch_size=batch_size)
         assert [result.ids for result in chosen] == [answer[:-1] for answer in best]
         assert all(result.finished for result in chosen)
 
@@ -262,8 +264,8 @@ def test_the_labels_of_training_are_those_of_the_whole_file(classifier, evaluate
     folder, _ = classifier
     splits = ["train"] * 4 + ["test"] * 2
     rows = [[sentence(split), label] for label in ("joy", "anger") for split in splits]
-    table, chosen, choose = write("sorted.csv", [["tweet", "label"], *rows]), [], evaluation.translate
-    translate = lambda *args, **options: chosen.append(options["choices"]) or choose(*args, **options)
+    table, chosen, likeliest_answer = write("sorted.csv", [["tweet", "label"], *rows]), [], evaluation.translate
+    translate = lambda *args, **options: chosen.append(options["choices"]) or likeliest_answer(*args, **options)
     monkeypatch.setattr(evaluation, "translate", translate)
     options = ["--prefix", folder, "--data", table, "--from", "tweet", "--to", "label", "--limit", 2, "--draws", 0]
     evaluated(*options, "--choices")
@@ -296,7 +298,7 @@ def test_of_all_rows_none_is_a_shot_or_a_choice_but_what_the_prefix_was_trained_
 
 def test_a_text_without_room_for_the_longest_choice_is_a_fault(place):
     model, tokenizer = GPT.from_pretrained(place / "base"), Tokenizer.from_pretrained(place / "base")
-    banks, choices = Banks.random(model.config, ["a", "b"], 2), ["x", "one two three four five six seven"]
+    banks, choices = random_banks(model.config, ["a", "b"], 2), ["x", "one two three four five six seven"]
     longest = max(len(tokenizer.encode(choice)) for choice in choices)
     text = "x"
     while len(tokenizer.encode(text)) + 1 + longest < 100:
@@ -362,7 +364,7 @@ def test_an_exact_match_is_any_of_the_references():
 
 
 def test_a_batch_may_mix_banks_of_several_files_and_each_sentence_is_what_it_would_be_alone(model):
-    parts = [Banks.random(CONFIG, names, n, seed=n) for names, n in ((["en", "fr"], 4), (["de"], 2), (["es", "it"], 5))]
+    parts = [random_banks(CONFIG, names, n, seed=n) for names, n in ((["en", "fr"], 4), (["de"], 2), (["es", "it"], 5))]
     whole = Banks.joined([(f"{i}.safetensors", part) for i, part in enumerate(parts)])
     assert whole.names == ["en", "fr", "de", "es", "it"] and whole.prefix_len == [4, 4, 2, 5, 5]
     prompts, expected = [], []

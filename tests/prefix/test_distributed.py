@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import sys, torch
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from minigpt import GPT, GPTConfig, Tokenizer
-from prefix import data, distributed
+from prefix import distributed
+from prefix.data import corpus as data
 from prefix.banks import Banks
 from prefix.trainer import Settings, Trainer
+from prefix.init import random_banks
 
 torch.set_num_threads(1)
 distributed.start()
@@ -31,14 +33,14 @@ model.requires_grad_(False)
 tokenizer = Tokenizer.from_pretrained("demo")
 out = Path({out!r})
 corpus = data.load([out / "pairs.csv"], None, tokenizer, max_tokens=60, home=out)
-banks = Banks.random(model.config, corpus.columns, 3).double()
+banks = random_banks(model.config, corpus.columns, 3).double()
 trainer = Trainer(model, tokenizer, banks, corpus, Settings(steps=5, lr=0.1, batch_size=7), out, 40)
 loss = trainer.backward(trainer.prepare(0))
 if {fail!r} and distributed.rank() == 1:
     raise SystemExit("rank 1 has had enough")
 gradients = torch.cat([p.grad.flatten() for p in banks.parameters()])
 validation = trainer.validation_loss()
-results = distributed.gather([i * i for i in distributed.share(list(range(11)))])
+results = distributed.all_gather([i * i for i in distributed.shard(list(range(11)))])
 nll, calls = trainer.nll, []
 
 
@@ -55,7 +57,7 @@ assert any(calls) == (distributed.rank() == 1)
 repeated = torch.cat([p.grad.flatten() for p in banks.parameters()])
 if distributed.rank() == 0:
     found = dict(loss=loss, gradients=gradients, repeated=repeated, validation=validation, results=results)
-    torch.save(found, out / f"{{distributed.world()}}.pt")
+    torch.save(found, out / f"{{distributed.world_size()}}.pt")
 distributed.finish()
 """
 

@@ -10,7 +10,7 @@ The cache of R rows in C columns, whose cell number row * C + column is the text
 
     tokens.bin    the ids of all cells, one after another: uint16, or int32 where there are more than 65,536 ids
     index.bin     (R * C + 1,) int64: where each cell begins in tokens.bin
-    <split>.bin   (n, 3) int32 for each of minigpt.splits.SPLITS: its examples, see Corpus.examples
+    <split>.bin   (n, 3) int32 for each of prefix.data.splits.SPLITS: its examples, see Corpus.examples
     meta.json     the columns, what there is to report of the files, and the hashes of all that; written last
 
 The ids spell their texts exactly, so the texts themselves are not kept.
@@ -36,9 +36,9 @@ from tqdm import tqdm
 from minigpt import checkpoint
 from minigpt.errors import UserError
 from minigpt.files import read_object
-from minigpt.splits import SPLITS, split_of
-from prefix.command import notice
-from prefix.rows import Skipped, opened, read_rows, resolve_columns
+from prefix.data.rows import Skipped, opened, read_rows, resolve_columns
+from prefix.data.splits import SPLITS, split_of
+from prefix.distributed import log
 
 CACHE_FORMAT = 3
 FILES = ("tokens.bin", "index.bin", *(f"{split}.bin" for split in SPLITS))
@@ -133,7 +133,7 @@ def _writable(folder):
     except OSError as error:
         temporary = tempfile.mkdtemp(prefix="minigpt-")
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        notice(f"{folder} cannot be written ({error.strerror}): caching tokens in {temporary} for now")
+        log(f"{folder} cannot be written ({error.strerror}): caching tokens in {temporary} for now")
         return Path(temporary)
 
 

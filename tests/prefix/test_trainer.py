@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
-from minigpt.attention import Layout
-from minigpt.splits import split_of
-from prefix import data, run
+from minigpt.attention import PackedBatch
 from prefix.banks import Banks
+from prefix.data import corpus as data
+from prefix.data.splits import split_of
+from prefix.init import initial_banks, random_banks
 from prefix.trainer import BAD_STEPS, Settings, Trainer
 
 PREFIX_LEN, N_LAYER, N_HEAD, HEAD_DIM = 3, 2, 2, 16
@@ -86,7 +87,7 @@ def trainer(model, tokenizer, corpus, tmp_path):
 
     def build(out="run", slots=None, model=model, corpus=corpus, micro_batch_tokens=None, **settings):
         (tmp_path / out).mkdir(exist_ok=True)
-        banks = Banks.random(model.config, corpus.columns, PREFIX_LEN, int(torch.randint(1 << 30, ())))
+        banks = random_banks(model.config, corpus.columns, PREFIX_LEN, int(torch.randint(1 << 30, ())))
         if slots:
             banks.load_state_dict(slots)
         settings = dict(steps=6, lr=0.05, batch_size=8, warmup=2, eval_every=0) | settings
@@ -121,16 +122,16 @@ def sentences(corpus, tokenizer, split):
     found = []
     for row, s, t in corpus.examples(split).tolist():
         source, target = corpus.ids(row, s).tolist(), corpus.ids(row, t).tolist()
-        opened = [1 << s] * len(source) + [1 << s | 1 << t] * (len(target) + 1)
-        found.append((tuple(source + [sep] + target), tuple(opened), len(source)))
+        bank_mask = [1 << s] * len(source) + [1 << s | 1 << t] * (len(target) + 1)
+        found.append((tuple(source + [sep] + target), tuple(bank_mask), len(source)))
     return found
 
 
 def mean_loss(model, tokenizer, slots, examples):
     """The mean of -log p over all target tokens and closing <|endoftext|>s, one sentence at a time."""
     losses = []
-    for ids, opened, n_source in examples:
-        hidden = model.hidden(torch.tensor(ids), Layout([len(ids)], torch.tensor(opened)), slots)
+    for ids, bank_mask, n_source in examples:
+        hidden = model.hidden(torch.tensor(ids), PackedBatch([len(ids)], torch.tensor(bank_mask)), slots)
         targets = torch.tensor([*ids[n_source + 1 :], tokenizer.eot])
         losses.append(cross_entropy(model.logits(hidden[n_source:]), targets, reduction="none"))
     return torch.cat(losses).mean()
@@ -154,8 +155,8 @@ def seen_by_the_model(trainer):
 
     def note_batch(arguments, _):
         batch = arguments[0]
-        parts = zip(batch.ids.split(batch.layout.lengths), batch.layout.opened.split(batch.layout.lengths))
-        current.extend((tuple(ids.tolist()), tuple(opened.tolist())) for ids, opened in parts)
+        parts = zip(batch.ids.split(batch.packed.lengths), batch.packed.bank_mask.split(batch.packed.lengths))
+        current.extend((tuple(ids.tolist()), tuple(bank_mask.tolist())) for ids, bank_mask in parts)
 
     def note_step(*_):
         steps.append(list(current))
@@ -427,7 +428,7 @@ def test_every_epoch_sees_every_pair_in_both_directions_once(tokenizer, corpus, 
     t = trainer(steps=40 * epochs // size, batch_size=size)
     steps = seen_by_the_model(t)
     t.run()
-    everything = Counter((ids, opened) for ids, opened, _ in sentences(corpus, tokenizer, "train"))
+    everything = Counter((ids, bank_mask) for ids, bank_mask, _ in sentences(corpus, tokenizer, "train"))
     assert everything.total() == 40
     seen = [Counter(step) for step in steps]
     assert sum(seen, Counter()) == Counter({example: n * epochs for example, n in everything.items()})
@@ -440,7 +441,7 @@ def test_both_directions_are_in_a_batch(trainer):
     t = trainer(steps=5)
     steps = seen_by_the_model(t)
     t.run()
-    assert any({opened[0] for _, opened in step} == {1, 2} for step in steps)
+    assert any({bank_mask[0] for _, bank_mask in step} == {1, 2} for step in steps)
 
 
 def test_the_order_follows_from_the_seed_alone(trainer):
@@ -469,7 +470,7 @@ def test_three_columns_are_three_banks_and_six_directions(load, trainer):
     assert t.banks.names == ["en", "fr", "de"]
     steps = seen_by_the_model(t)
     t.run()
-    directions = Counter((opened[0], opened[-1]) for _, opened in steps[0])
+    directions = Counter((bank_mask[0], bank_mask[-1]) for _, bank_mask in steps[0])
     assert directions == {(1, 3): 5, (2, 3): 5, (1, 5): 4, (4, 5): 4, (2, 6): 4, (4, 6): 4}
 
 
@@ -710,7 +711,7 @@ def test_a_run_saves_every_so_many_steps_or_seconds(trainer, monkeypatch):
 def test_a_run_does_not_go_on_with_more_slots_and_says_so(model, tokenizer, corpus, trainer):
     t = trainer()
     t.run()
-    longer = Banks.random(model.config, corpus.columns, PREFIX_LEN + 1)
+    longer = random_banks(model.config, corpus.columns, PREFIX_LEN + 1)
     with pytest.raises(UserError, match=r"this run has another prefix_len \(3, here 4\)$"):
         Trainer(model, tokenizer, longer, corpus, t.settings, t.out).resume()
 
@@ -731,7 +732,7 @@ def test_a_state_whose_tensors_have_another_shape_is_an_error(trainer):
 
 def start(model, tokenizer, corpus, init, prefix_len, seed=0):
     config = {"init": init, "prefix_len": prefix_len, "position_offset": 0, "settings": {"seed": seed}}
-    return run.start(config, model, tokenizer, corpus)
+    return initial_banks(config, model, tokenizer, corpus)
 
 
 def keys_and_values(model, ids):

@@ -18,7 +18,7 @@ from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from minigpt import kernels  # noqa: E402
-from minigpt.attention import Layout, Slots, plain  # noqa: E402
+from minigpt.attention import PackedBatch, Slots, reference_attention  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of ||ours - float64|| / ||float64||
@@ -28,7 +28,7 @@ def random_case(lengths, slots_per_bank, n_head, head_dim, dtype, seed):
     """qkv, slot keys and values, an output gradient, their layout and the banks of the slots."""
     g = torch.Generator().manual_seed(seed)
     N, bank = sum(lengths), torch.arange(len(slots_per_bank)).repeat_interleave(torch.tensor(slots_per_bank)).int()
-    opened = torch.randint(1 << len(slots_per_bank), (N,), generator=g)
+    bank_mask = torch.randint(1 << len(slots_per_bank), (N,), generator=g)
     shapes = [
         (N, 3 * n_head * head_dim),
         (n_head, len(bank), head_dim),
@@ -37,13 +37,13 @@ def random_case(lengths, slots_per_bank, n_head, head_dim, dtype, seed):
     ]
     qkv, key, value, grad = (torch.randn(shape, generator=g) for shape in shapes)
     tensors = [qkv.to(dtype), key.to(dtype).float(), value.to(dtype).float()]  # slots that the cast leaves as they are
-    return tensors, grad.to(dtype), Layout(lengths, opened, DEVICE), bank.to(DEVICE)
+    return tensors, grad.to(dtype), PackedBatch(lengths, bank_mask, DEVICE), bank.to(DEVICE)
 
 
-def results(attend, tensors, grad, layout, bank, n_head, dtype=None):
+def results(attend, tensors, grad, packed, bank, n_head, dtype=None):
     """[output, gradients of qkv, of slot keys, of slot values]."""
     tensors = [t.to(DEVICE, dtype).requires_grad_() for t in tensors]
-    out = attend(tensors[0], n_head, layout, Slots(*tensors[1:], bank))
+    out = attend(tensors[0], n_head, packed, Slots(*tensors[1:], bank))
     return [out, *torch.autograd.grad(out, tensors, grad.to(out), allow_unused=True)]
 
 
@@ -83,8 +83,8 @@ def test_values_and_gradients_equal_float64(case, dtype):
         pytest.skip("Triton's interpreter computes on bfloat16's bits as if they were integers: this needs a GPU")
     lengths, slots, n_head, head_dim = case
     args = random_case(lengths, slots, n_head, head_dim, dtype, seed=hash(str(case)) % 1000)
-    ours = results(kernels.fused, *args, n_head)
-    assert_close(ours, results(plain, *args, n_head, dtype=torch.float64), BOUND[dtype])
+    ours = results(kernels.triton_attention, *args, n_head)
+    assert_close(ours, results(reference_attention, *args, n_head, dtype=torch.float64), BOUND[dtype])
 
 
 @given(
@@ -97,13 +97,13 @@ def test_values_and_gradients_equal_float64(case, dtype):
 @settings(max_examples=12, deadline=None, phases=[Phase.generate])  # shrinking would take minutes here
 def test_any_layout_gives_the_plain_path(lengths, slots, n_head, head_dim, seed):
     args = random_case(lengths, slots, n_head, head_dim, torch.float32, seed)
-    ours = results(kernels.fused, *args, n_head)
-    assert_close(ours, results(plain, *args, n_head, dtype=torch.float64), BOUND[torch.float32])
+    ours = results(kernels.triton_attention, *args, n_head)
+    assert_close(ours, results(reference_attention, *args, n_head, dtype=torch.float64), BOUND[torch.float32])
 
 
 def test_two_runs_give_the_same_bits():
     args = random_case([50, 30, 90], [10, 20], 2, 64, torch.float16, seed=1)
-    for one, other in zip(results(kernels.fused, *args, 2), results(kernels.fused, *args, 2)):
+    for one, other in zip(results(kernels.triton_attention, *args, 2), results(kernels.triton_attention, *args, 2)):
         assert torch.equal(one, other)
 
 
@@ -114,7 +114,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may h
     "capability, dtype, head_dim", [(80, "float16", 64), (90, "bfloat16", 64), (90, "bfloat16", 128)]
 )
 def test_compiled_for_a_gpu_that_is_not_here_every_kernel_fits(capability, dtype, head_dim):
-    script = Path(__file__).with_name("compile_kernels.py")
+    script = Path(__file__).parents[1] / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, script, str(capability), dtype, str(head_dim)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

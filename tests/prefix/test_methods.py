@@ -31,11 +31,14 @@ import train
 from minigpt import GPT, Tokenizer
 from minigpt.attention import Slots
 from minigpt.loss import nll_sum
-from prefix import command, data, run
+from prefix import cli, run
 from prefix.banks import Banks
+from prefix.data import corpus as data
+from prefix.init import initial_banks, random_banks
 from prefix.reparam import INNER, Reparametrised
+from prefix.run import DEMO_CORPUS
+from prefix.sequences import pack_pairs
 from prefix.trainer import Settings, Trainer
-from prefix.translation import pack
 
 # What --init zero-effect may change of the demo on sentences that it has not seen: the share of the base's loss and, in
 # nats, the mean divergence of a token's distribution, and the log-probability that moves most of all 4,096 of all tokens.
@@ -48,7 +51,7 @@ LOSS, MEAN_KL, WORST_LOG_P = 1e-3, 1e-4, 2.0
 def demo():
     """The demo checkpoint, its tokenizer and its corpus."""
     tokenizer = Tokenizer.from_pretrained("demo")
-    return GPT.from_pretrained("demo"), tokenizer, data.load([command.DEMO_CORPUS], ("en", "fr"), tokenizer)
+    return GPT.from_pretrained("demo"), tokenizer, data.load([DEMO_CORPUS], ("en", "fr"), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +59,22 @@ def quiet(demo):
     """The slots of --init zero-effect there."""
     model, tokenizer, corpus = demo
     config = {"init": "zero-effect", "prefix_len": 10, "position_offset": 0, "settings": {"seed": 0}}
-    return run.start(config, model, tokenizer, corpus)
+    return initial_banks(config, model, tokenizer, corpus)
 
 
 def sentences(demo, split, n):
     """The first n pairs of a split, packed."""
     _, tokenizer, corpus = demo
     examples = [(corpus.ids(r, s), corpus.ids(r, t), int(s), int(t)) for r, s, t in corpus.examples(split)[:n]]
-    return pack(examples, *tokenizer.encode("\n"), tokenizer.eot)
+    return pack_pairs(examples, *tokenizer.encode("\n"), tokenizer.eot)
 
 
 def assert_nearly_the_base(model, batch, slots, offset=0):
     base, ours = (
-        model.logits(model.hidden(batch.ids, batch.layout, s, offset)).log_softmax(-1) for s in (None, slots)
+        model.logits(model.hidden(batch.ids, batch.packed, s, offset)).log_softmax(-1) for s in (None, slots)
     )  # (N, vocab_size)
     kl = (base.exp() * (base - ours)).sum(-1)
-    loss, loss_of_base = (-x[batch.at].gather(1, batch.targets[:, None]).mean() for x in (ours, base))
+    loss, loss_of_base = (-x[batch.target_index].gather(1, batch.targets[:, None]).mean() for x in (ours, base))
     assert abs(loss - loss_of_base) < LOSS * loss_of_base
     assert kl.mean() < MEAN_KL
     assert (ours - base).abs().max() < WORST_LOG_P
@@ -82,7 +85,7 @@ def assert_nearly_the_base(model, batch, slots, offset=0):
 def test_slots_of_zero_effect_leave_the_model_as_it_is_on_sentences_that_they_were_not_fitted_to(demo, quiet):
     model, batch = demo[0], sentences(demo, "test", 100)
     assert_nearly_the_base(model, batch, quiet.slots())
-    loud = Banks.random(model.config, quiet.names, 10)
+    loud = random_banks(model.config, quiet.names, 10)
     with pytest.raises(AssertionError):
         assert_nearly_the_base(model, batch, loud.slots())
 
@@ -91,10 +94,10 @@ def test_slots_of_zero_effect_leave_the_model_as_it_is_on_sentences_that_they_we
 def test_slots_of_zero_effect_leave_the_model_as_it_is_where_text_starts_behind_them(demo, monkeypatch):
     model, tokenizer, corpus = demo
     config = {"init": "zero-effect", "prefix_len": 100, "position_offset": 100, "settings": {"seed": 0}}
-    batch, slots = sentences(demo, "test", 40), run.start(config, model, tokenizer, corpus).slots()
+    batch, slots = sentences(demo, "test", 40), initial_banks(config, model, tokenizer, corpus).slots()
     assert_nearly_the_base(model, batch, slots, offset=100)
-    monkeypatch.setattr(run, "QUERIES", 1000)
-    elsewhere = run.start(config | {"position_offset": 0}, model, tokenizer, corpus).slots()
+    monkeypatch.setattr("prefix.init.QUERY_TOKENS", 1000)
+    elsewhere = initial_banks(config | {"position_offset": 0}, model, tokenizer, corpus).slots()
     with pytest.raises(AssertionError):
         assert_nearly_the_base(model, batch, elsewhere, offset=100)
 
@@ -133,7 +136,7 @@ def reparametrised(model, tokenizer, corpus, tmp_path):
 
     def build(out="run", seed=3, **settings):
         (tmp_path / out).mkdir(exist_ok=True)
-        banks = Reparametrised(Banks.random(model.config, corpus.columns, PREFIX_LEN), seed)
+        banks = Reparametrised(random_banks(model.config, corpus.columns, PREFIX_LEN), seed)
         settings = dict(steps=6, lr=0.01, batch_size=8, warmup=2, eval_every=0) | settings
         return Trainer(model, tokenizer, banks, corpus, Settings(**settings), tmp_path / out)
 
@@ -145,14 +148,14 @@ def flat(banks):
 
 
 def test_reparametrised_slots_are_where_they_start_until_they_are_trained(model, corpus):
-    start = Banks.random(model.config, corpus.columns, PREFIX_LEN)
+    start = random_banks(model.config, corpus.columns, PREFIX_LEN)
     assert all(map(torch.equal, flat(Reparametrised(start)), flat(start)))
 
 
 def test_the_network_is_that_of_the_paper(model, corpus):
     """Embeddings of n_embd numbers, 512 units of tanh, 2 * n_layer * n_embd numbers out; in these a slot's keys and
     values follow one another layer by layer."""
-    banks, n_embd = Reparametrised(Banks.random(model.config, corpus.columns, PREFIX_LEN)), model.config.n_embd
+    banks, n_embd = Reparametrised(random_banks(model.config, corpus.columns, PREFIX_LEN)), model.config.n_embd
     trained = {name: list(p.shape) for name, p in banks.named_parameters() if p.requires_grad}
     wide = 2 * N_LAYER * n_embd
     assert trained == {
@@ -251,7 +254,7 @@ def test_a_step_in_which_all_slots_are_absent_is_the_base_model_and_moves_nothin
     t.present = lambda step: Slots(slots.key[:, :, :0], slots.value[:, :, :0], slots.bank[:0])
     prepared = t.prepare(0)
     with torch.no_grad():
-        hidden = [t.model.hidden(b.ids, b.layout)[b.at] for b in prepared.batches]
+        hidden = [t.model.hidden(b.ids, b.packed)[b.target_index] for b in prepared.batches]
         base = sum(nll_sum(h, t.model.wte.weight, b.targets) for h, b in zip(hidden, prepared.batches))
     assert float(t.backward(prepared)) == pytest.approx(float(base) / prepared.targets, rel=1e-5)
     assert not any(p.grad.any() for p in t.banks.parameters())
@@ -309,7 +312,7 @@ def test_zero_effect_behind_positions_that_hold_nothing_is_told_to_be_worse(monk
 def test_a_run_is_done_and_recorded_with_all_of_these_options(monkeypatch, tmp_path, capsys):
     options = ["--init", "zero-effect", "--reparam", "--slot-dropout", "0.1", "--label-smoothing", "0.2"]
     size = ["--steps", "2", "--batch-size", "2", "--limit", "60", "--device", "cpu"]
-    monkeypatch.setattr(run, "QUERIES", 300)
+    monkeypatch.setattr("prefix.init.QUERY_TOKENS", 300)
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "demo", *options, *size, "--out", str(tmp_path / "run")])
     train.main()
     config = json.loads((tmp_path / "run" / "config.json").read_text())

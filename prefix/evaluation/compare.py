@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from minigpt.errors import UserError
-from minigpt.splits import SPLITS, TEST, VALIDATION
-from prefix import metrics
-from prefix.data import sample_rows
-from prefix.few_shot import draw_examples, few_shot, prompt_text
+from prefix.data.corpus import sample_rows
+from prefix.data.splits import SPLITS, TEST, VALIDATION
+from prefix.evaluation import metrics
+from prefix.evaluation.few_shot import draw_examples, few_shot, prompt_text
 from prefix.translation import translate
 
 MAX_CHOICES = 1000  # texts of a column among which an answer can be chosen
@@ -70,7 +70,7 @@ def compare(
 ):
     """Evaluate the directions between the corpus's columns -> a list of dicts, one per direction.
 
-    split: one of minigpt.splits.SPLITS, or "all". wanted: the directions, as pairs of names (None: all there are).
+    split: one of prefix.data.splits.SPLITS, or "all". wanted: the directions, as pairs of names (None: all there are).
     together: rows with the same source are one sentence with several references. choices: the texts that an answer may
     be; [] stands for those that the training split has in the target column. training: the corpus whose training split
     gives the k-shot examples and these choices, by default this one; its columns may be in another order."""

@@ -7,8 +7,8 @@ import torch
 
 from minigpt import GPT, GPTConfig
 from minigpt.attention import Slots, attend_cached
-from minigpt.generate import Cache, decode, prefill
-from minigpt.weights import ROWS, Weights8, pack, quantize
+from minigpt.cache import Cache, decode_one_token, prefill
+from minigpt.quantize import ROWS, Int8Weight, prepack, quantize
 
 CONFIG = GPTConfig(vocab_size=301, n_positions=64, n_embd=96, n_layer=2, n_head=3)
 
@@ -25,7 +25,7 @@ def error(ours, exact):
     return float((ours.float() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("form, bound", [(pack, 0.03), (quantize, 0.06)])
+@pytest.mark.parametrize("form, bound", [(prepack, 0.03), (quantize, 0.06)])
 @pytest.mark.parametrize("tokens", [1, ROWS, ROWS + 1, 40])
 def test_the_logits_stay_what_they_are(model, form, bound, tokens):
     ids = torch.randint(CONFIG.vocab_size, (1, tokens))
@@ -46,7 +46,7 @@ def test_a_matrix_of_zeros_is_zero_in_eight_bits(model):
     assert not quantize(model).h[0].mlp.c_fc.product(torch.ones(1, 96, dtype=torch.bfloat16)).any()
 
 
-@pytest.mark.parametrize("form", [pack, quantize])
+@pytest.mark.parametrize("form", [prepack, quantize])
 def test_the_embedding_of_a_token_is_also_its_row_of_the_head(model, form):
     exact = model.wte.weight.float()
     model = form(model)
@@ -55,19 +55,19 @@ def test_the_embedding_of_a_token_is_also_its_row_of_the_head(model, form):
     assert error(model.logits(hidden), hidden.float() @ exact.T) < 0.02
 
 
-@pytest.mark.parametrize("form, bound", [(pack, 0.03), (quantize, 0.06)])
+@pytest.mark.parametrize("form, bound", [(prepack, 0.03), (quantize, 0.06)])
 def test_a_model_in_another_form_decodes(model, form, bound):
     ids = torch.randint(CONFIG.vocab_size, (2, 12))
     exact = copy.deepcopy(model).float()(ids)[:, -1]
     cache = Cache(form(model), 2, 12)
     with torch.no_grad():
         prefill(model, cache, [0, 1], [row[:-1].tolist() for row in ids])
-        assert error(decode(model, cache, ids[:, -1]), exact) < bound
+        assert error(decode_one_token(model, cache, ids[:, -1]), exact) < bound
 
 
 @pytest.mark.parametrize("n_embd", [3, 36, 72])
 def test_eight_bits_take_any_width(n_embd):
-    layer = Weights8(torch.randn(5, n_embd))
+    layer = Int8Weight(torch.randn(5, n_embd))
     x = torch.randn(2, n_embd).bfloat16()
     assert error(layer.product(x), x.float() @ (layer.weight * layer.scale[:, None].float()).T) < 0.02
 

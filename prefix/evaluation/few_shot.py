@@ -11,11 +11,11 @@ and shared by the whole batch; each sentence costs only its own two lines.
 
 import numpy as np
 
-from minigpt.choose import choose, room_for
 from minigpt.errors import UserError
 from minigpt.generate import Prompt, generate
+from minigpt.scoring import likeliest_answer, max_new_tokens
 from prefix.banks import Banks
-from prefix.rows import clean
+from prefix.data.rows import clean
 from prefix.translation import Translation, answered
 
 
@@ -43,18 +43,18 @@ def few_shot(model, tokenizer, pairs, texts, source_name, target_name, batch_siz
         raise UserError(
             f"{len(pairs)} shots of {len(shots)} tokens fill this model's context of {limit}: fewer --shots"
         )
-    bank = Banks.reading(model, "shots", shots) if shots else None
+    bank = Banks.from_prompt(model, "shots", shots) if shots else None
     slots, prompts = bank.slots().to(model.dtype) if bank else None, {}
     answers = [tokenizer.encode(f" {clean(choice)}\n") for choice in choices or []]  # as in prompt_text
     for i, text in enumerate(texts):
         ids = tokenizer.encode(f"{source_name}: {clean(text)}\n{target_name}:")
         left = limit - len(shots) - len(ids)
-        most = room_for(answers, left) if choices else min(2 * len(ids) + 16, left)
+        most = max_new_tokens(answers, left) if choices else min(2 * len(ids) + 16, left)
         prompts[i] = Prompt(ids, most, [1] * len(ids) if bank else None)
 
     def answer(prompts):
         if choices:
-            return choose(model, prompts, answers, slots, len(shots), batch_size)
+            return likeliest_answer(model, prompts, answers, slots, len(shots), batch_size)
         return generate(model, prompts, stop_ids(tokenizer), slots, len(shots), batch_size)
 
     return answered([Translation() for _ in texts], prompts, answer, tokenizer)

@@ -1,7 +1,7 @@
 """What the slots learned, to look at: where attention goes, and which tokens a slot resembles.
 
-python -m prefix.inspect prefix/demo "Il pleut."                     as text
-python -m prefix.inspect runs/x "Il pleut." --out attention.svg      and as a picture (.png takes matplotlib)
+python -m prefix.evaluation.attention_maps prefix/demo "Il pleut."                     as text
+python -m prefix.evaluation.attention_maps runs/x "Il pleut." --out attention.svg      and as a picture (.png takes matplotlib)
 
 The sentence is followed by <sep> and the model's own translation, so that both banks are open in it.
 
@@ -27,10 +27,14 @@ import torch.nn.functional as F
 from minigpt.attention import attend
 from minigpt.errors import UserError
 from minigpt.files import replacing
-from prefix import command, data, rows
+from prefix import cli, run
 from prefix.banks import Banks
-from prefix.command import notice, shown, whole
-from prefix.translation import pack, separator, translate
+from prefix.cli import int_at_least
+from prefix.data import corpus as data
+from prefix.data import rows
+from prefix.distributed import log, printable
+from prefix.sequences import pack_pairs, separator
+from prefix.translation import translate
 
 TEXT_ROWS, TEXT_TOKENS = 1000, 4096  # of the training data, at most: the text whose keys slots are held against
 
@@ -60,7 +64,7 @@ class Attention:
 
 
 @torch.no_grad()
-def attention_mass(model, banks, ids, opened):
+def attention_mass(model, banks, ids, bank_mask):
     """ids (T,), opened (T,) bank masks -> (n_layer, n_head, T, n_banks + 1): the share of its attention that each token
     gives to each bank, in order, and last to the text. A closed bank gets exactly 0. Raises UserError where the
     sequence is longer than the context."""
@@ -68,14 +72,14 @@ def attention_mass(model, banks, ids, opened):
     if T + banks.position_offset > c.n_positions:
         raise UserError(f"{T + banks.position_offset} positions are more than this model's context of {c.n_positions}")
     slots = banks.slots().to(model.dtype)
-    opened = torch.as_tensor(opened, device=model.device)
+    bank_mask = torch.as_tensor(bank_mask, device=model.device)
     text = torch.ones(T, T, dtype=torch.bool, device=model.device).tril()
-    visible = torch.cat([slots.open_to(opened), text], dim=1)  # (T, S + T)
+    visible = torch.cat([slots.visible_slots(bank_mask), text], dim=1)  # (T, S + T)
     text_number = torch.full((T,), n_banks, device=model.device)
     belongs = F.one_hot(torch.cat([slots.bank.long(), text_number]), n_banks + 1).float()  # (S + T, n_banks + 1)
     mass = torch.empty(c.n_layer, c.n_head, T, n_banks + 1)
 
-    def look(i, qkv):
+    def attn_fn(i, qkv):
         q, k, v = qkv.unflatten(-1, (3, c.n_head, -1)).permute(1, 2, 0, 3)  # each (n_head, T, head_dim)
         k, v = torch.cat([slots.key[i], k], dim=1), torch.cat([slots.value[i], v], dim=1)  # (n_head, S + T, head_dim)
         scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(c.head_dim)
@@ -84,7 +88,7 @@ def attention_mass(model, banks, ids, opened):
         return (weights.to(v.dtype) @ v).transpose(0, 1).flatten(1)  # (T, n_embd)
 
     position = torch.arange(T, device=model.device) + banks.position_offset
-    model.run(model.embed(ids.to(model.device), position), look)
+    model.blocks(model.embed(ids.to(model.device), position), attn_fn)
     return mass
 
 
@@ -100,9 +104,9 @@ def look_at(model, tokenizer, banks, text, source, target, answer=None):
         raise UserError("the sentence is empty: there is nothing to look at")
     room = model.config.n_positions - banks.position_offset - len(ids) - 1
     numbers = [banks.names.index(name) for name in (source, target)]
-    batch = pack([(ids, answer[: max(room, 0)], *numbers)], separator(tokenizer), tokenizer.eot)
-    seen = (batch.layout.opened[:, None] >> torch.arange(len(banks.names))) & 1 == 1
-    mass = attention_mass(model, banks, batch.ids, batch.layout.opened)
+    batch = pack_pairs([(ids, answer[: max(room, 0)], *numbers)], separator(tokenizer), tokenizer.eot)
+    seen = (batch.packed.bank_mask[:, None] >> torch.arange(len(banks.names))) & 1 == 1
+    mass = attention_mass(model, banks, batch.ids, batch.packed.bank_mask)
     return Attention([label(tokenizer, i) for i in batch.ids], banks.names, seen, mass)
 
 
@@ -116,12 +120,12 @@ def label(tokenizer, i):
 
 
 @torch.no_grad()
-def nearest_tokens(model, banks, ids, layout, n):
+def nearest_tokens(model, banks, ids, packed, n):
     """The tokens of a packed text, ids (N,), whose keys are most like those of each slot -> for each layer (cosine,
     token id), both (S, n), the nearest first. n at most the number of different tokens."""
     slots, n_head, found = banks.slots(), model.config.n_head, []
 
-    def look(i, qkv):
+    def attn_fn(i, qkv):
         key = qkv.unflatten(-1, (3, n_head, -1))[:, 1].transpose(0, 1).float()  # (n_head, N, head_dim)
         mean = key.mean(dim=1, keepdim=True)
         key, slot = F.normalize(key - mean, dim=-1), F.normalize(slots.key[i] - mean, dim=-1)
@@ -129,9 +133,9 @@ def nearest_tokens(model, banks, ids, layout, n):
         best = torch.full((len(cosine), model.config.vocab_size), -2.0)
         best.scatter_reduce_(1, ids.cpu().expand(len(cosine), -1), cosine, "amax")
         found.append(best.topk(n))
-        return attend(qkv, n_head, layout, how=model.attention)
+        return attend(qkv, n_head, packed, backend=model.attention)
 
-    model.run(model.embed(ids, layout.position + banks.position_offset), look)
+    model.blocks(model.embed(ids, packed.position + banks.position_offset), attn_fn)
     return found
 
 
@@ -146,7 +150,7 @@ def training_text(corpus, tokenizer, device):
         examples.append((*sides, int(source), int(target)))
     if not examples:
         raise UserError(f"none of the {len(corpus)} usable pairs falls into the training split: give more data")
-    return pack(examples, separator(tokenizer), tokenizer.eot, device)
+    return pack_pairs(examples, separator(tokenizer), tokenizer.eot, device)
 
 
 # As text
@@ -297,18 +301,18 @@ def _inches(panel):
 
 
 def parse_arguments():
-    parser = command.Parser(prog="python -m prefix.inspect", description="Look at what the slots of a prefix learned.")
+    parser = cli.Parser(prog="python -m prefix.evaluation.attention_maps", description="Look at what the slots of a prefix learned.")
     parser.add_argument("prefix", nargs="+", metavar="RUN", help="run or prefix file; of several, the banks of all")
     parser.add_argument("text", help="the sentence")
     parser.add_argument("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")
     parser.add_argument("--to", dest="target", metavar="BANK", help="target language (the prefix's first bank)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw the attention, too: .svg, or .png by matplotlib")
-    parser.add_argument("--nearest", type=whole(0), default=5, metavar="N", help="tokens to list for each slot (5)")
+    parser.add_argument("--nearest", type=int_at_least(0), default=5, metavar="N", help="tokens to list for each slot (5)")
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
     parser.add_argument(
         "--data", nargs="+", metavar="FILE", help="text for the nearest tokens (what each file learned from)"
     )
-    command.add_machine_options(parser)
+    cli.add_machine_options(parser)
     parser.set_defaults(weights=None)  # as they are: nobody waits for one sentence
     args = parser.parse_args()
     if args.out:
@@ -321,18 +325,18 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    model, tokenizer, banks, prefixes = command.load_with_base(args)
-    source, target = command.direction(args, banks)
+    model, tokenizer, banks, prefixes = cli.load_with_base(args)
+    source, target = cli.direction(args, banks)
     texts = texts_for_nearest(args, prefixes, model, tokenizer, banks) if args.nearest else []
     attention = look_at(model, tokenizer, banks, args.text, source, target)
     if args.out:
         draw(panels(attention), args.out)
-        notice(f"Drew {args.out}")
-    print(shown("\n".join([f"{source} -> {target}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
+        log(f"Drew {args.out}")
+    print(printable("\n".join([f"{source} -> {target}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
     for part, text in texts:
         n = min(args.nearest, len(text.ids.unique()))
-        found = nearest_tokens(model, part, text.ids, text.layout, n)
-        print(shown("\n".join(["", *nearest_lines(found, part, tokenizer)])))
+        found = nearest_tokens(model, part, text.ids, text.packed, n)
+        print(printable("\n".join(["", *nearest_lines(found, part, tokenizer)])))
 
 
 def texts_for_nearest(args, prefixes, model, tokenizer, banks):
@@ -341,15 +345,15 @@ def texts_for_nearest(args, prefixes, model, tokenizer, banks):
     if args.data:
         parts = [(banks, args.data)]
     else:
-        parts = [(Banks.load(path, model), command.data_of([path])) for path in prefixes]
+        parts = [(Banks.load(path, model), cli.data_of([path])) for path in prefixes]
     longest, texts = min(384, model.config.n_positions - banks.position_offset), []
     for part, files in parts:
-        paths, columns = rows.columns_for(command.data_paths(files), part.names)
+        paths, columns = rows.columns_for(run.data_paths(files), part.names)
         corpus = data.load(paths, columns, tokenizer, TEXT_ROWS, longest)
         texts.append((part, training_text(corpus, tokenizer, model.device)))
     return texts
 
 
 if __name__ == "__main__":
-    with command.telling_errors():
+    with cli.cli_errors():
         main()

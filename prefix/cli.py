@@ -10,19 +10,12 @@ import torch
 
 from minigpt import GPT, Tokenizer, UserError
 from minigpt.errors import visible
-from minigpt.weights import pack, quantize
-from prefix import distributed
-from prefix.banks import Banks, file_of, read_metadata
-
-DEMO = Path(__file__).parent / "demo"
-DEMO_CORPUS, DEMO_PREFIX = DEMO / "en-fr.csv", DEMO / "prefix.safetensors"
-RUNS = Path("runs")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHOICES = {
-    "device": ["auto", "cpu", "cuda", "mps"],
-    "dtype": ["auto", *DTYPES],
-    "attention": ["auto", "fused", "plain"],
-}
+from minigpt.quantize import prepack, quantize
+from prefix import prefix_file
+from prefix.banks import Banks
+from prefix.distributed import log
+from prefix.run import CHOICES, DEMO_PREFIX, DTYPES, RUNS
+from prefix.trainer import out_of_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def telling_errors():
+def cli_errors():
     """A UserError, a full disk or too little memory becomes one line on standard error and exit code 2; Ctrl-C a quiet
     130. Standard output is UTF-8, as standard input is, whatever the locale says."""
     with suppress(AttributeError):  # a notebook's standard output is no file
@@ -56,23 +49,6 @@ def telling_errors():
         sys.exit(130)
 
 
-def out_of_memory(error):
-    """torch has a class of its own for a full GPU, but only words for a full main memory and in CUDA's libraries."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
-
-
-def notice(text):
-    if distributed.rank() == 0:
-        print(shown(text, sys.stderr), file=sys.stderr)
-
-
-def shown(text, stream=None):
-    """`text` as it is printed to `stream` (standard output): on a terminal with control characters other than newline
-    and tab spelled out, since they come from a model or a stranger's file; anywhere else as it is."""
-    return visible(text, keep="\n\t") if (stream or sys.stdout).isatty() else text
-
-
 def add_machine_options(parser):
     for name, choices in CHOICES.items():
         what = "what the frozen model computes in" if name == "dtype" else None
@@ -92,7 +68,7 @@ def add_prefix_option(parser):
     )
 
 
-def whole(least):
+def int_at_least(least):
     """An argparse type: a whole number that is at least `least`."""
 
     def parse(text):
@@ -109,7 +85,7 @@ def whole(least):
     return parse
 
 
-def number(least, most, open_low=False):
+def float_range(least, most, open_low=False):
     """An argparse type: a number from `least` to `most`, the low end left out where open_low says so."""
 
     def parse(text):
@@ -156,16 +132,16 @@ def find_prefix(path):
     if path is None:
         runs = [p for p in RUNS.glob("*/prefix.safetensors") if p.is_file()]
         found = max(runs, key=lambda p: p.stat().st_mtime, default=DEMO_PREFIX)
-        notice(f"Using the prefix {found}")
+        log(f"Using the prefix {found}")
         return found
-    return file_of(path)
+    return prefix_file.find(path)
 
 
 def load_with_base(args):
     """(model, tokenizer, banks, paths of the prefix files) for translate.py and evaluate.py. The banks of several
     files are one Banks."""
     paths = [find_prefix(path) for path in args.prefix or [None]]
-    name = args.model or read_metadata(paths[0])["training"].get("model")
+    name = args.model or prefix_file.read_header(paths[0])["training"].get("model")
     if not isinstance(name, str):
         raise UserError(f"{paths[0]} does not say which model it was trained on: name it with --model")
     if not args.model and Path(name).is_absolute() and not Path(name).is_dir():
@@ -176,7 +152,7 @@ def load_with_base(args):
         args.device, args.dtype = "cpu", "bfloat16"
     model, tokenizer = load_model(args, name)
     if model.device.type == "cpu" and model.dtype == torch.bfloat16:
-        (quantize if args.weights else pack)(model)
+        (quantize if args.weights else prepack)(model)
     return model, tokenizer, Banks.joined([(path, Banks.load(path, model)) for path in paths]), paths
 
 
@@ -197,24 +173,9 @@ def direction(args, banks):
     return source, target
 
 
-def model_name(name):
-    """How a prefix file records its base: a directory absolute, anything else by its name."""
-    return name if name == "demo" or not Path(name).is_dir() else str(Path(name).resolve())
-
-
-def data_paths(paths):
-    """The files to read: those given, with "demo" (and None) standing for the sample corpus."""
-    return [str(DEMO_CORPUS) if path == "demo" else path for path in paths or ["demo"]]
-
-
-def data_names(paths):
-    """How a run records its files: absolute, but the sample corpus by its name, wherever the project lies."""
-    return ["demo" if Path(path).resolve() == DEMO_CORPUS.resolve() else str(Path(path).resolve()) for path in paths]
-
-
 def data_of(prefixes):
     """The files that these prefixes were trained on. Raises UserError where they do not say, or differ."""
-    records = [read_metadata(path)["training"].get("data") for path in prefixes]
+    records = [prefix_file.read_header(path)["training"].get("data") for path in prefixes]
     for path, files in zip(prefixes, records):
         if not files:
             raise UserError(f"{path} does not say what it was trained on: name the text with --data")

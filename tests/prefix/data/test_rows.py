@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minigpt import UserError
-from prefix.rows import MAX_FIELD, Skipped, clean, read_rows, resolve_columns
+from prefix.data.rows import MAX_FIELD, Skipped, clean, read_rows, resolve_columns
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -274,7 +274,7 @@ def test_a_file_that_may_not_be_read_is_told(write, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     # root, who runs tests in containers, may read any file
-    monkeypatch.setattr("prefix.rows.open", refuse, raising=False)
+    monkeypatch.setattr("prefix.data.rows.open", refuse, raising=False)
     with pytest.raises(UserError, match="a.csv: cannot be read: Permission denied"):
         resolve_columns([write("a.csv", "en,fr\na,b\n")])
 
@@ -375,7 +375,7 @@ limits = st.sampled_from([SMALL, {"MAX_FIELD": MAX_FIELD}])
 def assert_read_or_refused(paths, limits):
     """Whatever these files hold: rows as they are promised, all other lines counted, or a UserError."""
     skipped = Skipped()
-    with mock.patch.multiple("prefix.rows", **limits):
+    with mock.patch.multiple("prefix.data.rows", **limits):
         try:
             found = list(read_rows(paths, None, skipped))
         except UserError:

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigpt.splits import SPLITS, TEST, VALIDATION, split_of
+from prefix.data.splits import SPLITS, TEST, VALIDATION, split_of
 
 
 @given(st.text())

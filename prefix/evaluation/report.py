@@ -11,8 +11,9 @@ from difflib import SequenceMatcher
 from html import escape
 
 from minigpt.files import replacing
-from prefix import evaluation, inspect
-from prefix.command import notice
+from prefix.distributed import log
+from prefix.evaluation import attention_maps
+from prefix.evaluation import compare as evaluation
 
 SMOOTHED = 20  # steps whose mean is the loss curve's thick line
 WORD = re.compile(r"\s*(?:\w+['’]?|[^\w\s]+)")  # or a run of punctuation, each with the space before it
@@ -57,7 +58,7 @@ def write_page(path, *content):
 
 def page(reports, shots, n_examples, settings, signatures, attention=None):
     """The whole page as a string. reports: of evaluation.compare; settings, signatures: {name: value};
-    attention: an inspect.Attention of the first direction, or None."""
+    attention: an attention_maps.Attention of the first direction, or None."""
     directions = ", ".join(f"{report['source']} → {report['target']}" for report in reports)
     against = f" against {shots}-shot prompting" if reports[0]["few_shot"] else ""
     title = escape(f"Prefix{against}: {directions}")
@@ -162,19 +163,19 @@ def _compared(reference, found):
 
 
 def attention_section(attention):
-    """The pictures of prefix.inspect, and the same as text."""
-    panels = inspect.panels(attention)
-    most = inspect.most_of(panels)
+    """The pictures of prefix.evaluation.attention_maps, and the same as text."""
+    panels = attention_maps.panels(attention)
+    most = attention_maps.most_of(panels)
     parts = [
         "<h2>Attention to the slots</h2>",
         "<p>Of the first sentence that has a translation, over the tokens at which a bank is open: by head, the mean of"
         " these tokens; by token, the mean of the heads. What is on no bank is on the text.</p>",
-        inspect.STYLE,
+        attention_maps.STYLE,
     ]
     for panel in panels:
-        title, (drawing, _, _) = escape(panel.title), inspect.svg_panel(panel, most)
+        title, (drawing, _, _) = escape(panel.title), attention_maps.svg_panel(panel, most)
         parts.append(f'<figure class="wide" tabindex="0" aria-label="{title}">{drawing}</figure>')
-    text = escape("\n".join(inspect.mass_lines(attention)))
+    text = escape("\n".join(attention_maps.mass_lines(attention)))
     return "\n".join([*parts, f'<details><summary>As text</summary><pre tabindex="0">{text}</pre></details>'])
 
 
@@ -196,7 +197,9 @@ def draw_loss(run):
     """Write loss.png beside the metrics.jsonl of a run directory, where matplotlib is installed. Raises nothing: no run
     shall fail for a picture."""
     try:
-        from matplotlib.figure import Figure  # an optional extra, and slow to import: not before the end of a run
+        from matplotlib.figure import (
+            Figure,  # an optional extra, and slow to import: not before the end of a run
+        )
     except ImportError:
         return
     try:
@@ -207,7 +210,7 @@ def draw_loss(run):
         with replacing(run / "loss.png") as temporary:
             figure.savefig(temporary, format="png", dpi=120)
     except Exception as error:
-        notice(f"{run / 'loss.png'}: not drawn: {error}")
+        log(f"{run / 'loss.png'}: not drawn: {error}")
 
 
 def _draw_curves(axes, lines):

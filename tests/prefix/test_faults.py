@@ -17,17 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_rows, save_random_checkpoint, write_table
 from safetensors import safe_open
-from test_commands import random_rows, save_random_checkpoint, write
 
 import train
 from minigpt import UserError
 from minigpt.files import locked
-from prefix import command
+from prefix import cli
 from prefix.state import METRICS
 from prefix.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 12
 SECONDS = 0.1  # about what they take
 OPTIONS = f"--steps {STEPS} --batch-size 4 --prefix-len 3 --eval-every 3 --save-every 2 --device cpu --dtype float32"
@@ -38,7 +38,7 @@ sys.path.insert(0, {root!r})
 import torch
 import evaluate, train
 from minigpt import files
-from prefix import banks, command, state, trainer
+from prefix import banks, cli, state, trainer
 
 torch.set_num_threads(1)
 sys.modules["matplotlib"] = None  # the picture of the loss takes longer than these runs
@@ -91,7 +91,7 @@ def run(job, begun):
     trainer.Trainer.log = lambda *arguments: (log(*arguments), os.write(begun, b"."))
     code = 0
     try:
-        with command.telling_errors():
+        with cli.telling_errors():
             {{"train": train, "evaluate": evaluate}}[script].main()
     except SystemExit as end:
         code = end.code or 0
@@ -122,7 +122,7 @@ def place(tmp_path_factory):
     """A folder with a checkpoint `base` and the table en-fr.csv."""
     place = tmp_path_factory.mktemp("faults")
     save_random_checkpoint(place / "base")
-    write(place / "en-fr.csv", [("en", "fr"), *random_rows("train", 12), *random_rows("validation", 3)])
+    write_table(place / "en-fr.csv", [("en", "fr"), *random_rows("train", 12), *random_rows("validation", 3)])
     return place
 
 
@@ -163,7 +163,7 @@ def run_here(monkeypatch, place):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         try:
-            with command.telling_errors():
+            with cli.cli_errors():
                 train.main()
         except SystemExit as end:
             return end.code

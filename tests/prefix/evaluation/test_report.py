@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 import evaluate
 import train
 from minigpt import GPT, Tokenizer
-from minigpt.splits import split_of
-from prefix import inspect, report
 from prefix.banks import Banks
+from prefix.data.splits import split_of
+from prefix.evaluation import attention_maps, report
+from prefix.init import random_banks
 
 NAMES = ["chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "google-chrome-stable", "chrome"]
 PLAYWRIGHT = Path.home() / ".cache/ms-playwright"
@@ -45,7 +46,7 @@ def place(tmp_path_factory):
         csv.writer(file).writerows(rows)
     record = {"model": str(place / "base"), "data": [str(place / "en-fr.csv")], "columns": ["en", "fr"]}
     record |= {"init": "random", "settings": {"lr": 0.03, "steps": 7, "seed": 5}}
-    banks = Banks.random(model.config, ["en", "fr"], prefix_len=3)
+    banks = random_banks(model.config, ["en", "fr"], prefix_len=3)
     banks.training_record = record
     banks.save(place / "prefix.safetensors", model)
     return place
@@ -185,10 +186,10 @@ def test_the_picture_is_of_the_first_sentence_that_has_a_translation(reported, p
     text, output = next(pair for pair in zip(first["sources"], first["outputs"]) if pair[1])
     model, tokenizer = GPT.from_pretrained(place / "base"), Tokenizer.from_pretrained(place / "base")
     banks = Banks.load(place / "prefix.safetensors", model)
-    attention = inspect.look_at(model, tokenizer, banks, text, "fr", "en", output)
-    assert escape("\n".join(inspect.mass_lines(attention))) in html
-    panels = inspect.panels(attention)
-    assert all(inspect.svg_panel(panel, inspect.most_of(panels))[0] in html for panel in panels)
+    attention = attention_maps.look_at(model, tokenizer, banks, text, "fr", "en", output)
+    assert escape("\n".join(attention_maps.mass_lines(attention))) in html
+    panels = attention_maps.panels(attention)
+    assert all(attention_maps.svg_panel(panel, attention_maps.most_of(panels))[0] in html for panel in panels)
 
 
 def test_without_k_shot_and_without_examples_the_page_is_shorter(reported):
@@ -272,7 +273,7 @@ def test_text_has_the_contrast_that_wcag_asks_for_by_day_and_by_night():
         colours = dict(re.findall(r"--(\w+): (#\w{6})", colours))
         for ink, ground in (("ink", "paper"), ("soft", "paper"), ("ink", "more"), ("ink", "less")):
             assert contrast(colours[ink], colours[ground]) > 4.5
-    ink, paper, cell, night_ink, night_paper = re.findall(r"#\w{6}", inspect.STYLE)
+    ink, paper, cell, night_ink, night_paper = re.findall(r"#\w{6}", attention_maps.STYLE)
     for text, ground in ((ink, paper), (night_ink, night_paper)):
         mixed = [0.65 * int(cell[i : i + 2], 16) + 0.35 * int(ground[i : i + 2], 16) for i in (1, 3, 5)]
         assert contrast(text, "#" + "".join(f"{round(c):02x}" for c in mixed)) > 4.5

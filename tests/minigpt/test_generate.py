@@ -7,13 +7,14 @@ import torch
 import transformers
 
 import minigpt.beam
-import minigpt.generate
+import minigpt.cache
 from minigpt import GPT, GPTConfig, UserError, checkpoint
-from minigpt.attention import Layout
+from minigpt.attention import PackedBatch
 from minigpt.beam import beam_search
-from minigpt.generate import Cache, Prompt, Sampler, decode, generate, prefill
-from prefix.banks import Banks
-from prefix.few_shot import few_shot, prompt_text, stop_ids
+from minigpt.cache import Cache, decode_one_token, prefill
+from minigpt.generate import Prompt, Sampler, generate
+from prefix.evaluation.few_shot import few_shot, prompt_text, stop_ids
+from prefix.init import random_banks
 
 CONFIG = GPTConfig(vocab_size=53, n_positions=64, n_embd=32, n_layer=2, n_head=4)
 STOP = 52
@@ -33,27 +34,27 @@ def random_prompts(n, longest=20, banks=True):
     """Ragged prompts in both directions: mask 1 then 3, or 2 then 3."""
     prompts = []
     for i, length in enumerate(torch.randint(1, longest + 1, (n,)).tolist()):
-        opened = [1 + i % 2] * (length - 1) + [3]
-        prompts.append(Prompt(torch.randint(CONFIG.vocab_size, (length,)).tolist(), 12, opened if banks else None))
+        bank_mask = [1 + i % 2] * (length - 1) + [3]
+        prompts.append(Prompt(torch.randint(CONFIG.vocab_size, (length,)).tolist(), 12, bank_mask if banks else None))
     return prompts
 
 
 def greedy_by_full_forward(model, prompt, banks):
     """The same without a cache: the whole text through the model for every new token."""
-    ids, opened, new = list(prompt.ids), list(prompt.opened or [0] * len(prompt.ids)), []
+    ids, bank_mask, new = list(prompt.ids), list(prompt.bank_mask or [0] * len(prompt.ids)), []
     while len(new) < prompt.max_new:
-        hidden = model.hidden(torch.tensor(ids), Layout([len(ids)], torch.tensor(opened)), banks.slots())
+        hidden = model.hidden(torch.tensor(ids), PackedBatch([len(ids)], torch.tensor(bank_mask)), banks.slots())
         token = int(model.logits(hidden[-1]).argmax())
         if token == STOP:
             return new
-        ids, opened, new = ids + [token], opened + opened[-1:], new + [token]
+        ids, bank_mask, new = ids + [token], bank_mask + bank_mask[-1:], new + [token]
     return new
 
 
 @pytest.mark.parametrize("banks", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 2, 17])
 def test_each_sentence_gets_the_tokens_that_it_gets_alone_without_a_cache(model, batch_size, banks):
-    slots = Banks.random(CONFIG, ["en", "fr"], 5)
+    slots = random_banks(CONFIG, ["en", "fr"], 5)
     prompts = random_prompts(19, banks=banks)
     results = generate(model, prompts, [STOP], slots.slots() if banks else None, batch_size=batch_size)
     assert [r.ids for r in results] == [greedy_by_full_forward(model, p, slots) for p in prompts]
@@ -61,8 +62,8 @@ def test_each_sentence_gets_the_tokens_that_it_gets_alone_without_a_cache(model,
 
 @pytest.mark.parametrize("banks", [True, False])
 def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(model, banks):
-    bank = Banks.random(CONFIG, ["only"], 7)
-    slots, opened = (bank.slots(), torch.ones(3, dtype=torch.int32)) if banks else (None, None)
+    bank = random_banks(CONFIG, ["only"], 7)
+    slots, bank_mask = (bank.slots(), torch.ones(3, dtype=torch.int32)) if banks else (None, None)
     ids, lengths = torch.randint(CONFIG.vocab_size, (3, 64)), (5, 1, 54)
     cache = Cache(model, 3, 64)
     masks = [[1] * n for n in lengths] if banks else None
@@ -70,7 +71,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(model, banks)
     full = bank.logits(model, ids, open=["only"] if banks else ())
     for _ in range(10):
         at = list(cache.length)
-        logits = decode(model, cache, ids[range(3), at], opened, slots)
+        logits = decode_one_token(model, cache, ids[range(3), at], bank_mask, slots)
         torch.testing.assert_close(logits, full[range(3), at], rtol=1e-4, atol=1e-4)
 
 
@@ -134,7 +135,7 @@ def test_one_beam_is_greedy(model):
 
 def test_beams_see_their_own_sentences_banks(model):
     """One beam with a bank open gets what greedy decoding gets; neighbours with other banks change nothing."""
-    slots = Banks.random(CONFIG, ["en", "fr"], 5).slots()
+    slots = random_banks(CONFIG, ["en", "fr"], 5).slots()
     prompts = random_prompts(5)
     together = beam_search(model, prompts, [STOP], slots, beams=3, batch_size=5)
     alone = [beam_search(model, [p], [STOP], slots, beams=3)[0] for p in prompts]
@@ -149,7 +150,7 @@ def test_what_a_sentence_leaves_in_its_seat_cannot_hurt_the_next(model):
     cache = Cache(model, 2, 30)
     cache.key[:], cache.value[:] = torch.nan, torch.nan
     prefill(model, cache, [0, 1], [[1, 2], [3] * 20])
-    assert decode(model, cache, torch.tensor([1, 2])).isfinite().all()
+    assert decode_one_token(model, cache, torch.tensor([1, 2])).isfinite().all()
 
 
 def test_a_temperature_near_zero_is_greedy():
@@ -183,7 +184,7 @@ def test_the_shared_few_shot_prompt_gives_the_output_of_plain_prompting(model):
 def test_beams_share_the_cache_by_index(model, monkeypatch):
     """Nothing is copied while sentences sit where they are: keys and values of every entry are written once."""
     written = []
-    monkeypatch.setattr(Cache, "put", lambda self, layer, seat, entry, k, v: written.append((layer, seat, entry)))
+    monkeypatch.setattr(Cache, "write", lambda self, layer, seat, entry, k, v: written.append((layer, seat, entry)))
     monkeypatch.setattr(Cache, "move", lambda *_: pytest.fail("a copy"))
     beam_search(model, random_prompts(1, banks=False), [], beams=4)
     places = [(layer, int(s), int(e)) for layer, seat, entry in written for s, e in zip(seat, entry)]
@@ -208,8 +209,8 @@ def test_a_recorded_step_gives_the_tokens_of_a_step_that_is_not_recorded(model, 
             return [r.ids for r in generate(model, prompts, [], slots, batch_size=4)]
         return [r.ids for r in beam_search(model, prompts, [], slots, beams=beams, batch_size=4)]
 
-    slots, prompts = Banks.random(CONFIG, ["en", "fr"], 5).slots(), random_prompts(11)
-    expected, step = decode_all(), minigpt.generate.step
+    slots, prompts = random_banks(CONFIG, ["en", "fr"], 5).slots(), random_prompts(11)
+    expected, step = decode_all(), minigpt.cache.decode_step
 
     @contextmanager
     def recording(graph):
@@ -229,8 +230,8 @@ def test_a_recorded_step_gives_the_tokens_of_a_step_that_is_not_recorded(model, 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(minigpt.generate, "step", recorded_step)
-    monkeypatch.setattr(minigpt.generate, "records_steps", lambda device: True)
-    monkeypatch.setattr(minigpt.generate, "ROUND", 16)
+    monkeypatch.setattr(minigpt.cache, "decode_step", recorded_step)
+    monkeypatch.setattr(minigpt.cache, "uses_graphs", lambda device: True)
+    monkeypatch.setattr(minigpt.cache, "ROUND", 16)
     assert decode_all() == expected
     assert len(replayed) > 10

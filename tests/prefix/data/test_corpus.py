@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from minigpt import Tokenizer, UserError
-from minigpt.splits import split_of
 from minigpt.tokenizer import END_OF_TEXT, byte_characters
-from prefix import data, distributed
-from prefix import rows as reading
+from prefix import distributed
+from prefix.data import corpus as data
+from prefix.data import rows as reading
+from prefix.data.splits import split_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="session")
@@ -387,7 +388,8 @@ BUILDER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from minigpt import Tokenizer
-from prefix import data, distributed
+from prefix import distributed
+from prefix.data import corpus as data
 
 build = data._build
 

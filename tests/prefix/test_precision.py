@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from minigpt import GPT, Tokenizer
-from prefix import command, data
-from prefix.banks import Banks
+from prefix.data import corpus as data
+from prefix.init import random_banks
+from prefix.run import DEMO_CORPUS
 from prefix.trainer import Settings, Trainer
 
 STEPS = 12
@@ -19,8 +20,8 @@ def trainer(tmp_path):
 
     def build(dtype, lr=0.05):
         model, tokenizer = GPT.from_pretrained("demo", dtype=dtype), Tokenizer.from_pretrained("demo")
-        corpus = data.load([command.DEMO_CORPUS], None, tokenizer, limit=300, home=tmp_path)
-        banks = Banks.random(model.config, corpus.columns, 5, seed=1)
+        corpus = data.load([DEMO_CORPUS], None, tokenizer, limit=300, home=tmp_path)
+        banks = random_banks(model.config, corpus.columns, 5, seed=1)
         settings = Settings(steps=STEPS, lr=lr, batch_size=12, warmup=2, seed=1)
         return Trainer(model, tokenizer, banks, corpus, settings, tmp_path)
 

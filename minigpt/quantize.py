@@ -20,10 +20,10 @@ ROWS = 8  # up to so many, torch's product of bfloat16 and 8 bits is the faster;
 BLOCK = 32  # that product reads whole blocks of so many weights
 
 
-def pack(model):
+def prepack(model):
     """For a model in bfloat16, on a CPU that multiplies it; on others this does nothing."""
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        _replace(model, PackedProjection, PackedEmbedding)
+        _replace(model, PackedConv1D, PackedEmbedding)
         for block in model.h if ACTIVATIONS[model.config.activation_function] == "gelu_tanh" else ():
             block.mlp.c_fc.then, block.mlp.activate = ("gelu", [], "tanh"), nn.Identity()  # in the product itself
     return model
@@ -31,7 +31,7 @@ def pack(model):
 
 def quantize(model):
     """For a model in bfloat16, on any CPU."""
-    return _replace(model, Projection8, Embedding8)
+    return _replace(model, Int8Linear, Int8Embedding)
 
 
 def _replace(model, projection, embedding):
@@ -44,7 +44,7 @@ def _replace(model, projection, embedding):
     return model
 
 
-class PackedProjection(nn.Module):
+class PackedConv1D(nn.Module):
     def __init__(self, projection):
         super().__init__()
         self.weight, self.then = _packed(projection.weight.T), NOTHING
@@ -74,7 +74,7 @@ def _packed(weight):
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
 
 
-class Weights8(nn.Module):
+class Int8Weight(nn.Module):
     def __init__(self, weight):
         """weight: (n_out, n_in)."""
         super().__init__()
@@ -90,7 +90,7 @@ class Weights8(nn.Module):
         return x @ self.weight.T.to(x.dtype) * self.scale
 
 
-class Projection8(Weights8):
+class Int8Linear(Int8Weight):
     def __init__(self, projection):
         super().__init__(projection.weight.T.contiguous())
         self.register_buffer("bias", projection.bias)
@@ -99,7 +99,7 @@ class Projection8(Weights8):
         return self.product(x) + self.bias
 
 
-class Embedding8(Weights8):
+class Int8Embedding(Int8Weight):
     def __init__(self, embedding):
         super().__init__(embedding.weight)
 

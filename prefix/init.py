@@ -1,0 +1,123 @@
+"""Where slots start. Prefix-tuning learns little from a bad start (Li & Liang 2021, section 7.4).
+
+    text          keys and values that the model itself computes for real sentences of the bank's language (the default)
+    random        normal noise
+    zero-effect   values of zero and keys that next to no query looks at: the model begins unchanged
+"""
+
+import math
+
+import torch
+
+from minigpt.attention import attend
+from minigpt.errors import UserError
+from prefix.banks import Banks, compute_kv
+from prefix.reparam import Reparametrised
+from prefix.sequences import n_tokens, pack_pairs, separator
+
+INITS = ("text", "random", "zero-effect")
+NOISE_STD = 0.5
+QUIET_MARGIN = 6.0  # exp(QUIET_MARGIN): how many times more attention text gets than all slots together
+QUERY_TOKENS = 8192  # that zero-effect reads
+
+
+def initial_banks(config, model, tokenizer, corpus):
+    """The Banks before the first step. config: of the run (run.py)."""
+    names, prefix_len, seed = corpus.columns, config["prefix_len"], config["settings"]["seed"]
+    n = min(prefix_len, model.config.n_positions)
+    ids = {name: first_tokens(corpus, column, n) for column, name in enumerate(names)}
+    if config["init"] == "random":
+        banks = random_banks(model.config, names, prefix_len, seed)
+    elif config["init"] == "zero-effect":
+        batch = first_pairs(model, tokenizer, corpus)
+        banks = zero_effect(model, batch, names, prefix_len, seed, config["position_offset"])
+    else:
+        banks = from_text(model, ids, prefix_len)
+    return (Reparametrised(banks, seed) if config.get("reparam") else banks).to(model.device)
+
+
+def random_banks(config, names, prefix_len, seed=0):
+    """Normal keys and values with standard deviation NOISE_STD. config: a GPTConfig."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (config.n_layer, config.n_head, prefix_len, config.head_dim)
+    draw = lambda: NOISE_STD * torch.randn(shape, generator=generator)
+    return Banks({name: (draw(), draw()) for name in names})
+
+
+def from_text(model, ids, prefix_len):
+    """Keys and values of real tokens, tiled or cut to prefix_len. ids: {name: list of token ids}, at least one each."""
+    banks = {}
+    for name, tokens in ids.items():
+        tokens = tokens[: model.config.n_positions]
+        tiled = [i % len(tokens) for i in range(prefix_len)]
+        banks[name] = [x[:, :, tiled] for x in compute_kv(model, tokens)]
+    return Banks(banks).to(model.device)
+
+
+def zero_effect(model, batch, names, prefix_len, seed=0, position_offset=0):
+    """Slots that leave the model nearly as it is: values of zero, and keys that hardly any query of the sentences in
+    `batch` (a TrainingBatch) scores high, with noise that tells the slots apart. A wider margin is quieter but learns
+    more slowly: at 10, gradients sink below AdamW's epsilon."""
+    margin = QUIET_MARGIN + math.log(max(1, len(names) * prefix_len))
+    keys = quiet_keys(model, batch.ids, batch.packed, margin, position_offset).cpu()  # (n_layer, n_head, head_dim)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*keys.shape[:2], prefix_len, keys.size(-1))
+    draw = lambda: keys[:, :, None] + NOISE_STD * torch.randn(shape, generator=generator)
+    return Banks({name: (draw(), torch.zeros(shape)) for name in names}).to(model.device)
+
+
+@torch.no_grad()
+def quiet_keys(model, ids, packed, margin, position_offset=0):
+    """For every layer and head, a key that its queries score at least `margin` below the log of the sum of exp(score)
+    of their text, as far as one key can -> (n_layer, n_head, head_dim), float32."""
+    keys, n_head = [], model.config.n_head
+    future = torch.ones(packed.longest, packed.longest, dtype=torch.bool, device=ids.device).triu(1)
+
+    def attn_fn(i, qkv):
+        q, k, _ = qkv.float().unflatten(-1, (3, n_head, -1)).permute(1, 2, 0, 3)  # (n_head, N, head_dim)
+        q, text = q / math.sqrt(q.size(-1)), []
+        for one_q, one_k in zip(q.split(packed.lengths, 1), k.split(packed.lengths, 1)):  # all scores are too many
+            T = one_q.size(1)
+            scores = (one_q @ one_k.transpose(-2, -1)).masked_fill(future[:T, :T], -torch.inf)  # (n_head, T, T)
+            text.append(scores.logsumexp(dim=-1))
+        keys.append(smallest_below(q, torch.cat(text, 1) - margin))
+        return attend(qkv, n_head, packed, backend=model.attention)
+
+    model.blocks(model.embed(ids, packed.position + position_offset), attn_fn)
+    return torch.stack(keys)
+
+
+def smallest_below(q, ceiling, steps=20):
+    """q (n_head, N, head_dim), ceiling (n_head, N) -> the k (n_head, head_dim) that has the least
+    sum of max(0, q . k - ceiling)^2 + |k|^2. Newton's method: least squares over the queries that k still misses, again
+    until they stay the same (Chapelle 2007, section 2.3)."""
+    missed = torch.ones_like(ceiling)
+    eye = torch.eye(q.size(-1), device=q.device)
+    for _ in range(steps):
+        a = (q * missed[..., None]).transpose(-2, -1)  # (n_head, head_dim, N)
+        k = torch.linalg.solve(a @ q + eye, a @ ceiling[..., None])  # (n_head, head_dim, 1)
+        missed = ((q @ k)[..., 0] > ceiling).float()
+    return k[..., 0]
+
+
+def first_pairs(model, tokenizer, corpus):
+    """The first training pairs, in every direction, packed: QUERY_TOKENS tokens or a few more."""
+    examples, n = [], 0
+    for row, s, t in corpus.examples("train"):
+        examples.append((corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)))
+        n += n_tokens(examples[-1])
+        if n >= QUERY_TOKENS:
+            break
+    return pack_pairs(examples, separator(tokenizer), tokenizer.eot, model.device)
+
+
+def first_tokens(corpus, column, n):
+    """The first training sentences of a column, until they have n tokens. Raises UserError where there are none."""
+    ids = []
+    for row in corpus.rows("train"):
+        ids += corpus.ids(row, column).tolist()
+        if len(ids) >= n:
+            break
+    if not ids:
+        raise UserError(f"no training pair has a text in the column {corpus.columns[column]!r}: give more data")
+    return ids[:n]
