@@ -2,8 +2,8 @@
 
     python -m prefix.demo.pretrain --data tatoeba.en-fr.tsv:1 tatoeba.fr.txt:1.5 novels.en-fr.tsv:0.15 ... --out DIR
 
-A file is a table of sentences and translations (.tsv, with a header) or a list of sentences (.txt); behind it stands
-how often one of its sentences is drawn. documents.py says what is made of them. A run goes on exactly from
+A file is a table of sentences and translations (.tsv or .csv, with a header) or a list of sentences (.txt); behind it
+stands how often one of its sentences is drawn. documents.py says what is made of them. A run goes on exactly from
 DIR/state.pt. So it may end at any time: stop it, and start it again with fewer --tokens. It needs the `tokenizers`
 package (it comes with transformers). On a CPU, set MALLOC_MMAP_THRESHOLD_=4294967296 and
 MALLOC_TRIM_THRESHOLD_=8589934592: steps that keep their memory are three times as fast.
@@ -28,11 +28,11 @@ from prefix.demo.documents import draw_documents, read_sources
 
 # "gelu" is three times as fast as GPT-2's "gelu_new" in bfloat16 on a CPU, and nearly the same function.
 CONFIG = GPTConfig(4096, n_positions=256, n_embd=256, n_layer=6, n_head=4, activation_function="gelu")
-ENDS = [0.02, 0.7, 1.0]  # of the stages of a run, as shares of all tokens
+ENDS = [0.02, 0.5, 1.0]  # of the stages of a run, as shares of all tokens
 RATES = [1.0, 1.0, 0.0]  # the learning rate there, as a share of PEAK; in between it is linear
 ALONE = [0.2, 0.2, 0.05]  # the share of a stage's documents that are runs in one language
 FACTS = [0.06, 0.06, 0.06]  # and that are facts with a text; all others are translations
-PEAK, BATCH_TOKENS, BLOCK, LOG_EVERY, SEED = 3e-3, 4096, 4096, 100, 1  # a block of documents is sorted by length
+PEAK, BATCH_TOKENS, BLOCK, LOG_EVERY, SEED = 2e-3, 4096, 4096, 100, 1  # a block of documents is sorted by length
 
 
 def main():
