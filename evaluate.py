@@ -27,7 +27,7 @@ from prefix.prefix_file import read_header
 from prefix.translation import Decoding
 
 ANY_LENGTH = 1 << 30  # tokens of a pair, where sources are cut later
-FILES = ("json", "hypotheses", "report")
+FILES = {"json": report.to_json, "hypotheses": report.to_tsv, "report": report.to_html}
 
 
 def parse_arguments():
@@ -118,13 +118,13 @@ def main():
         return
     settings = settings_of(args, prefixes, model) | {"data": paths, "columns": columns}
     print(printable(report.to_text(settings, results)))
-    write(args.json, report.to_json, settings, results)
-    write(args.hypotheses, report.to_tsv, settings, results)
-    if args.report:
-        first = results[0]
-        shown = next((pair for pair in zip(first.sources, first.prefix.outputs) if pair[1]), None)
-        look = lambda text, output: look_at(model, tokenizer, banks, text, (first.source, first.target), output)
-        write(args.report, report.to_html, settings, results, look(*shown).tables() if shown else [])
+    first = results[0]
+    for text, output in [pair for pair in zip(first.sources, first.prefix.outputs) if pair[1]][:1]:
+        first.attention = look_at(model, tokenizer, banks, text, (first.source, first.target), output).tables()
+    for name, form in FILES.items():
+        if path := getattr(args, name):
+            with replacing(path) as temporary:  # a path in the settings need not be UTF-8
+                temporary.write_text(form(settings, results), encoding="utf-8", errors="backslashreplace")
 
 
 def read(args, wanted, load):
@@ -147,26 +147,14 @@ def training_text(prefixes, columns, tokenizer, longest):
     return training
 
 
-def write(path, form, *found):
-    if path:
-        with replacing(path) as temporary:  # a path in the settings need not be UTF-8
-            temporary.write_text(form(*found), encoding="utf-8", errors="backslashreplace")
-
-
 def settings_of(args, prefixes, model):
     """All that it takes to repeat an evaluation: the options, the base, the machine."""
-    header, likeliest = read_header(prefixes[0]), None if args.choices is None else "likeliest choice"
+    header, searched = read_header(prefixes[0]), f"beam {args.beam}" if args.beam > 1 else "greedy"
     settings = {name: value for name, value in vars(args).items() if name not in FILES}
-    return settings | {
-        "prefix": list(map(str, prefixes)),
-        "model": args.model or header["training"]["model"],
-        "base": header["base"]["fingerprint"],
-        "decoding": likeliest or (f"beam {args.beam}" if args.beam > 1 else "greedy"),
-        "date": datetime.now().astimezone().isoformat(" ", timespec="minutes"),
-        "torch": torch.__version__,
-        "device": str(model.device),
-        "dtype": str(model.dtype),
-    }
+    settings |= {"prefix": list(map(str, prefixes)), "model": args.model or header["training"]["model"]}
+    settings |= {"base": header["base"]["fingerprint"], "device": str(model.device), "dtype": str(model.dtype)}
+    settings |= {"decoding": searched if args.choices is None else "likeliest choice", "torch": torch.__version__}
+    return settings | {"date": datetime.now().astimezone().isoformat(" ", timespec="minutes")}
 
 
 def directions(args, banks):

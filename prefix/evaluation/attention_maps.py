@@ -1,7 +1,6 @@
 """What the slots learned: where attention goes, which tokens a slot is like, what closing some does to the output.
 
-python -m prefix.evaluation.attention_maps prefix/demo "Il pleut."                    as text
-python -m prefix.evaluation.attention_maps runs/x "Il pleut." --out attention.svg     and as a picture, by matplotlib
+python -m prefix.evaluation.attention_maps runs/x "Il pleut." --out attention.svg     as text and as a picture
 python -m prefix.evaluation.attention_maps runs/x "Il pleut." --ablate                and what closing slots does
 
 The sentence is followed by <sep> and the model's own translation, so both banks are open in it. In each layer and head
@@ -96,7 +95,7 @@ def attention_mass(model, banks, ids, bank_mask):
 def look_at(model, tokenizer, banks, text, ends, answer=None):
     """The Attention of text <sep> answer. ends: (source, target) names of banks. answer: None: the model's own."""
     if answer is None:
-        result = translate(model, tokenizer, banks, [text], *ends)[0]
+        (result,) = translate(model, tokenizer, banks, [text], *ends)
         if result.fault:
             raise UserError(result.fault)
         answer = result.text
@@ -181,20 +180,19 @@ def ablate(model, tokenizer, banks, texts, references, ends):
     of the first text, BLEU of the others against `references`)}."""
     closed = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in ends}
     closed |= {f"layer {i}": without(banks, layer=i) for i in range(model.config.n_layer)}
-    found = {}
     for name, part in tqdm(closed.items(), desc="closing", disable=not sys.stderr.isatty()):
         output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, *ends))
-        found[name] = output, METRICS["bleu"](outputs, references)
-    return found
+        closed[name] = output, METRICS["bleu"](outputs, references)
+    return closed
 
 
 def ablation_rows(found, attention):
     """Rows of cells; for a layer, also the share of attention on its slots in the one sentence."""
     on_slots = 100 * (1 - attention.mass[..., -1]).mean(dim=(1, 2))  # (n_layer,)
     shares = {f"layer {i}": f"{share:.1f}" for i, share in enumerate(on_slots.tolist())}
-    whole, head = found["nothing"][1], ["closed", "BLEU", "change", "% on slots"]
+    whole = found["nothing"][1]
     rows = [[name, f"{bleu:.2f}", f"{bleu - whole:+.2f}", shares.get(name, "")] for name, (_, bleu) in found.items()]
-    return [head, *rows]
+    return [["closed", "BLEU", "change", "% on slots"], *rows]
 
 
 def parse_arguments():
@@ -232,26 +230,22 @@ def main():
         longest = min(384, model.config.n_positions - banks.position_offset)
         corpus = data.load(paths, columns, tokenizer, rows_to_read("test", SENTENCES), longest)
     attention = look_at(model, tokenizer, banks, args.text, ends)
-    say(f"{' -> '.join(ends)}: {' '.join(attention.tokens)}")
-    tables = attention.tables()
+    tables, lines = attention.tables(), [f"{' -> '.join(ends)}: {' '.join(attention.tokens)}"]
     for title, table in tables:
-        say("", title, *aligned(table))
+        lines += ["", title, *aligned(table)]
     if args.nearest:
-        say("", *nearest_lines(model, tokenizer, banks, corpus, args.nearest))
+        lines += ["", *nearest_lines(model, tokenizer, banks, corpus, args.nearest)]
     if args.ablate:
         if not {*ends} <= {*corpus.columns}:
             raise UserError(f"{paths[0]} does not have both {' and '.join(ends)}: name some text with --data")
         sources, references = sentences(corpus, Plan(limit=SENTENCES), *ends)
         found = ablate(model, tokenizer, banks, [args.text, *sources], references, ends)
         closed = ablation_rows(found, attention)
-        say("", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(closed), "")
-        say(*(f"  {name:10}  {output}" for name, (output, _) in found.items()))
+        lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(closed), ""]
+        lines += [f"  {name:10}  {output}" for name, (output, _) in found.items()]
+    print(printable("\n".join(lines)))
     if args.out:
         draw_ablation(closed, args.out) if args.ablate else draw_attention(tables, args.out)
-
-
-def say(*lines):
-    print(printable("\n".join(lines)))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ class System:
 class Result:
     """One direction. references: a list of texts for each source. choices: the allowed answers; classes: these and all
     that occur. signatures: {metric: settings}. form_log_p: decided the form of the prompts. median: the draw that the
-    prefix is compared with. difference: {metric: metrics.paired_bootstrap of prefix and median draw}."""
+    prefix is compared with. difference: {metric: metrics.paired_bootstrap of prefix and median draw}. attention: tables
+    of one sentence, from attention_maps."""
 
     source: str
     target: str
@@ -80,6 +81,7 @@ class Result:
     form: str = FORMS[0]
     form_log_p: dict = field(default_factory=dict)
     difference: dict = field(default_factory=dict)
+    attention: list = field(default_factory=list)
 
     @property
     def systems(self):

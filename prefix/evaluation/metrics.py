@@ -119,18 +119,15 @@ def sentence_bleu_counts(hypothesis, references):
 
 def chrf_counts(hypothesis, references):
     """correct, total in the hypothesis, total in the best reference, each for n = 1 .. 6."""
-    grams, *references = (
-        Counter(everygrams("".join(text.split()), max_len=CHRF_ORDER)) for text in [hypothesis, *references]
-    )
-    return max((chrf_row(grams, reference) for reference in references), key=chrf_score)
+    n_grams = lambda text: Counter(everygrams("".join(text.split()), max_len=CHRF_ORDER))
+    found, *references = map(n_grams, [hypothesis, *references])
+    return max((chrf_row(found, reference) for reference in references), key=chrf_score)
 
 
-def chrf_row(grams, reference):
+def chrf_row(found, reference):
     by_order = lambda counts: np.bincount([len(gram) for gram in counts.elements()], minlength=CHRF_ORDER + 1)[1:]
-    correct, total, expected = by_order(grams & reference), by_order(grams), by_order(reference)
-    return np.concatenate(
-        [correct, np.where(expected > 0, total, 0), expected]
-    )  # n-grams too long for it are not wrong
+    correct, total, expected = by_order(found & reference), by_order(found), by_order(reference)
+    return np.concatenate([correct, total * (expected > 0), expected])  # an n-gram longer than it is not wrong
 
 
 def chrf_score(sums):
@@ -142,19 +139,14 @@ def chrf_score(sums):
     return 100 * float((1 + CHRF_BETA**2) * P * R / (CHRF_BETA**2 * P + R))
 
 
-@cache
-def stem_of(word, stemmer=PorterStemmer()):
-    return stemmer.stem(word) if len(word) > 3 else word
-
-
-def rouge_tokens(text, stem):
-    words = re.findall("[a-z0-9]+", text.lower())
-    return [stem_of(word) for word in words] if stem else words
+stem_of = cache(PorterStemmer().stem)
 
 
 def rouge_counts(hypothesis, references, overlap, n, stem):
-    """(the best F1, 1). overlap(a, b): how many n-grams two lists share."""
-    a, *others = (list(ngrams(rouge_tokens(text, stem), n)) for text in [hypothesis, *references])
+    """(the best F1, 1). overlap(a, b): how many n-grams two lists share. Words of four letters or more are stemmed."""
+    stemmed = lambda word: stem_of(word) if stem and len(word) > 3 else word
+    words = lambda text: map(stemmed, re.findall("[a-z0-9]+", text.lower()))
+    a, *others = (list(ngrams(words(text), n)) for text in [hypothesis, *references])
     return [max(2 * overlap(a, b) / max(1, len(a) + len(b)) for b in others), 1]  # = 2 * P * R / (P + R)
 
 

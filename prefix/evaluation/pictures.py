@@ -9,15 +9,15 @@ from prefix.distributed import log
 SMOOTHED = 20  # steps whose mean is the loss curve's thick line
 
 
-def save_picture(path, inches, draw, *tables):
-    """draw(a matplotlib Figure of these inches, *tables) as an .svg or .png file. Without matplotlib, one notice."""
+def save_picture(path, inches, draw, *drawn):
+    """draw(a matplotlib Figure of these inches, *drawn) as an .svg or .png file. Without matplotlib, one notice."""
     try:
         from matplotlib.figure import Figure  # an optional extra, and slow to import
     except ImportError:
         log(f"{path}: not drawn: that takes matplotlib (pip install matplotlib)")
         return
     figure = Figure(figsize=inches, layout="constrained")
-    draw(figure, *tables)
+    draw(figure, *drawn)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:].lower(), dpi=120)
 
@@ -46,16 +46,15 @@ def loss_curves(figure, lines):
 
 
 def draw_attention(tables, path):
-    """attention_maps.tables, one below the other, with their numbers."""
-    rows = sum(len(rows) + 3 for _, rows in tables)
-    save_picture(path, (2 + max(len(rows[0]) for _, rows in tables) / 2, rows / 4), shaded_tables, tables)
+    """Tables (title, rows of cells), one below the other, with their numbers."""
+    heights, width = [len(rows) + 3 for _, rows in tables], max(len(rows[0]) for _, rows in tables)
+    save_picture(path, (2 + width / 2, sum(heights) / 4), shaded_tables, tables, heights)
 
 
-def shaded_tables(figure, tables):
-    grids = figure.subplots(len(tables), squeeze=False, height_ratios=[len(rows) + 3 for _, rows in tables])[:, 0]
-    values = [[[float(cell) for cell in cells] for _, *cells in rows[1:]] for _, rows in tables]
-    most = max(map(max, sum(values, [])))
-    for axes, (title, rows), grid in zip(grids, tables, values):
+def shaded_tables(figure, tables, heights):
+    grids = [[[float(cell) for cell in cells] for _, *cells in rows[1:]] for _, rows in tables]
+    most = max(max(row) for grid in grids for row in grid)
+    for axes, (title, rows), grid in zip(figure.subplots(len(tables), height_ratios=heights), tables, grids):
         axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=2 * most)  # light enough to read the numbers
         axes.set_title(title, loc="left", fontsize=9)
         axes.set_xticks(range(len(grid[0])), rows[0][1:], fontsize=7, parse_math=False)
@@ -66,12 +65,12 @@ def shaded_tables(figure, tables):
 
 
 def draw_ablation(rows, path):
-    """The BLEU in each row (name, BLEU, ...) of attention_maps.ablation_rows as a bar."""
-    save_picture(path, (2 + len(rows) / 4, 4), bleu_bars, rows)
+    """The BLEU in each row of cells (name, BLEU, ...) as a bar."""
+    save_picture(path, (2 + len(rows) / 4, 4), bleu_bars, rows[1:])
 
 
 def bleu_bars(figure, rows):
     axes = figure.subplots()
-    axes.bar([name for name, *_ in rows[1:]], [float(bleu) for _, bleu, *_ in rows[1:]])
+    axes.bar([name for name, *_ in rows], [float(bleu) for _, bleu, *_ in rows])
     axes.set_ylabel("BLEU with this closed")
     axes.tick_params(axis="x", rotation=50)

@@ -134,8 +134,7 @@ def to_text(settings, results):
 
 def to_json(settings, results):
     directions = [asdict(result) | {"table": score_rows(result)} for result in results]
-    found = {"settings": settings, "directions": directions}
-    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps({"settings": settings, "directions": directions}, indent=1, ensure_ascii=False) + "\n"
 
 
 def to_tsv(settings, results):
@@ -149,8 +148,7 @@ def to_tsv(settings, results):
     return "".join("\t".join(BREAKS.sub(" ", cell) for cell in row) + "\n" for row in rows)
 
 
-def to_html(settings, results, attention=()):
-    """attention: attention_maps.tables of the first sentence."""
+def to_html(settings, results):
     told = f"One frozen model, {spelled(settings['model'])} (weights {settings['base']}), the same sentences"
     parts = [f"<p>{escape(told)}. {settings['date']}</p>"]
     for result in results:
@@ -159,7 +157,7 @@ def to_html(settings, results, attention=()):
     marks = "<ins>underlined</ins> words are not in the reference, <del>struck</del> ones are missing"
     parts.append(f"<h2>Examples</h2><p>The first sentences of each direction: {marks}.</p>")
     parts += [html_example(shown) for result in results for shown in examples(result, settings["examples"])]
-    if attention:
+    if attention := results[0].attention:
         most = max(float(cell) for _, rows in attention for _, *cells in rows[1:] for cell in cells)
         parts.append(f"<h2>Attention of the first sentence</h2><p>In %; the darkest cells are {most:.0f} %.</p>")
         parts += [html_table(heading, rows, most) for heading, rows in attention]

@@ -137,9 +137,10 @@ def test_the_name_of_the_home_folder_is_nowhere():
 
 def test_text_from_models_and_files_is_text_and_the_page_loads_nothing():
     hostile = result(sources=[ATTACK] * 3, references=[[ATTACK, "a"]] * 3, source=ATTACK, signatures={ATTACK: ATTACK})
+    hostile.attention = [(ATTACK, [["", ATTACK], [ATTACK, "1.0"]])]
     hostile.prefix.outputs[:2] = [ATTACK, ""]
     settings = SETTINGS | {"model": ATTACK, "prefix": [ATTACK], ATTACK: ATTACK}
-    html = report.to_html(settings, [hostile], [(ATTACK, [["", ATTACK], [ATTACK, "1.0"]])])
+    html = report.to_html(settings, [hostile])
     page = Page(html)
     assert page.text.count(ATTACK) > 8 and "url(" not in html and "@import" not in html
     names = {tag for tag, _ in page.elements}
@@ -153,7 +154,7 @@ def test_text_from_models_and_files_is_text_and_the_page_loads_nothing():
 
 
 def test_attention_is_a_table_of_shaded_cells_with_a_legend():
-    html = report.to_html(SETTINGS, [result()], ATTENTION)
+    html = report.to_html(SETTINGS, [result(attention=ATTENTION)])
     cells = re.findall(r'<td style="background: rgb\(59 130 196 / (.*?)\)">(.*?)</td>', html)
     assert cells == [("0.65", "20.0"), ("0.00", "0.0"), ("0.33", "10.0"), ("0.16", "5.0")]
     assert "the darkest cells are 20 %" in html and "bank &lt;en&gt;" in html
