@@ -119,7 +119,8 @@ def main():
     settings = settings_of(args, prefixes, model) | {"data": paths, "columns": columns}
     print(printable(report.to_text(settings, results)))
     first = results[0]
-    for text, output in [pair for pair in zip(first.sources, first.prefix.outputs) if pair[1]][:1]:
+    text, output = next((pair for pair in zip(first.sources, first.prefix.outputs) if pair[1]), (None, None))
+    if output:
         first.attention = look_at(model, tokenizer, banks, text, (first.source, first.target), output).tables()
     for name, form in FILES.items():
         if path := getattr(args, name):

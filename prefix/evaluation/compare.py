@@ -29,14 +29,14 @@ BATCHES = 4  # decoded between two steps of the progress bar
 
 @dataclass
 class Plan:
-    """What to evaluate. split: one of SPLITS, or "all". limit: sentences in each direction (None: all). metrics: names
+    """What to evaluate. split: one of SPLITS, or "all". limit: sentences in each direction. metrics: names
     of metrics.METRICS; the first picks the median draw. directions: pairs of column names (None: all there are).
     multi_reference: rows with the same source are one sentence with several references. truncate_source: cut sources
     that do not fit the context. training: the Corpus whose training split gives examples and labels (None: the
     evaluated one); its columns may be in another order."""
 
     split: str = "test"
-    limit: int | None = 500
+    limit: int = 500
     shots: int = 3
     draws: int = 3
     seed: int = 0
@@ -130,8 +130,7 @@ def sentences(corpus, plan, source, target):
     for row in rows_of(corpus, plan.split, source, target):
         groups.setdefault(corpus.text(row, s) if plan.multi_reference else row, []).append(row)
     groups = list(groups.values())
-    if plan.limit is not None:
-        groups = [groups[i] for i in sample_rows(np.arange(len(groups)), plan.limit)]
+    groups = [groups[i] for i in sample_rows(np.arange(len(groups)), plan.limit)]
     return [corpus.text(rows[0], s) for rows in groups], [[corpus.text(row, t) for row in rows] for rows in groups]
 
 
