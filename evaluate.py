@@ -18,13 +18,13 @@ from prefix import cli, distributed, run
 from prefix.data import corpus as data
 from prefix.data import rows
 from prefix.data.splits import SPLITS
+from prefix.decoding import Decoding
 from prefix.distributed import log, printable
 from prefix.evaluation import report
 from prefix.evaluation.attention_maps import look_at
 from prefix.evaluation.compare import Plan, compare, has_enough, rows_to_read
 from prefix.evaluation.metrics import GROUPS, METRICS
 from prefix.prefix_file import read_header
-from prefix.translation import Decoding
 
 ANY_LENGTH = 1 << 30  # tokens of a pair, where sources are cut later
 FILES = {"json": report.to_json, "hypotheses": report.to_tsv, "report": report.to_html}

@@ -14,10 +14,11 @@ import torch
 
 from minigpt import UserError
 from minigpt.files import locked, remove_leftovers
-from prefix import cli, distributed, run
+from prefix import cli, distributed, run, state
 from prefix.cli import float_range, int_at_least
 from prefix.data import corpus as data
 from prefix.distributed import log
+from prefix.dry_run import dry_run
 from prefix.evaluation.pictures import draw_loss
 from prefix.init import INITS, initial_banks
 from prefix.state import METRICS
@@ -26,62 +27,16 @@ from prefix.trainer import SECONDS, Settings, Trainer
 
 def parse_arguments():
     parser = cli.Parser(prog="train.py", description="Learn one bank of slots per language for a frozen GPT-2.")
-    parser.add_argument("--prefix-len", type=int_at_least(1), default=10, metavar="N", help="slots in each bank (10)")
-    parser.add_argument("--model", help="a directory, demo, or a published name such as gpt2-xl")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines, or one text file per column")
-    parser.add_argument(
-        "--columns", nargs="+", metavar="NAME", help="columns to use, each the name of a bank (the first two)"
-    )
-    parser.add_argument("--limit", type=int_at_least(1), metavar="N", help="read no more than N usable pairs")
-    parser.add_argument("--steps", type=int_at_least(1), metavar="N", help="optimizer steps (demo: 300, else 2048)")
-    parser.add_argument(
-        "--batch-size", type=int_at_least(1), default=64, metavar="PAIRS", help="pairs per optimizer step (64)"
-    )
-    parser.add_argument("--lr", type=float_range(0, 100, open_low=True), metavar="X", help="peak learning rate (by --init)")
-    parser.add_argument(
-        "--warmup", type=int_at_least(0), metavar="N", help="steps of linear warm-up (a twentieth of the steps)"
-    )
-    parser.add_argument("--max-tokens", type=int_at_least(3), default=384, metavar="N", help="longest pair, in tokens (384)")
-    parser.add_argument(
-        "--init",
-        choices=INITS,
-        default="text",
-        help="slots start as keys and values of real sentences, at random, or so that they change nothing (text)",
-    )
-    parser.add_argument(
-        "--reparam", action="store_true", help="train slots through Li and Liang's MLP, which is not in the prefix file"
-    )
-    parser.add_argument(
-        "--slot-dropout", type=float_range(0, 0.99), default=0.0, metavar="P", help="leave out each slot of a step so often"
-    )
-    parser.add_argument(
-        "--label-smoothing", type=float_range(0, 0.99), default=0.0, metavar="E", help="of the training loss (0)"
-    )
-    parser.add_argument(
-        "--position-offset",
-        choices=["0", "prefix"],
-        default="0",
-        help="where text starts (0); prefix: after as many positions as there are slots, as in peft",
-    )
-    parser.add_argument("--seed", type=int_at_least(0), default=0, metavar="N")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory (runs/<time>)")
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="DIR",
-        help="go on with the run in DIR; --steps, --save-every and the machine's options may be new: --device, --dtype, "
-        "--attention, --checkpoint-activations, --micro-batch-tokens",
-    )
-    parser.add_argument("--eval-every", type=int_at_least(0), metavar="N", help="steps between validations; 0: never")
-    parser.add_argument(
-        "--save-every", type=interval, metavar="N", help="steps between saves of last/ (50), or seconds, such as 60s"
-    )
-    parser.add_argument(
-        "--micro-batch-tokens", type=int_at_least(1), metavar="N", help="tokens in memory at a time (by device)"
-    )
-    parser.add_argument("--checkpoint-activations", action="store_true", help="less memory, a third more time")
+    add_data_options(parser.add_argument_group("what is learned, from what").add_argument)
+    add_training_options(parser.add_argument_group("how it is learned").add_argument)
+    add = parser.add_argument_group("memory").add_argument
+    text = "tokens in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)"
+    add("--micro-batch-tokens", type=int_at_least(1), metavar="N", help=text)
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
     cli.add_machine_options(parser)
     args = parser.parse_args()
+    if args.reparam and (args.train_banks or args.from_prefix):
+        parser.error("--reparam moves all banks from a start of its own: not with --from-prefix or --train-banks")
     if args.resume:
         given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
         fixed = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", *run.FREE, *run.MACHINE)]
@@ -90,12 +45,77 @@ def parse_arguments():
     return args
 
 
+def add_data_options(add):
+    add("--prefix-len", type=int_at_least(1), default=10, metavar="N", help="slots in each bank (10)")
+    add("--model", help="a directory, demo, or a published name such as gpt2 (gpt2-xl if it is on disk, else demo)")
+    text = "CSV, TSV, JSON lines, or one text file per column (demo: the sample corpus)"
+    add("--data", nargs="+", metavar="FILE", help=text)
+    add("--columns", nargs="+", metavar="NAME", help="columns to use, each the name of a bank (the first two)")
+    add("--pairs", nargs="+", metavar="SOURCE:TARGET", help="directions to train (all that occur)")
+    add("--limit", type=int_at_least(1), metavar="N", help="read no more than N usable rows (all)")
+    add("--max-tokens", type=int_at_least(3), default=384, metavar="N", help="longest pair, in tokens (384)")
+    text = "slots start as keys and values of real sentences, at random, or so that they change nothing (text)"
+    add("--init", choices=INITS, default="text", help=text)
+    text = "the banks of this prefix start as they are there (none)"
+    add("--from-prefix", metavar="FILE_OR_RUN", help=text)
+    text = "train these banks alone; the others stay as --from-prefix has them (all)"
+    add("--train-banks", nargs="+", metavar="NAME", help=text)
+    text = "where text starts (0); prefix: after as many positions as there are slots, as in peft"
+    add("--position-offset", choices=["0", "prefix"], default="0", help=text)
+
+
+def add_training_options(add):
+    add("--steps", type=int_at_least(1), metavar="N", help="optimizer steps (demo: 300, else 2048)")
+    add("--batch-size", type=int_at_least(1), default=64, metavar="PAIRS", help="pairs per optimizer step (64)")
+    text = "peak learning rate (demo: 0.1; else 0.01 from text, 0.03 from other starts; about 0.001 with --reparam)"
+    add("--lr", type=float_range(0, 100, open_low=True), metavar="X", help=text)
+    add("--warmup", type=int_at_least(0), metavar="N", help="steps of linear warm-up (a twentieth of the steps)")
+    text = "train slots through Li and Liang's MLP, which is not in the prefix file (off)"
+    add("--reparam", action="store_true", help=text)
+    add("--seed", type=int_at_least(0), default=0, metavar="N", help="of the order and of random starts (0)")
+    add("--out", type=Path, metavar="DIR", help="the run directory (runs/<time>)")
+    text = "go on with the run in DIR; --steps, --save-every and the options of the machine may be new"
+    add("--resume", type=Path, metavar="DIR", help=text)
+    add("--dry-run", action="store_true", help="say what a run would take, from one timed micro-batch, and write none")
+    add("--eval-every", type=int_at_least(0), metavar="N", help="steps between validations (a sixth); 0: never")
+    text = "steps between saves of last/ (50), or seconds, such as 60s"
+    add("--save-every", type=interval, metavar="N", help=text)
+
+
 def main():
     args = parse_arguments()
-    distributed.start()
+    distributed.start(args.device)
     config = run.resume_config(args) if args.resume else run.resolve(args)
+    directions, settings = run.directions(config), Settings(**config["settings"])
     model, tokenizer = cli.load_model(args, config["model"])
     model.checkpoint_activations = args.checkpoint_activations
+    corpus = load_corpus(config, model, tokenizer)
+    banks = make_banks(config, model, tokenizer, corpus)
+    first, out = distributed.rank() == 0, args.resume
+    micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
+    trainer = Trainer(model, tokenizer, banks, corpus, settings, out, micro_batch_tokens, directions)
+    if args.dry_run:
+        return dry_run(trainer, len(corpus))
+    out = trainer.out = out or distributed.broadcast(run.make_directory(args.out) if first else None)
+    with locked(out / METRICS) if first else nullcontext():
+        if args.resume:
+            trainer.resume(args.micro_batch_tokens)
+        if first:
+            if not args.resume:
+                run.check_unused(out)  # again: another run may have been faster
+            for folder in (out, out / "last"):
+                remove_leftovers(folder)
+            run.write_config(out, config)
+        names, n = ", ".join(config["train_banks"] or banks.names), len(trainer.batches.train)
+        log(f"Training {names} on {n:,} examples, {model.device}, {model.dtype}, {out}")
+        finished = train(trainer)
+    log(closing_line(trainer, model) if finished else f"stopped after step {trainer.progress.step}; {to_go_on(out)}")
+    distributed.finish()
+    if not finished:
+        sys.exit(128 + (trainer.stop[0] if trainer.stop else signal.SIGTERM))
+
+
+def load_corpus(config, model, tokenizer):
     longest = min(config["max_tokens"], model.config.n_positions - config["position_offset"])
     if longest < 3:
         raise UserError(
@@ -103,48 +123,41 @@ def main():
             f"in this model's context of {model.config.n_positions}"
         )
     paths = run.data_paths(config["data"])
-    corpus = distributed.rank0_first(
-        lambda: data.load(paths, config["columns"], tokenizer, config["limit"], longest)
-    )
+    corpus = distributed.rank0_first(lambda: data.load(paths, config["columns"], tokenizer, config["limit"], longest))
     for line in corpus.report:
         log(line)
-    micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
+    return corpus
+
+
+def make_banks(config, model, tokenizer, corpus):
+    """The banks where they start, with the record that their file keeps; those not to be trained are frozen."""
     banks = initial_banks(config, model, tokenizer, corpus)
     banks.position_offset = config["position_offset"]
-    banks.training_record = {name: config[name] for name in ("model", "data", "columns", "limit", "init")}
-    banks.training_record["reparam"] = config.get("reparam", False)
+    for name, *pair in zip(banks.names, banks.key, banks.value):
+        if config["train_banks"] and name not in config["train_banks"]:
+            for p in pair:
+                p.requires_grad_(False)
+    names = ("model", "data", "columns", "limit", "init", "reparam", "pairs", "from_prefix", "train_banks")
+    banks.training_record = {name: config[name] for name in names}
     banks.training_record["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    out = args.resume or distributed.broadcast(run.make_directory(args.out) if distributed.rank() == 0 else None)
-    with locked(out / METRICS) if distributed.rank() == 0 else nullcontext():
-        trainer = Trainer(model, tokenizer, banks, corpus, Settings(**config["settings"]), out, micro_batch_tokens)
-        if args.resume:
-            trainer.resume(args.micro_batch_tokens)
-        if distributed.rank() == 0:
-            if not args.resume:
-                run.check_unused(out)  # again: another run may have been faster
-            for folder in (out, out / "last"):
-                remove_leftovers(folder)
-            run.write_config(out, config)
-        names, n = ", ".join(banks.names), len(trainer.train_set)
-        log(f"Training {names} on {n:,} examples, {model.device}, {model.dtype}, {out}")
-        train(trainer)
-    log(closing_line(trainer, model, out))
+    return banks
 
 
 def train(trainer):
-    """Train to the end; a stop by a signal or an error says how to go on."""
-    to_go_on = f"python train.py --resume {shlex.quote(str(trainer.out))}"
+    """Train to the end, or until a signal; an error says how to go on. Returns whether it is the end."""
     try:
         finished = trainer.run()
     except UserError as error:
-        if not trainer.state.exists():
+        if not state.state_file(trainer.out).exists():
             raise
-        raise UserError(f"{error}; to go on from step {trainer.saved_step}: {to_go_on}") from error
+        raise UserError(f"{error}; {to_go_on(trainer.out)}") from error
     if distributed.rank() == 0:
         draw_loss(trainer.out)
-    if not finished:
-        log(f"stopped after step {trainer.step}; to go on: {to_go_on}")
-        sys.exit(128 + (trainer.stop[0] if trainer.stop else signal.SIGTERM))
+    return finished
+
+
+def to_go_on(out):
+    return f"to go on: python train.py --resume {shlex.quote(str(out))}"
 
 
 def interval(text):
@@ -152,17 +165,20 @@ def interval(text):
     return text if SECONDS.fullmatch(text) else int_at_least(1)(text)
 
 
-def closing_line(trainer, model, out):
-    trained = sum(p.numel() for p in trainer.trained)
-    share = trained / sum(p.numel() for p in model.parameters())
-    good = f"validation loss {trainer.best:.4f}" if trainer.best < float("inf") else "not validated"
-    skipped = f"; {trainer.skipped} steps were not finite and skipped" if trainer.skipped else ""
+def closing_line(trainer, model):
+    p, out = trainer.progress, trainer.out
+    trained = sum(parameter.numel() for parameter in trainer.unfrozen)
+    share = trained / sum(parameter.numel() for parameter in model.parameters())
+    good = f"validation loss {p.best:.4f}" if p.best < float("inf") else "not validated"
+    if p.base_loss is not None:
+        good += f" ({p.base_loss:.4f} without the prefix)"
+    skipped = f"; {p.skipped} steps were not finite and skipped" if p.skipped else ""
     where = shlex.quote(str(out))
     reads_french = trainer.banks.names[1:2] == ["fr"]  # translate.py does, unless told otherwise
     to_try = f'translate.py --prefix {where} "Bonjour"' if reads_french else f"evaluate.py --prefix {where}"
     return (
-        f"Trained {trained:,} parameters ({share:.2%} of the model) in {trainer.seconds:.0f} s "
-        f"({trainer.tokens / max(trainer.seconds, 1e-3):,.0f} tokens/s): {good}{skipped}; {out}/prefix.safetensors. "
+        f"Trained {trained:,} parameters ({share:.2%} of the model) in {p.seconds:.0f} s "
+        f"({p.tokens / max(p.seconds, 1e-3):,.0f} tokens/s): {good}{skipped}; {out}/prefix.safetensors. "
         f"Try: python {to_try}"
     )
 

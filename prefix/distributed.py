@@ -4,31 +4,68 @@
 
 Every process holds the whole frozen model and all slots, works on its share of each batch, and adds its slots'
 gradients to the others' in one all-reduce per step: a few megabytes, since nothing else is trained. Process 0 writes
-the files and speaks. In a program that torchrun did not start there is one process, and all of this does nothing.
+the run's files, reads them, and speaks. In a program that torchrun did not start there is one process, and all of this
+does nothing.
 """
 
 import os
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
+from threading import Timer
 
 import torch
 import torch.distributed as dist
 
-from minigpt.files import escape_control
+from minigpt.files import UserError, escape_control
 
 TIMEOUT = timedelta(hours=6)  # processes wait for the first to encode a large file, or to read a slow pipe
+SAY_AFTER = 10.0  # seconds of waiting
+INSTEAD = "start several processes with torchrun, or unset WORLD_SIZE for one"
 
 
-def start():
-    """Join the other processes, if torchrun started any; each takes the GPU of its local number."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+def start(device="auto"):
+    """Join the other processes, if torchrun started any; each takes the GPU of its local number. device: as --device.
+    Raises UserError where the environment is not torchrun's, or a machine has fewer GPUs than processes."""
+    if environment("WORLD_SIZE", "1") < 2 or dist.is_initialized():
+        return
+    for name in ("RANK", "MASTER_PORT"):
+        environment(name)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError(f"MASTER_ADDR is not set, though WORLD_SIZE is: {INSTEAD}")
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    if cuda:
+        here, gpus = environment("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"{here} processes on a machine with {gpus} GPUs: give torchrun --nproc_per_node={gpus}")
+        torch.cuda.set_device(environment("LOCAL_RANK"))
+    with waiting():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
 
 
+def environment(name, default=""):
+    """A number that torchrun sets."""
+    value = os.environ.get(name, default)
+    if not value.isdecimal():
+        raise UserError(f"{name} is {value!r} in the environment, not a number: {INSTEAD}")
+    return int(value)
+
+
+@contextmanager
+def waiting():
+    """Inside, this process may wait for others; if it takes long, it says so."""
+    say = f"process {os.environ.get('RANK')} is waiting for the others"
+    timer = Timer(SAY_AFTER, lambda: print(say, file=sys.stderr))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def finish():
+    """Leave the group, so that NCCL ends cleanly: at the end of a program in which all went well."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -51,7 +88,8 @@ def all_reduce_sum(tensors):
     if world_size() == 1:
         return
     flat = torch.cat([t.flatten().float() for t in tensors])
-    dist.all_reduce(flat)
+    with waiting():
+        dist.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
         tensor.copy_(part.view_as(tensor))
 
@@ -61,30 +99,30 @@ def all_gather(parts):
     if world_size() == 1:
         return parts
     everyone = [None] * world_size()
-    dist.all_gather_object(everyone, parts)
+    with waiting():
+        dist.all_gather_object(everyone, parts)
     results = [None] * sum(map(len, everyone))
     for number, part in enumerate(everyone):
         results[number :: world_size()] = part
     return results
 
 
-def rank0_first(work):
-    """work() in process 0, then in the others, which find its files made."""
-    if rank() == 0:
-        result = work()
-        broadcast(None)
-    else:
-        broadcast(None)
-        result = work()
-    return result
-
-
 def broadcast(value):
     """Process 0's value, in every process."""
     box = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(box)
+        with waiting():
+            dist.broadcast_object_list(box)
     return box[0]
+
+
+def rank0_first(work):
+    """work() in the first process of each machine, then in the others, which find its files made."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or world_size() == 1
+    if first:
+        result = work()
+    all_gather([None])  # all first ones are done
+    return result if first else work()
 
 
 def log(text):

@@ -1,8 +1,8 @@
 """Where slots start. Prefix-tuning learns little from a bad start (Li & Liang 2021, section 7.4).
 
-    text          keys and values that the model itself computes for real sentences of the bank's language (the default)
-    random        normal noise
-    zero-effect   values of zero and keys that next to no query looks at: the model begins unchanged
+text          keys and values that the model itself computes for real sentences of the bank's language (the default)
+random        normal noise
+zero-effect   values of zero and keys that next to no query looks at: the model begins unchanged
 """
 
 import math
@@ -33,6 +33,13 @@ def initial_banks(config, model, tokenizer, corpus):
         banks = zero_effect(model, batch, names, prefix_len, seed, config["position_offset"])
     else:
         banks = from_text(model, ids, prefix_len)
+    if config.get("from_prefix"):
+        there = Banks.load(config["from_prefix"], model)
+        if there.position_offset != config["position_offset"]:
+            starts = f"position {there.position_offset}, in this run at {config['position_offset']}"
+            raise UserError(f"{config['from_prefix']}: its text starts at {starts} (--position-offset)")
+        trained = dict(zip(there.names, there.pairs()))
+        banks = Banks({name: trained.get(name, new) for name, new in zip(names, banks.pairs())})
     return (Reparametrised(banks, seed) if config.get("reparam") else banks).to(model.device)
 
 

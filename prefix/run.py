@@ -1,13 +1,16 @@
-"""What a run is made of: its settings as resolved from the command line or read back, its directory, its first slots.
+"""What a run is made of: its settings as resolved from the command line or read back, and its directory.
 
 A run is a directory, runs/<time> by default, with these files:
 
-    config.json            the settings, resolved: what --resume goes on with
+    config.json            the command as resolved: what --resume goes on with
     metrics.jsonl          a line for each step and each validation; locked while a run writes here
     last/                  everything needed to go on exactly (state.py)
     prefix.safetensors     the best slots on validation
+
+python -m prefix.run lists the runs.
 """
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -16,10 +19,10 @@ import torch
 
 from minigpt import UserError, checkpoint
 from minigpt.files import TEMPORARY, read_object, replacing
+from prefix import distributed, prefix_file
 from prefix.banks import MAX_SLOTS
 from prefix.data import rows
 from prefix.distributed import log
-from prefix.init import INITS
 from prefix.state import METRICS
 from prefix.trainer import Settings
 
@@ -32,6 +35,7 @@ CHOICES = {
     "dtype": ["auto", *DTYPES],
     "attention": ["auto", "fused", "plain"],
 }
+MAX_BATCH = 1 << 20  # examples, whose list is in memory
 
 # What suits the base: the demo learns in two minutes on a CPU, a published model takes the notebook's 2,048 steps.
 # The demo's learning rates come from a sweep (tests/benchmarks/RESULTS.md); those of published models are not measured.
@@ -47,95 +51,108 @@ REPARAM_LR = {
 # Options that may be new when a run goes on.
 FREE = ("steps", "save_every")
 MACHINE = ("device", "dtype", "attention", "checkpoint_activations", "micro_batch_tokens")
+# The fields of config.json.
+FIELDS = ("model", "data", "columns", "pairs", "limit", "max_tokens", "init", "from_prefix", "train_banks", "reparam")
+FIELDS += ("prefix_len", "position_offset", "settings", "machine")
 
 
 def resolve(args):
     """The command with its defaults filled in: what config.json keeps and --resume reads."""
-    check_unused(args.out)
+    if distributed.rank() == 0:
+        check_unused(args.out)
     if args.prefix_len > MAX_SLOTS:
         raise UserError(f"--prefix-len {args.prefix_len:,}: a bank has {MAX_SLOTS:,} slots at most")
+    if args.batch_size > MAX_BATCH:
+        raise UserError(f"--batch-size {args.batch_size:,}: a step has {MAX_BATCH:,} pairs at most")
     name = args.model or checkpoint.default(log)
     demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
-    paths = data_paths(args.data)
-    columns = list(rows.resolve_columns(paths, args.columns))
-    unused = [] if args.columns else rows.unused_columns(paths, columns)
-    if unused:
-        log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
+    if demo and not args.model and args.data not in (None, ["demo"]):
+        toy = "The demo is a toy that knows short English and French sentences. A real model learns your data better"
+        log(f"{toy}: --model gpt2 (0.5 GB to download), or gpt2-xl on a GPU (6.4 GB)")
     if args.init == "zero-effect" and args.position_offset == "prefix":
         log(
             f"--position-offset prefix starts text at position {args.prefix_len}, behind nothing, where the base itself "
             "is worse: --init text stands in those positions"
         )
-    steps = args.steps or STEPS["demo" if demo else "published"]
-    settings = Settings(
+    paths = data_paths(args.data)
+    resolved = {
+        "model": model_name(name),
+        "data": data_names(paths),
+        "columns": resolve_columns(paths, args.columns, args.pairs),
+        "position_offset": args.prefix_len if args.position_offset == "prefix" else 0,
+        "from_prefix": args.from_prefix and str(prefix_file.find(args.from_prefix).resolve()),
+        "settings": vars(resolve_settings(args, "demo" if demo else "published")),
+        "machine": {name: getattr(args, name) for name in MACHINE},
+    }
+    config = {name: resolved[name] if name in resolved else getattr(args, name) for name in FIELDS}
+    directions(config)  # is there something to train?
+    return config
+
+
+def resolve_settings(args, base):
+    """base: "demo" or "published"."""
+    steps = args.steps or STEPS[base]
+    return Settings(
         steps=steps,
-        lr=args.lr or (REPARAM_LR if args.reparam else LR)["demo" if demo else "published"][args.init],
+        lr=args.lr or (REPARAM_LR if args.reparam else LR)[base][args.init],
         batch_size=args.batch_size,
         warmup=steps // 20 if args.warmup is None else args.warmup,
         eval_every=max(1, steps // 6) if args.eval_every is None else args.eval_every,
         save_every=args.save_every or 50,
         seed=args.seed,
-        slot_dropout=args.slot_dropout,
-        label_smoothing=args.label_smoothing,
     )
-    return {
-        "model": model_name(name),
-        "data": data_names(paths),
-        "columns": columns,
-        "limit": args.limit,
-        "max_tokens": args.max_tokens,
-        "init": args.init,
-        "reparam": args.reparam,
-        "prefix_len": args.prefix_len,
-        "position_offset": args.prefix_len if args.position_offset == "prefix" else 0,
-        "settings": vars(settings),
-        "machine": {name: getattr(args, name) for name in MACHINE},
-    }
+
+
+def resolve_columns(paths, columns, pairs):
+    """The names of the banks: those of --columns, else of --pairs, else the table's own."""
+    columns = columns or (pairs and list(dict.fromkeys(name for pair in pairs for name in pair.split(":"))))
+    resolved = list(rows.resolve_columns(paths, columns))
+    if not columns and (unused := rows.unused_columns(paths, resolved)):
+        log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
+    return resolved
+
+
+def directions(config):
+    """The (source, target) columns to train, by number, or None for all: those of --pairs with a bank to train.
+    Raises UserError for a pair or a bank that is not there, and for one that would start anew and never be trained."""
+    columns, trained = config["columns"], config["train_banks"] or config["columns"]
+    known = {f"{s}:{t}": (columns.index(s), columns.index(t)) for s, t in itertools.permutations(columns, 2)}
+    if wrong := [name for name in trained if name not in columns]:
+        raise UserError(f"--train-banks {wrong[0]}: no such column; there are {', '.join(columns)}")
+    if wrong := [pair for pair in config["pairs"] or () if pair not in known]:
+        raise UserError(f"--pairs {wrong[0]}: not two of the columns {', '.join(columns)} with a colon between")
+    chosen = [known[pair] for pair in config["pairs"] or known]
+    moved = {columns.index(name) for name in trained}
+    chosen = [pair for pair in chosen if moved & set(pair)]
+    if idle := [columns[i] for i in moved.difference(*chosen)]:
+        raise UserError(f"--pairs has no pair with {idle[0]}: leave it out of --columns or --train-banks")
+    there = prefix_file.read_header(config["from_prefix"])["banks"] if config["from_prefix"] else []
+    if new := [name for name in columns if name not in (*trained, *there)]:
+        raise UserError(f"--train-banks leaves {new[0]} untrained: give a prefix that has this bank, --from-prefix")
+    return None if len(chosen) == len(known) else chosen
 
 
 def resume_config(args):
-    """The run's config. What `args` does not say of the machine is as the run began."""
-    path = args.resume / "config.json"
-    config = read_object(path)
-    try:
-        check_config(config)
-        config["settings"] |= {name: value for name in FREE if (value := getattr(args, name))}
-        Settings(**config["settings"])
-    except (UserError, TypeError) as error:  # a TypeError: a setting that Settings does not have, or lacks
-        raise UserError(f"{path} is not the config of a run: {error}") from error
+    """The config of the run that --resume names, read by process 0. What `args` does not say of the machine is as the
+    run began. Raises UserError where there is no run, or its config is not of this version."""
+    config = distributed.broadcast(read_config(args.resume) if distributed.rank() == 0 else None)
+    config["settings"] |= {name: value for name in FREE if (value := getattr(args, name))}
     for name in set(MACHINE) - {"micro_batch_tokens"}:  # of which the saved state knows more
         if getattr(args, name) in ("auto", False, None):
             setattr(args, name, config["machine"].get(name))
     return config
 
 
-def check_config(config):
-    """Raises UserError where a run's config is not one that resolve() makes, but for its Settings."""
-    is_whole = lambda value, least: type(value) is int and least <= value < 2**63
-    are_texts = lambda value: isinstance(value, list) and value and all(isinstance(text, str) for text in value)
-    sound = {
-        "model": lambda value: isinstance(value, str),
-        "data": are_texts,
-        "columns": are_texts,
-        "limit": lambda value: value is None or is_whole(value, 1),
-        "max_tokens": lambda value: is_whole(value, 3),
-        "init": lambda value: value in INITS,
-        "reparam": lambda value: value in (None, False, True),
-        "prefix_len": lambda value: is_whole(value, 1) and value <= MAX_SLOTS,
-        "position_offset": lambda value: is_whole(value, 0),
-        "settings": lambda value: isinstance(value, dict),
-        "machine": lambda value: (
-            isinstance(value, dict)
-            and all(value.get(name, "auto") in choices for name, choices in CHOICES.items())
-            and value.get("checkpoint_activations", False) in (False, True)
-            and ((tokens := value.get("micro_batch_tokens")) is None or is_whole(tokens, 1))
-        ),
-    }
-    for name, is_sound in sound.items():
-        if name not in config and name != "reparam":
-            raise UserError(f"{name} is missing")
-        if not is_sound(config.get(name)):
-            raise UserError(f"{name} cannot be {config.get(name)!r}")
+def read_config(out):
+    path = out / "config.json"
+    if not path.is_file():
+        raise UserError(f"{out}: no run to go on with: {path} is not there (python -m prefix.run lists the runs)")
+    config = read_object(path)
+    for part, fields in ((config, FIELDS), (config.get("settings", {}), Settings.__dataclass_fields__)):
+        for name in sorted(part.keys() ^ set(fields)):
+            what = "unknown" if name in part else "missing"
+            raise UserError(f"{path}: not the config of a run of this version: {name} is {what}")
+    return config
 
 
 def check_unused(out):
@@ -166,6 +183,22 @@ def write_config(out, config):
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def newest_run(needs=()):
+    """The prefix file of the newest run that has the banks `needs`, or None. A run that ended above its base's own
+    loss is passed over with a notice."""
+    for path in sorted(RUNS.glob("*/prefix.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True):
+        header = prefix_file.read_header(path)
+        loss, base_loss = (header["training"].get(name) for name in ("val_loss", "base_loss"))
+        if not set(needs) <= set(header["banks"]):
+            continue
+        if loss is None or base_loss is None or loss < base_loss:
+            return path
+        log(
+            f"Passing over {path.parent}: its validation loss, {loss:.2f}, is not below the base's own, {base_loss:.2f}"
+        )
+    return None
+
+
 def model_name(name):
     """How a prefix file records its base: a directory absolute, anything else by its name."""
     return name if name == "demo" or not Path(name).is_dir() else str(Path(name).resolve())
@@ -179,3 +212,21 @@ def data_paths(paths):
 def data_names(paths):
     """How a run records its files: absolute, but the sample corpus by its name, wherever the project lies."""
     return ["demo" if Path(path).resolve() == DEMO_CORPUS.resolve() else str(Path(path).resolve()) for path in paths]
+
+
+def list_runs():
+    """A line for each run: name, base, columns, steps, validation loss, when."""
+    for path in sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime):
+        out, config = path.parent, read_config(path.parent)
+        prefix = out / "prefix.safetensors"
+        record = prefix_file.read_header(prefix)["training"] if prefix.is_file() else {}
+        loss = "-" if record.get("val_loss") is None else f"{record['val_loss']:.4f}"
+        steps, when = config["settings"]["steps"], time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        yield str(out), config["model"], ",".join(config["columns"]), f"{steps:,} steps", f"loss {loss}", when
+
+
+if __name__ == "__main__":
+    table = list(list_runs())
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())

@@ -1,10 +1,13 @@
 """The training loop: a frozen model, a stream of sentence pairs, and AdamW on the slots alone.
 
-    one optimizer step:  batch_size examples -> micro-batches of like length, packed -> sum of losses / all targets
-                         -> gradients of the slots -> clip -> AdamW
+    for each step:                      batches.py deals out the examples of a step
+        for each micro-batch:
+            loss, backward              summed over target tokens
+        gradients / all targets         one weight for each target token of the step, however it was cut
+        all-reduce, clip, AdamW
 
-An example is a pair in one direction; all directions are shuffled together, anew each epoch. Which examples step s
-sees follows from the seed and s alone, so a run can stop after any step and go on exactly where it was.
+`Trainer.run` is that loop, `Trainer.optimizer_step` one round of it. Beside them stand what makes a run last: it can be
+stopped or killed at any time and goes on with the same bits, and it takes the memory that there is.
 """
 
 import math
@@ -12,29 +15,23 @@ import re
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from minigpt.attention import Slots
 from minigpt.files import UserError
 from minigpt.loss import nll_sum
-from prefix import distributed
-from prefix.data.corpus import sample_rows
-from prefix.sequences import n_tokens, pack_pairs, separator
-from prefix.state import COUNTS, METRICS, State, add_line, cut_after
+from prefix import distributed, state
+from prefix.batches import Batches
+from prefix.prefix_file import base_of
+from prefix.state import METRICS, Progress
 
-VALIDATION_EXAMPLES = 1000  # at most: enough to choose the best prefix by
-MAX_BATCH = 1 << 20  # examples, whose list is in memory
-BAD_STEPS = 10  # in a row, and the run gives up
-FIRST_SCALE = 8.0  # of the summed loss in float16
+MAX_SKIPPED = 10  # steps in a row that are not finite, and the run gives up
+FIRST_SCALE, SCALE_DOUBLES_AFTER = 8.0, 500  # of the summed loss in float16; steps
 SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]+)?s")  # such as 60s, between saves
-MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}  # on a CPU small, for the sake of its caches
 
 
 @dataclass
@@ -42,320 +39,204 @@ class Settings:
     """What decides the numbers of a run, apart from the data, the model and the start."""
 
     steps: int
-    lr: float
+    lr: float  # at its peak
     batch_size: int = 64  # examples per optimizer step
     warmup: int = 20  # steps
     eval_every: int = 50  # steps; 0: never
     save_every: int | str = 50  # steps; or seconds, such as "60s"
     seed: int = 0
     clip: float = 1.0  # the largest norm of the slots' gradient
-    slot_dropout: float = 0.0  # the probability that a slot is absent from a step
-    label_smoothing: float = 0.0  # the share of a target that goes to the whole vocabulary, in training
 
-    def __post_init__(self):
-        """Raises UserError for what no option would take: settings may come from a file."""
-        whole = {"steps": 1, "batch_size": 1, "warmup": 0, "eval_every": 0, "seed": 0}
-        if not isinstance(self.save_every, str) or not SECONDS.fullmatch(self.save_every):
-            whole["save_every"] = 1
-        for name, least in whole.items():
-            value, most = getattr(self, name), MAX_BATCH if name == "batch_size" else 2**63 - 1
-            if type(value) is not int or not least <= value <= most:
-                raise UserError(f"{name} must be a whole number from {least} to {most:,}, not {value!r}")
-        for name, most in {"lr": 1e9, "clip": 1e9, "slot_dropout": 0.99, "label_smoothing": 0.99}.items():
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value <= most:
-                raise UserError(f"{name} must be a number from 0 to {most:g}, not {value!r}")
-
-
-@dataclass
-class Prepared:
-    """A step's data in one process. cut: the micro_batch_tokens that it was cut by. targets, tokens: how many there are
-    in all processes together."""
-
-    step: int
-    cut: int
-    batches: list
-    targets: int
-    tokens: int
+    def lr_at(self, step):
+        """Linear warm-up, then linear decay, which would reach zero one step after the last."""
+        return self.lr * min((step + 1) / max(1, self.warmup), (self.steps - step) / max(1, self.steps - self.warmup))
 
 
 class Trainer:
-    def __init__(self, model, tokenizer, banks, corpus, settings, out, micro_batch_tokens=None):
-        """corpus: data.Corpus whose columns are the banks, in order. out: the run directory, which exists.
-        micro_batch_tokens: tokens in memory at a time; None: by MICRO_BATCH_TOKENS."""
-        self.model, self.tokenizer, self.banks, self.settings, self.out = model, tokenizer, banks, settings, Path(out)
-        self.corpus, self.sep = corpus, separator(tokenizer)
-        self.train_set = corpus.examples("train")
-        self.validation_set = sample_rows(corpus.examples("validation"), VALIDATION_EXAMPLES)
-        if not len(self.train_set):
-            raise UserError(f"none of the {len(corpus)} usable pairs falls into the training split: give more data")
-        frozen = [name for name, p in model.named_parameters() if p.requires_grad]
-        assert not frozen, f"the base model must be frozen, but {frozen[0]} requires a gradient"
-        self.trained = [p for p in banks.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
-        self.state = State(self.out, model, banks, corpus, settings, self.optimizer)
-        self.micro_batch_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[model.device.type]
-        self.most_tokens = 2**63 - 1  # of a micro-batch, since memory last ran out
-        self.half = model.dtype == torch.float16
-        # of the loss, so that float16 gradients neither vanish nor overflow
-        self.scale = FIRST_SCALE if self.half else 1.0
-        self.step = self.tokens = self.skipped = self.bad = self.good = 0
-        self.best = math.inf
-        self.seconds = 0.0
-        self.saved_step, self.saved_at = None, -math.inf
+    def __init__(self, model, tokenizer, banks, corpus, settings, out, micro_batch_tokens=None, directions=None):
+        """banks: Banks named as the columns of `corpus`, in order; those that require a gradient are trained. out: the
+        run directory, which exists. micro_batch_tokens, directions: see Batches."""
+        self.model, self.banks, self.settings, self.out = model, banks, settings, out and Path(out)
+        unfrozen = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert not unfrozen, f"the base model must be frozen, but {unfrozen[0]} requires a gradient"
+        s = settings
+        self.batches = Batches(corpus, tokenizer, model.device, s.batch_size, s.seed, directions, micro_batch_tokens)
+        self.unfrozen = [p for p in banks.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.unfrozen, lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        self.scaler = torch.amp.GradScaler(  # so that float16 gradients neither vanish nor overflow
+            model.device.type, FIRST_SCALE, growth_interval=SCALE_DOUBLES_AFTER, enabled=model.dtype == torch.float16
+        )
+        self.progress, self.saved_at = Progress(), -math.inf
         self.stop, self.stopped = [], False  # the signals received; whether all processes agreed to stop
-        self.worker, self.upcoming = ThreadPoolExecutor(1), None
-        self.epoch = self.order = None  # the epoch that examples_of is in, and its order
+        self.identity = identity(model, banks, corpus, settings)
+        state.check_identity(f"process {distributed.rank()}", self.identity, distributed.broadcast(self.identity))
 
     def run(self):
         """Train to settings.steps, validating and saving on the way. Returns False if a signal ended it early."""
-        s, first = self.settings, distributed.rank() == 0
-        began = time.monotonic() - self.seconds
-        bar = tqdm(
-            total=s.steps, initial=self.step, unit="step", disable=not (first and sys.stderr.isatty()), file=sys.stderr
-        )
-        with stop_signals() as self.stop, bar:
-            if self.step == 0:
-                (self.out / "last").mkdir(exist_ok=True)
+        s, p = self.settings, self.progress
+        began = time.monotonic() - p.seconds
+        with stop_signals() as self.stop, self.progress_bar() as bar:
+            if p.step == 0:
                 self.save()  # from here on there is something to go on from
-            while self.step < s.steps and not self.stopped:
-                record = self.optimizer_step()
-                self.seconds = record["seconds"] = round(time.monotonic() - began, 3)
+            for batch in self.batches.steps(p.step, s.steps):
+                record = self.optimizer_step(batch)
+                p.seconds = record["seconds"] = round(time.monotonic() - began, 3)
                 self.log(record)
-                bar.set_postfix_str(
-                    f"loss {record['loss']:.3f}, {self.tokens / self.seconds:,.0f} tokens/s", refresh=False
-                )
+                bar.set_postfix_str(f"loss {record['loss']:.3f}, {p.tokens / p.seconds:,.0f} tokens/s", refresh=False)
                 bar.update()
-                due = s.eval_every and (self.step % s.eval_every == 0 or self.step == s.steps)
-                better = due and len(self.validation_set) and self.validate(bar)
-                if better or self.save_is_due() or self.step == s.steps or self.stopped:
+                due = s.eval_every and (p.step % s.eval_every == 0 or p.step == s.steps)
+                better = due and len(self.batches.validation) and self.validate(bar)
+                if better or self.save_is_due() or p.step == s.steps or self.stopped:
                     self.save()
-        if not (self.out / "prefix.safetensors").exists() or not (s.eval_every and len(self.validation_set)):
+                if self.stopped:
+                    break
+        if p.best == math.inf:
             self.keep_prefix(None)  # nothing was validated: the newest slots are what there is
-        return self.step >= s.steps
+        return p.step >= s.steps
 
-    # One step
-
-    def optimizer_step(self):
-        """One step of AdamW on the next batch; returns its line of metrics. Skips a step that is not finite."""
-        lr = self.settings.lr * self.schedule(self.step)
+    def optimizer_step(self, batch):
+        """One step of AdamW; returns its line of metrics. A step that is not finite leaves the slots as they are."""
+        p, lr = self.progress, self.settings.lr_at(self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        prepared = self.take_prepared()
-        loss = self.backward(prepared)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
-        loss, norm = float(loss), float(norm)  # the one wait for the device: metrics.jsonl shows these numbers
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
-            self.bad, self.good = 0, self.good + 1
-            if self.half and self.good % 500 == 0:
-                self.scale *= 2
-        else:
-            self.skip_step(loss, norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.tokens += prepared.tokens
-        return {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": prepared.tokens}
-
-    def skip_step(self, loss, norm):
-        self.skipped, self.bad, self.good = self.skipped + 1, self.bad + 1, 0
-        if self.half:
-            self.scale /= 2
-        if self.bad >= BAD_STEPS:
+        loss = self.batches.fitting(batch, self.forward_backward, f"step {p.step + 1}") / batch.n_targets
+        for parameter in self.unfrozen:
+            parameter.grad /= batch.n_targets
+        stop = torch.full_like(loss, len(self.stop))
+        distributed.all_reduce_sum([loss, stop, *(parameter.grad for parameter in self.unfrozen)])
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.unfrozen, self.settings.clip)
+        loss, norm, stop = torch.stack([loss, norm, stop]).tolist()  # the one wait for the device
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        p.step, p.tokens = p.step + 1, p.tokens + batch.n_tokens
+        p.skipped, p.skipped_in_a_row = (p.skipped, 0) if finite else (p.skipped + 1, p.skipped_in_a_row + 1)
+        self.stopped = stop > 0  # after the same step in all processes
+        if p.skipped_in_a_row == MAX_SKIPPED:
             raise UserError(
-                f"step {self.step + 1}: {BAD_STEPS} steps in a row were not finite (loss {loss}, norm {norm}): "
+                f"step {p.step}: {MAX_SKIPPED} steps in a row were not finite (loss {loss}, norm {norm}): "
                 "try a lower --lr, more --warmup, or --dtype float32"
             )
+        return {"step": p.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": batch.n_tokens}
 
-    def schedule(self, step):
-        """Linear warm-up, then linear decay, which would reach zero one step after the last."""
-        s = self.settings
-        return min((step + 1) / max(1, s.warmup), (s.steps - step) / max(1, s.steps - s.warmup))
+    def forward_backward(self, micro_batches):
+        """The summed loss of all target tokens, and its gradients, however they are cut into micro-batches."""
+        total = torch.zeros((), device=self.model.device)
+        for p in self.unfrozen:
+            p.grad = torch.zeros_like(p)
+        for micro_batch in micro_batches:
+            loss = self.loss(micro_batch, self.banks.slots())
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
 
-    def backward(self, prepared):
-        """Gradients of the mean loss over all targets of a step, however it is cut into micro-batches or dealt out to
-        processes. Returns the loss."""
-
-        def batches():
-            for p in self.trained:
-                p.grad = torch.zeros_like(p)
-            return self.up_to_date(prepared, prepared.step).batches
-
-        def loss_of(batch):
-            loss = self.nll(batch, self.present(prepared.step), self.settings.label_smoothing)
-            if loss.requires_grad:  # as it does not where all slots are absent
-                (loss * self.scale).backward()  # by a power of two, which 16 bits hold exactly
-            return loss.detach()
-
-        total = self.add_up(batches, loss_of, f"step {prepared.step + 1}")
-        stop = torch.full_like(total, bool(self.stop))
-        grads = [p.grad for p in self.trained]
-        torch._foreach_div_(grads, self.scale * prepared.targets)
-        distributed.all_reduce_sum([total, stop, *grads])
-        self.stopped = bool(self.stop if distributed.world_size() == 1 else stop)  # all processes stop after the same step
-        return total / prepared.targets
-
-    def nll(self, batch, slots=None, smoothing=0.0):
-        """The summed negative log likelihood of a packed batch's targets. slots: by default all of them."""
-        slots = slots or self.banks.slots()
-        hidden = self.model.hidden(batch.ids, batch.packed, slots, self.banks.position_offset)  # (N, n_embd)
-        return nll_sum(hidden[batch.target_index], self.model.wte.weight, batch.targets, smoothing)
-
-    def present(self, step):
-        """The slots that are there in a training step: the same in all its micro-batches and processes."""
-        slots, p = self.banks.slots(), self.settings.slot_dropout
-        if not p:
-            return slots
-        draw = np.random.default_rng((self.settings.seed, step, 1)).random(len(slots.bank))
-        kept = torch.from_numpy(np.flatnonzero(draw >= p)).to(slots.bank.device)
-        return Slots(slots.key[:, :, kept], slots.value[:, :, kept], slots.bank[kept])
-
-    def add_up(self, batches, loss_of, where):
-        """The sum of loss_of(batch) over batches(). If memory runs out, micro-batches have half the size from here on,
-        and all of it is done once more. Raises UserError if it runs out again."""
-        for last in (False, True):
-            total, largest = torch.zeros((), device=self.model.device), 0
-            try:
-                for batch in batches():
-                    largest = max(largest, len(batch.ids))
-                    total += loss_of(batch)
-                return total
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-            if not last:  # only here, outside, are the activations that the error held on to free again
-                self.micro_batch_tokens = max(1, min(largest or self.micro_batch_tokens, self.micro_batch_tokens) // 2)
-                self.most_tokens = self.micro_batch_tokens
-                say = f"out of memory with micro-batches of {largest:,} tokens: now {self.micro_batch_tokens:,}"
-                tqdm.write(f"{where}: {say}", file=sys.stderr)
-        raise UserError(
-            f"{where}: out of memory, even in micro-batches of {self.micro_batch_tokens:,}: "
-            "lower --micro-batch-tokens, set --checkpoint-activations, or, for long pairs, lower --max-tokens"
-        )
+    def loss(self, micro_batch, slots):
+        """The sum of -log p over a micro-batch's targets. slots: None for the base alone, where text starts at 0."""
+        offset = self.banks.position_offset if slots else 0
+        hidden = self.model.hidden(micro_batch.ids, micro_batch.packed, slots, offset)  # (N, n_embd)
+        return nll_sum(hidden[micro_batch.target_index], self.model.wte.weight, micro_batch.targets)
 
     # Validation, and what is written down
 
     def validate(self, bar):
         """Returns whether these slots are the best so far; if so, they are kept."""
-        loss = self.validation_loss()
-        self.log({"step": self.step, "val_loss": loss})
+        p, where = self.progress, f"step {self.progress.step}"
+        record = {"step": p.step, "val_loss": self.validation_loss()}
+        if p.base_loss is None:
+            p.base_loss = record["base_loss"] = self.validation_loss(base=True)
+            where = f"validation loss of the base alone {p.base_loss:.4f}; {where}"
+        self.log(record)
         if distributed.rank() == 0:
-            bar.write(f"step {self.step}: validation loss {loss:.4f}", file=sys.stderr)
-        better = loss < self.best
+            bar.write(f"{where}: validation loss {record['val_loss']:.4f}", file=sys.stderr)
+        better = record["val_loss"] < p.best
         if better:
-            self.best = loss
-            self.keep_prefix(loss)
+            p.best = record["val_loss"]
+            self.keep_prefix(p.best)
         return better
 
     @torch.no_grad()
-    def validation_loss(self):
-        """Mean negative log likelihood of the validation targets."""
-        examples = self.encoded(self.validation_set)
-        mine = distributed.shard(sorted(examples, key=n_tokens))
-        batches = lambda: map(self.packed, self.micro_batches(mine))
-        total = self.add_up(batches, self.nll, f"validation after step {self.step}")
+    def validation_loss(self, base=False):
+        """Mean negative log likelihood of the validation targets. base: all banks closed."""
+        batch, slots = self.batches.share(self.batches.validation), None if base else self.banks.slots()
+        where = f"validation after step {self.progress.step}"
+        zero = torch.zeros((), device=self.model.device)  # a process may have no examples
+        total = self.batches.fitting(
+            batch, lambda micro_batches: sum((self.loss(m, slots) for m in micro_batches), zero), where
+        )
         distributed.all_reduce_sum([total])
-        return float(total) / sum(len(target) + 1 for _, target, _, _ in examples)
+        return float(total) / batch.n_targets
+
+    def progress_bar(self):
+        hidden = distributed.rank() > 0 or not sys.stderr.isatty()
+        p = self.progress
+        return tqdm(total=self.settings.steps, initial=p.step, unit="step", disable=hidden, file=sys.stderr)
 
     def log(self, record):
         if distributed.rank() == 0:
-            add_line(self.out / METRICS, record)
+            state.add_line(self.out / METRICS, record)
 
     def keep_prefix(self, val_loss):
-        if distributed.rank() > 0:
-            return
-        self.banks.training_record |= {"step": self.step, "val_loss": val_loss, "settings": asdict(self.settings)}
-        self.banks.save(self.out / "prefix.safetensors", self.model)
+        if distributed.rank() == 0:
+            p, settings = self.progress, asdict(self.settings)
+            self.banks.training_record |= dict(step=p.step, val_loss=val_loss, base_loss=p.base_loss, settings=settings)
+            self.banks.save(self.out / "prefix.safetensors", self.model)
+
+    # Saving and going on
 
     def save_is_due(self):
         every = self.settings.save_every
         if isinstance(every, str):
             return time.monotonic() - self.saved_at >= float(every.removesuffix("s"))
-        return self.step % every == 0
+        return self.progress.step % every == 0
 
     def save(self):
         """Keep all that is needed to go on exactly."""
-        if distributed.rank() > 0:
-            return
-        self.state.save({name: getattr(self, name) for name in COUNTS})
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+        if distributed.rank() == 0:
+            if self.progress.step == 0:
+                (self.out / "last").mkdir(exist_ok=True)
+            self.progress.scaler, self.progress.fitting_tokens = self.scaler.state_dict(), self.batches.fitting_tokens
+            state.save(self.out, self.progress, self.banks, self.optimizer, self.identity)
+            self.saved_at = time.monotonic()
 
     def resume(self, micro_batch_tokens=None):
-        """Go on from the newest state in self.out; without any, where the run was killed before its first save, begin.
-        micro_batch_tokens: how many to try again, whatever ran out of memory before. Raises UserError as State.load."""
-        counts = self.state.load()
-        if counts is None:
+        """Go on from the state in self.out; without one, where the run was killed before its first save, begin.
+        micro_batch_tokens: how many to try again, whatever ran out of memory before. Process 0 reads, for all.
+        Raises UserError for the state of another run, or of more steps than settings.steps."""
+        found = distributed.broadcast(state.read(self.out) if distributed.rank() == 0 else None)
+        if found is None:
             return
-        for name in COUNTS:
-            setattr(self, name, counts[name])
-        self.micro_batch_tokens = micro_batch_tokens or min(self.micro_batch_tokens, self.most_tokens)
-        self.saved_step = self.step
-        if not self.half:
-            self.scale = 1.0
-        elif counts["scale"] == 1.0:  # it comes from a run in another dtype
-            self.scale = FIRST_SCALE
+        p, theirs, tensors = found
+        steps = self.settings.steps
+        state.check_identity(f"{self.out}: this run", theirs, self.identity)
+        if p.step > steps:
+            done = f"{p.step:,} steps are done already"
+            raise UserError(f"{self.out}: {done}, more than --steps {steps:,}: give a larger number")
+        self.progress = p
+        state.restore(tensors, self.banks, self.optimizer)
+        if p.scaler:  # it is empty in other dtypes
+            self.scaler.load_state_dict(p.scaler)
+        batches, fits = self.batches, None if micro_batch_tokens else p.fitting_tokens
+        batches.micro_batch_tokens = micro_batch_tokens or min(batches.micro_batch_tokens, fits or math.inf)
+        batches.fitting_tokens = fits
         if distributed.rank() == 0:
-            cut_after(self.out / METRICS, self.step)
+            state.cut_after(self.out / METRICS, p.step)
 
-    # The batches
 
-    def take_prepared(self):
-        """The batch of this step, and a thread set to prepare the next one while this one runs."""
-        prepared = self.up_to_date(self.upcoming and self.upcoming.result(), self.step)
-        if self.step + 1 < self.settings.steps:
-            self.upcoming = self.worker.submit(self.prepare, self.step + 1)
-        return prepared
-
-    def up_to_date(self, prepared, step):
-        """`prepared`, if it is this step's and cut as it would be now; otherwise it is made anew, by the one thread that
-        may."""
-        if prepared and (prepared.step, prepared.cut) == (step, self.micro_batch_tokens):
-            return prepared
-        return self.worker.submit(self.prepare, step).result()
-
-    def prepare(self, step):
-        """This process's packed micro-batches of a step, on the device."""
-        cut, examples = self.micro_batch_tokens, self.examples_of(step)
-        mine = distributed.shard(sorted(examples, key=n_tokens))  # so that processes get alike amounts
-        targets = sum(len(target) + 1 for _, target, _, _ in examples)
-        batches = [self.packed(micro) for micro in self.micro_batches(mine)]
-        return Prepared(step, cut, batches, targets, sum(map(n_tokens, examples)))
-
-    def packed(self, examples):
-        return pack_pairs(examples, self.sep, self.tokenizer.eot, self.model.device)
-
-    def micro_batches(self, examples):
-        """Cut examples into groups of like length that fit micro_batch_tokens (a longer example stays alone)."""
-        micro, tokens = [], 0
-        for example in sorted(examples, key=n_tokens):
-            if micro and tokens + n_tokens(example) > self.micro_batch_tokens:
-                yield micro
-                micro, tokens = [], 0
-            micro.append(example)
-            tokens += n_tokens(example)
-        if micro:
-            yield micro
-
-    def examples_of(self, step):
-        """The examples of a step: the batch_size next ones of an endless row of shuffled epochs."""
-        n, size = len(self.train_set), self.settings.batch_size
-        chosen = []
-        for i in range(step * size, (step + 1) * size):
-            chosen.append(self.train_set[self.epoch_order(i // n)[i % n]])
-        return self.encoded(chosen)
-
-    def epoch_order(self, epoch):
-        """The numbers of all training examples, shuffled: one epoch's in memory, in the smallest type that holds them."""
-        if self.epoch != epoch:
-            self.epoch = self.order = None
-            order = np.arange(len(self.train_set), dtype=np.min_scalar_type(len(self.train_set)))
-            np.random.default_rng((self.settings.seed, epoch)).shuffle(order)
-            self.epoch, self.order = epoch, order
-        return self.order
-
-    def encoded(self, rows):
-        """(row, source column, target column) each -> (source ids, target ids, source bank, target bank)."""
-        return [(self.corpus.ids(row, s), self.corpus.ids(row, t), int(s), int(t)) for row, s, t in rows]
+def identity(model, banks, corpus, settings):
+    """What a run must go on with: these banks, this base, these examples, and the settings that decide its numbers."""
+    base, record = base_of(model), banks.training_record
+    return {
+        "columns": banks.names,
+        "prefix_len": banks.prefix_len,
+        "position_offset": banks.position_offset,
+        **{name: record.get(name) for name in ("init", "reparam", "from_prefix", "train_banks", "pairs")},
+        "data": corpus.fingerprint(),
+        "model": base["fingerprint"],
+        **{f"model's {name}": value for name, value in base["config"].items()},
+        **{name: value for name, value in asdict(settings).items() if name not in ("steps", "save_every")},
+    }
 
 
 @contextmanager
@@ -374,9 +255,3 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def out_of_memory(error):
-    """torch has a class of its own for a full GPU, but only words for a full main memory and in CUDA's libraries."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)

@@ -14,13 +14,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt import GPT, GPTConfig, checkpoint
+import train
+from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
 from prefix import cli
+from prefix.banks import Banks
+from prefix.data import corpus as data
 from prefix.data.splits import split_of
+from prefix.init import random_banks
+from prefix.run import DEMO_PREFIX
+from prefix.trainer import Settings, Trainer
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests share two cores, and start others
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: they then run on the CPU
 
+CONTEXT = 200  # positions of the checkpoints in `place`
+TRAIN = ["--steps", "3", "--batch-size", "4", "--prefix-len", "3", "--device", "cpu", "--dtype", "float32"]
 REAL_VOCABULARY = Path(__file__).parents[2] / "shared/data/gpt2_tokenizer"
 
 
@@ -143,6 +153,49 @@ def run(monkeypatch, capsys):
     return run
 
 
+def assert_refused(result, *words):
+    """One line on standard error that has these words, nothing on standard output, exit code 2."""
+    code, out, err = result
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    for word in words:
+        assert str(word) in err
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with checkpoints `base` and `other`, the tables en-fr.csv and en-fr-de.csv, and the trained prefixes of
+    runs `run` and `run3`."""
+    place = tmp_path_factory.mktemp("place")
+    for name in ("base", "other"):
+        save_random_checkpoint(place / name, CONTEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIGPT_HOME", str(place / "home"))
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setitem(sys.modules, "matplotlib", None)
+        for out, columns in (("run", ["en", "fr"]), ("run3", ["en", "fr", "de"])):
+            table = place / f"{'-'.join(columns)}.csv"
+            rows = random_rows("train", 12, len(columns)) + random_rows("validation", 2, len(columns))
+            write_table(table, [columns, *rows, *random_rows("test", 5, len(columns))])
+            options = ["--model", place / "base", "--data", table, "--columns", *columns, "--out", place / out]
+            patch.setattr(sys, "argv", ["train.py", *map(str, options), *TRAIN])
+            train.main()
+    return place
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, place):
+    """The command runs in an empty folder."""
+    monkeypatch.setenv("MINIGPT_HOME", str(place / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo's model, tokenizer and banks."""
+    model = GPT.from_pretrained("demo")
+    return model, Tokenizer.from_pretrained("demo"), Banks.load(DEMO_PREFIX, model)
+
+
 @pytest.fixture
 def write(tmp_path):
     """A function: a name, str or bytes -> the path of a file that holds them."""
@@ -153,3 +206,85 @@ def write(tmp_path):
         return path
 
     return write
+
+
+# A small training run
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.from_pretrained("demo")
+
+
+def small_model(tokenizer, dtype=torch.float32):
+    """Two layers of two heads of 16 for this vocabulary, with random weights, frozen."""
+    size = dict(n_positions=128, n_embd=32, n_layer=2, n_head=2)
+    return random_model(GPTConfig(vocab_size=tokenizer.n_vocab, **size), std=0.4).to(dtype)
+
+
+@pytest.fixture
+def model(tokenizer):
+    return small_model(tokenizer)
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer):
+    """A function: rows -> the Corpus of a table of them."""
+
+    def load(rows, names=("en", "fr")):
+        return data.load([str(write_table(tmp_path / "data.csv", [names, *rows]))], names, tokenizer, home=tmp_path)
+
+    return load
+
+
+@pytest.fixture
+def corpus(load):
+    return load(random_rows("train", 20) + random_rows("validation", 4))
+
+
+@pytest.fixture
+def trainer(model, tokenizer, corpus, tmp_path):
+    """A function: settings -> a Trainer of random banks of 3 slots, with a run directory of its own. slots: where they
+    start instead."""
+
+    def build(out="run", slots=None, model=model, corpus=corpus, banks=None, micro=None, directions=None, **settings):
+        (tmp_path / out).mkdir(exist_ok=True)
+        banks = banks or random_banks(model.config, corpus.columns, 3, int(torch.randint(1 << 30, ())))
+        if slots:
+            banks.load_state_dict(slots)
+        settings = Settings(**dict(steps=6, lr=0.05, batch_size=8, warmup=2, eval_every=0) | settings)
+        return Trainer(model, tokenizer, banks, corpus, settings, tmp_path / out, micro, directions)
+
+    return build
+
+
+def one_step(trainer):
+    """The line of metrics of a trainer's next step."""
+    return trainer.optimizer_step(trainer.batches.step(trainer.progress.step))
+
+
+def slots_of(trainer):
+    return {name: p.detach().clone() for name, p in trainer.banks.named_parameters()}
+
+
+def saved_prefix(trainer):
+    """What the prefix file of a run holds, as slots_of."""
+    banks = Banks.load(trainer.out / "prefix.safetensors", trainer.model)
+    return {name: p.detach() for name, p in banks.named_parameters()}
+
+
+def same(one, other):
+    """Are two dicts of tensors equal, bit for bit?"""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def watch(owner, attribute, note):
+    """From now on, call note(arguments, result) after each call of a method."""
+    method = getattr(owner, attribute)
+
+    def watched(*arguments, **named):
+        result = method(*arguments, **named)
+        note(arguments, result)
+        return result
+
+    setattr(owner, attribute, watched)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_rows, random_text, save_random_checkpoint, write_table
+from conftest import CONTEXT, assert_refused, random_rows, random_text, save_random_checkpoint, write_table
 
 import evaluate
 import translate
@@ -21,7 +21,6 @@ from prefix.init import random_banks
 from prefix.translation import Decoding, Translation
 from prefix.translation import translate as translate_texts
 
-CONTEXT = 200
 LABELS = ["joy", "anger", "fear of tests"]
 
 
@@ -315,5 +314,4 @@ def test_on_a_terminal_each_system_has_a_bar_that_moves_by_batches_to_its_end(pl
 def test_a_mistake_is_one_line_and_exit_code_2(run, place, monkeypatch, name, options, words):
     monkeypatch.setattr(compare, "MAX_CHOICES", 5)
     write_table("train.csv", [("en", "fr"), *random_rows("train", 3)])
-    code, out, err = run(evaluate, "--prefix", place / f"{name}.safetensors", *options)
-    assert (code, out, err.count("\n")) == (2, "", 1) and all(word in err for word in words), err
+    assert_refused(run(evaluate, "--prefix", place / f"{name}.safetensors", *options), *words)

@@ -18,10 +18,11 @@ from minigpt.files import UserError
 from prefix import distributed
 from prefix.data.corpus import sample_rows
 from prefix.data.splits import SPLITS, TEST, VALIDATION
+from prefix.decoding import Decoding
 from prefix.distributed import log
 from prefix.evaluation import metrics
 from prefix.evaluation.few_shot import FORMS, draw_shots, few_shot, form_log_p
-from prefix.translation import Decoding, translate
+from prefix.translation import translate
 
 MAX_CHOICES = 1000  # texts of a column among which an answer can be chosen
 BATCHES = 4  # decoded between two steps of the progress bar

@@ -93,7 +93,7 @@ class Bench:
         common = dict(model=self.model.fingerprint, data=a.data, train_data=a.train_data, dtype=a.dtype)
         common |= dict(steps=a.steps, batch_size=a.batch_size, sentences=a.sentences)
         default = dict(way="slots", init="text", reparam=False, plain=False, prefix_len=10, pairs=None, seed=0)
-        spec = default | dict(slot_dropout=0.0, label_smoothing=0.0) | spec | common
+        spec = default | spec | common
         key = json.dumps(spec)
         if key not in self.done:
             began = time.monotonic()
@@ -107,7 +107,7 @@ class Bench:
 
     def trained(self, spec):
         options = dict(steps=spec["steps"], lr=spec["lr"], batch_size=spec["batch_size"], warmup=spec["steps"] // 20)
-        options |= {name: spec[name] for name in ("seed", "slot_dropout", "label_smoothing")}
+        options |= {"seed": spec["seed"]}
         settings = Settings(**options, eval_every=0)
         config = {name: spec[name] for name in ("init", "reparam", "prefix_len")}
         config |= {"position_offset": 0, "settings": options}
@@ -117,7 +117,9 @@ class Bench:
         with tempfile.TemporaryDirectory() as out:
             trainer = Trainer(self.model, self.tokenizer, banks, self.corpus, settings, out)
             if spec["pairs"]:
-                trainer.train_set = trainer.train_set[: 2 * spec["pairs"]]  # each pair is there in both directions
+                trainer.batches.train = trainer.batches.train[
+                    : 2 * spec["pairs"]
+                ]  # each pair is there in both directions
             if not trainer.run():
                 sys.exit("stopped")
             return self.measure(Banks.load(out, self.model))
@@ -125,7 +127,7 @@ class Bench:
     def measure(self, banks):
         with tempfile.TemporaryDirectory() as out:
             trainer, result = Trainer(self.model, self.tokenizer, banks, self.held_out, Settings(1, 0.0), out), {}
-        for name, trainer.validation_set in self.validation.items():
+        for name, trainer.batches.validation in self.validation.items():
             result[name] = trainer.validation_loss()
         return result | self.scores(partial(translate, self.model, self.tokenizer, banks, batch_size=64))
 
@@ -194,9 +196,6 @@ def starts(bench):
     for reparam, init in itertools.product((False, True), INITS):
         rows.append(bench.row(**bench.best(init=init, reparam=reparam)) | {"name": init + ", --reparam" * reparam})
     rows.append(bench.row(**bench.best(reparam=True, plain=True)) | {"name": "the network alone, as in the paper"})
-    for option in ("slot_dropout", "label_smoothing"):
-        name = f"text, --{option.replace('_', '-')} 0.1"
-        rows.append(bench.row(**bench.best(init="text", reparam=False, **{option: 0.1})) | {"name": name})
     return "--init", rows
 
 

@@ -70,8 +70,9 @@ from minigpt.loss import nll_sum
 from prefix.data import corpus as data
 from prefix.init import random_banks
 from prefix.run import DEMO_CORPUS
-from prefix.sequences import TrainingBatch, separator
-from prefix.trainer import MICRO_BATCH_TOKENS, Settings, Trainer, n_tokens
+from prefix.batches import MICRO_BATCH_TOKENS, Batches
+from prefix.sequences import TrainingBatch, n_tokens, pack_pairs, separator
+from prefix.trainer import Settings, Trainer
 
 SHAPES = {"demo": GPTConfig.from_file(checkpoint.DEMO / "config.json"), **PUBLISHED}
 REAL_DATA, REAL_VOCABULARY = ROOT.parent / "shared/data/en-fr.csv", ROOT.parent / "shared/data/gpt2_tokenizer"
@@ -140,42 +141,51 @@ def measure_ceiling(args):
 # The ladder: one optimizer step on the same pairs, in ever better ways
 
 
-class Rung(Trainer):
-    """Our own training, on the pairs that every row gets."""
+class Given(Batches):
+    """The pairs that every row gets, cut as in our own training."""
 
-    def examples_of(self, step):
-        return examples_of(self.args, self.corpus, step)
+    def step(self, step):
+        batch, tokens = self.share(rows_of(self.args, self.corpus, step)), self.micro_batch_tokens
+        batch.micro_batches, batch.micro_batch_tokens = list(self.pack(batch.examples, tokens)), tokens
+        return batch
 
 
-class Counted(Rung):
+class Counted(Given):
     """Micro-batches of so many sentences, however long."""
 
-    def micro_batches(self, examples):
-        return groups(examples, self.args.micro_batch[0])
+    def pack(self, examples, tokens):
+        size = self.args.micro_batch[0]
+        for i in range(0, len(examples), size):
+            yield pack_pairs(examples[i : i + size], self.sep, self.eot, self.device)
 
 
-class AllLogits(Counted):
-    """The logits of all tokens, and a loss that passes over most of them."""
+class AllTargets(Counted):
+    """A target for every token, most of which the loss passes over."""
 
-    def packed(self, examples):
-        batch = super().packed(examples)
-        targets = torch.full_like(batch.ids, IGNORED)
-        targets[batch.target_index] = batch.targets
-        return TrainingBatch(batch.ids, batch.packed, None, targets)
+    def pack(self, examples, tokens):
+        for batch in super().pack(examples, tokens):
+            targets = torch.full_like(batch.ids, IGNORED)
+            targets[batch.target_index] = batch.targets
+            yield TrainingBatch(batch.ids, batch.packed, None, targets)
 
-    def nll(self, batch, slots, smoothing):
+
+class Padded(AllTargets):
+    """Sentences as long as the longest. (pad fills up with the first token, a source token without a target.)"""
+
+    def pack(self, examples, tokens):
+        for batch in super().pack(examples, tokens):
+            packed = batch.packed
+            ids, bank_mask, targets = (packed.pad(x).flatten() for x in (batch.ids, packed.bank_mask, batch.targets))
+            whole = PackedBatch([packed.longest] * len(packed.lengths), bank_mask, packed.device)
+            yield TrainingBatch(ids, whole, None, targets)
+
+
+class AllLogits(Trainer):
+    """The logits of all tokens."""
+
+    def loss(self, batch, slots):
         logits = self.model.logits(self.model.hidden(batch.ids, batch.packed, slots))
         return F.cross_entropy(logits.float(), batch.targets, ignore_index=IGNORED, reduction="sum")
-
-
-class Padded(AllLogits):
-    """Sentences as long as the longest. (to_grid fills up with the first token, a source token without a target.)"""
-
-    def packed(self, examples):
-        batch = super().packed(examples)
-        packed = batch.packed
-        ids, bank_mask, targets = (packed.pad(x).flatten() for x in (batch.ids, packed.bank_mask, batch.targets))
-        return TrainingBatch(ids, PackedBatch([packed.longest] * len(examples), bank_mask, packed.device), None, targets)
 
 
 def ladder(args):
@@ -184,7 +194,7 @@ def ladder(args):
     rows = {
         "peft": partial(train_peft, dtype=first),
         "naive": partial(train_ours, kind=Padded, attention="plain", dtype=first),
-        "+ packing": partial(train_ours, kind=AllLogits, attention="plain", dtype=first),
+        "+ packing": partial(train_ours, kind=AllTargets, attention="plain", dtype=first),
         "+ target-only loss": partial(train_ours, kind=Counted, attention="plain", dtype=first),
         "+ fused attention": partial(train_ours, dtype=first),
     }
@@ -195,7 +205,7 @@ def ladder(args):
     return rows
 
 
-def train_ours(args, dtype, kind=Rung, attention="auto", compiled=False, checkpointing=False):
+def train_ours(args, dtype, kind=Given, attention="auto", compiled=False, checkpointing=False):
     corpus, peak = load_corpus(args), Peak(args.device)
     model = GPT.from_pretrained(args.home, args.device, getattr(torch, dtype))
     model.attention, model.checkpoint_activations = attention, checkpointing
@@ -203,9 +213,14 @@ def train_ours(args, dtype, kind=Rung, attention="auto", compiled=False, checkpo
         compile_blocks(model)
     banks = random_banks(model.config, corpus.columns, args.prefix_len).to(args.device)
     settings = Settings(steps=args.warmup + args.steps, lr=0.001)
-    trainer = kind(model, Tokenizer.from_pretrained(args.home), banks, corpus, settings, args.home)
-    trainer.args = args
-    return measure_steps(args, dtype, peak, corpus, lambda step: trainer.optimizer_step()["loss"])
+    tokenizer = Tokenizer.from_pretrained(args.home)
+    trainer = (AllLogits if issubclass(kind, AllTargets) else Trainer)(
+        model, tokenizer, banks, corpus, settings, args.home
+    )
+    trainer.batches = kind(corpus, tokenizer, model.device, settings.batch_size)
+    trainer.batches.args = args
+    batches = trainer.batches.steps(0, settings.steps)
+    return measure_steps(args, dtype, peak, corpus, lambda step: trainer.optimizer_step(next(batches))["loss"])
 
 
 def compile_blocks(model):
@@ -278,12 +293,15 @@ def load_corpus(args):
     return data.load([args.data], None, tokenizer, ROWS_READ, longest, args.home)
 
 
-def examples_of(args, corpus, step):
+def rows_of(args, corpus, step):
     """The pairs of a step, the same for every row. To warm up a CPU, an eighth of them."""
     pool = corpus.examples("train")
     size = max(2, args.batch_size // 8) if step < args.warmup and args.device == "cpu" else args.batch_size
-    chosen = pool[np.random.default_rng(step).permutation(len(pool))[:size]]
-    return [(corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)) for row, s, t in chosen]
+    return pool[np.random.default_rng(step).permutation(len(pool))[:size]]
+
+
+def examples_of(args, corpus, step):
+    return [(corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)) for row, s, t in rows_of(args, corpus, step)]
 
 
 def groups(examples, size):

@@ -1,14 +1,23 @@
-"""Data parallel training: any number of processes give the gradient of one."""
+"""Data parallel training: any number of processes, on any number of machines, give the gradient of one."""
 
 import csv
+import json
 import os
 import random
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_rows, save_random_checkpoint, write_table
+
+import train
+from minigpt import UserError
+from prefix import distributed
+from prefix.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,9 +28,8 @@ sys.path.insert(0, {root!r})
 from minigpt import GPT, GPTConfig, Tokenizer
 from prefix import distributed
 from prefix.data import corpus as data
-from prefix.banks import Banks
-from prefix.trainer import Settings, Trainer
 from prefix.init import random_banks
+from prefix.trainer import Settings, Trainer
 
 torch.set_num_threads(1)
 distributed.start()
@@ -34,27 +42,43 @@ tokenizer = Tokenizer.from_pretrained("demo")
 out = Path({out!r})
 corpus = data.load([out / "pairs.csv"], None, tokenizer, max_tokens=60, home=out)
 banks = random_banks(model.config, corpus.columns, 3).double()
-trainer = Trainer(model, tokenizer, banks, corpus, Settings(steps=5, lr=0.1, batch_size=7), out, 40)
-loss = trainer.backward(trainer.prepare(0))
+
+
+def trained():
+    settings = Settings(steps=5, lr=0.0, batch_size=7, clip=1e9)
+    return Trainer(model, tokenizer, banks, corpus, settings, out, 40)
+
+
+def step_of(trainer):
+    found = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: found.append(torch.cat([p.grad.flatten() for p in banks.parameters()]))
+    )
+    return trainer.optimizer_step(trainer.batches.step(0))["loss"], found[0]
+
+
+trainer = trained()
+loss, gradients = step_of(trainer)
 if {fail!r} and distributed.rank() == 1:
     raise SystemExit("rank 1 has had enough")
-gradients = torch.cat([p.grad.flatten() for p in banks.parameters()])
 validation = trainer.validation_loss()
 results = distributed.all_gather([i * i for i in distributed.shard(list(range(11)))])
-nll, calls = trainer.nll, []
+
+trainer, failed = trained(), []
+loss_of = trainer.loss
 
 
-def nll_in_little_memory(*arguments):
-    calls.append(distributed.rank() == 1 and not calls)
-    if calls[-1]:
+def loss_in_little_memory(*arguments):
+    if distributed.rank() == 1 and not failed:
+        failed.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return nll(*arguments)
+    return loss_of(*arguments)
 
 
-trainer.nll = nll_in_little_memory
-trainer.backward(trainer.prepare(0))
-assert any(calls) == (distributed.rank() == 1)
-repeated = torch.cat([p.grad.flatten() for p in banks.parameters()])
+trainer.loss = loss_in_little_memory
+trainer.batches.micro_batch_tokens = 200  # several pairs, so that it can be halved
+_, repeated = step_of(trainer)
+assert any(failed) == (distributed.rank() == 1)
 if distributed.rank() == 0:
     found = dict(loss=loss, gradients=gradients, repeated=repeated, validation=validation, results=results)
     torch.save(found, out / f"{{distributed.world_size()}}.pt")
@@ -83,31 +107,108 @@ def pairs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def found(pairs):
-    """What one, two and three processes find on the same data: {processes: {name: what}}."""
+def test_any_number_of_processes_gives_the_gradient_of_one_on_ragged_data_even_if_one_runs_out_of_memory(pairs):
     found = {}
     for processes in (1, 2, 3):
         done = run(pairs, processes)
         assert done.returncode == 0, done.stderr
         found[processes] = torch.load(pairs / f"{processes}.pt")
-    return found
-
-
-def test_two_and_three_processes_give_the_gradient_of_one_on_ragged_data(found):
     for processes in (2, 3):
-        torch.testing.assert_close(found[processes]["loss"], found[1]["loss"], rtol=1e-6, atol=0)
-        torch.testing.assert_close(found[processes]["gradients"], found[1]["gradients"], rtol=1e-6, atol=1e-9)
-        assert found[processes]["validation"] == pytest.approx(found[1]["validation"], rel=1e-6)
+        for name in ("gradients", "repeated"):
+            torch.testing.assert_close(found[processes][name], found[1]["gradients"], rtol=1e-6, atol=1e-9)
+        for name in ("loss", "validation"):
+            assert found[processes][name] == pytest.approx(found[1][name], rel=1e-6)
         assert found[processes]["results"] == [i * i for i in range(11)]
-
-
-def test_a_process_that_runs_out_of_memory_repeats_its_share_while_the_others_wait(found):
-    for processes in (2, 3):
-        torch.testing.assert_close(found[processes]["repeated"], found[1]["gradients"], rtol=1e-6, atol=1e-9)
 
 
 def test_a_process_that_fails_ends_all_and_its_message_is_shown(pairs):
     done = run(pairs, 2, fail=True)
     assert done.returncode != 0
     assert "rank 1 has had enough" in done.stderr
+
+
+def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_has(tmp_path, monkeypatch):
+    save_random_checkpoint(tmp_path / "base")
+    table = write_table(tmp_path / "t.csv", [("en", "fr"), *random_rows("train", 12), *random_rows("validation", 3)])
+    for machine in ("0", "1"):
+        (tmp_path / machine).mkdir()
+    monkeypatch.chdir(tmp_path / "0")
+    monkeypatch.setenv("MINIGPT_HOME", str(tmp_path / "0" / "home"))
+    options = f"--prefix-len 2 --batch-size 4 --micro-batch-tokens 40 --model {tmp_path}/base --data {table} --lr 0.1"
+
+    def killed(trainer, batch):
+        return step(trainer, batch) if trainer.progress.step < 2 else sys.exit(9)
+
+    for out in ("whole", "run"):
+        monkeypatch.setattr("sys.argv", f"train.py --out {out} --steps 4 --save-every 2 {options}".split())
+        if out == "run":
+            step = Trainer.optimizer_step
+            monkeypatch.setattr(Trainer, "optimizer_step", killed)
+            with pytest.raises(SystemExit):
+                train.main()
+        else:
+            train.main()
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+
+    def agent(machine):
+        words = f"-m torch.distributed.run --nnodes 2 --node_rank {machine} --nproc_per_node 1 --master_addr 127.0.0.1"
+        words += f" --master_port {port} {ROOT}/train.py --resume run"
+        home = {"MINIGPT_HOME": str(tmp_path / machine / "home"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        return subprocess.Popen(
+            [sys.executable, *words.split()], cwd=tmp_path / machine, env=os.environ | home, stderr=subprocess.PIPE
+        )
+
+    agents = [agent("0"), agent("1")]
+    said = [one.communicate(timeout=300)[1].decode() for one in agents]
+    assert [one.returncode for one in agents] == [0, 0], said
+    losses = {}
+    for out in ("run", "whole"):
+        lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+        losses[out] = [line["loss"] for line in lines if "loss" in line]
+    assert losses["run"] == pytest.approx(losses["whole"], rel=1e-5) and len(losses["run"]) == 4
+    assert [path.name for path in (tmp_path / "1").iterdir()] == ["home"]  # its own token cache, and nothing else
+    assert "Trained" in said[0] and "Trained" not in said[1]
+
+
+# The environment
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment, not a number.*torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, not a number"),
+        ({"WORLD_SIZE": "2"}, "RANK is '' in the environment"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT is ''"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_an_environment_that_is_not_torchruns_is_one_line(monkeypatch, environment, message):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        distributed.start()
+
+
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    names = dict(
+        WORLD_SIZE="4", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1", LOCAL_WORLD_SIZE="4", LOCAL_RANK="0"
+    )
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="4 processes on a machine with 2 GPUs: give torchrun --nproc_per_node=2"):
+        distributed.start()
+
+
+def test_a_process_that_waits_for_others_says_so(monkeypatch):
+    said = threading.Event()
+    monkeypatch.setattr(distributed, "SAY_AFTER", 0.0)
+    monkeypatch.setattr("builtins.print", lambda text, **_: "is waiting for the others" in text and said.set())
+    with distributed.waiting():
+        assert said.wait(timeout=60)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import random_model, write_table
 
-from minigpt import GPT, GPTConfig, Tokenizer
+from minigpt import GPTConfig
 from minigpt.attention import PackedBatch, attend
 from minigpt.generate import Prompt, generate
 from prefix.banks import Banks
@@ -42,13 +42,6 @@ def model():
 @pytest.fixture
 def banks(model):
     return random_banks(CONFIG, ["a", "b", "c"], prefix_len=4, seed=int(torch.randint(1000, ())))
-
-
-@pytest.fixture(scope="module")
-def demo():
-    """The demo's model, tokenizer and banks."""
-    model = GPT.from_pretrained("demo")
-    return model, Tokenizer.from_pretrained("demo"), Banks.load(DEMO_PREFIX, model)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minigpt import GPT, Tokenizer, UserError
+from minigpt import UserError
 from minigpt.generate import Prompt, generate
 from prefix.data import corpus as data
 from prefix.data.rows import clean
@@ -18,14 +18,9 @@ WRITTEN = {
 }
 
 
-@pytest.fixture(scope="module")
-def model():
-    return GPT.from_pretrained("demo")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_pretrained("demo")
+@pytest.fixture
+def model(demo):
+    return demo[0]
 
 
 @pytest.fixture(scope="module")

@@ -60,8 +60,8 @@ def test_a_run_that_ends_and_one_that_is_stopped_leave_the_picture(run, tmp_path
     if stopped:
         step = train.Trainer.optimizer_step
 
-        def interrupted(trainer):
-            record = step(trainer)
+        def interrupted(trainer, batch):
+            record = step(trainer, batch)
             trainer.stop.append(2)
             trainer.stopped = True
             return record

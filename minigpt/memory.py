@@ -1,0 +1,44 @@
+"""How much memory is free, and how many rows of decoding fit into it: computed before any of it is taken."""
+
+import math
+
+import torch
+
+SHARE = 0.8  # of the free memory that a cache may take
+
+
+def out_of_memory(error):
+    """torch has a class of its own for a full GPU, but only words for a full main memory and in CUDA's libraries."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
+def free_memory(device):
+    """Bytes that can still be taken on `device`; infinity where the system does not say."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # by torch, for its next tensors
+        return torch.cuda.mem_get_info(device)[0] + held
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return math.inf
+
+
+def row_bytes(model, capacity, beams=1):
+    """Bytes of one row of a cache with room for `capacity` tokens, and of the step that reads it."""
+    c, size = model.config, model.dtype.itemsize
+    cache = 2 * c.n_layer * c.n_embd * capacity * size
+    masks = beams * capacity * (2 + size)  # which entry belongs to which beam, what each sees, and that as a bias
+    logits = beams * c.vocab_size * (size + 4 * 4)  # and three tensors like them in float32
+    return cache + masks + logits
+
+
+def rows_that_fit(model, capacity, rows, beams=1):
+    """`rows`, halved until their cache fits into the free memory: 0 if not even one does."""
+    free = SHARE * free_memory(model.device)
+    while rows and rows * row_bytes(model, capacity, beams) > free:
+        rows //= 2
+    return rows

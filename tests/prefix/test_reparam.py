@@ -1,0 +1,79 @@
+"""Slots behind Li and Liang's network: what it is exactly, and that the rest of training goes with it."""
+
+import os
+import signal
+
+import pytest
+import torch
+from conftest import same, saved_prefix, slots_of, watch
+from safetensors import safe_open
+
+from prefix.banks import Banks
+from prefix.init import random_banks
+from prefix.reparam import INNER, Reparametrised
+
+
+@pytest.fixture
+def reparametrised(model, trainer):
+    """A function: settings -> a Trainer of slots behind their network."""
+
+    def build(out="run", seed=3, **settings):
+        banks = Reparametrised(random_banks(model.config, ["en", "fr"], 3), seed)
+        return trainer(out, banks=banks, **dict(lr=0.01) | settings)
+
+    return build
+
+
+def flat(banks):
+    return [x.detach() for pair in banks.pairs() for x in pair]
+
+
+def test_reparametrised_slots_are_where_they_start_until_they_are_trained(model):
+    start = random_banks(model.config, ["en", "fr"], 3)
+    assert all(map(torch.equal, flat(Reparametrised(start)), flat(start)))
+
+
+def test_the_network_is_that_of_the_paper(model):
+    """Embeddings of n_embd numbers, 512 units of tanh, 2 * n_layer * n_embd numbers out; in these a slot's keys and
+    values follow one another layer by layer."""
+    n_layer, n_embd = model.config.n_layer, model.config.n_embd
+    banks = Reparametrised(random_banks(model.config, ["en", "fr"], 3))
+    wide = 2 * n_layer * n_embd
+    assert {name: list(p.shape) for name, p in banks.named_parameters() if p.requires_grad} == {
+        "embedding": [2, 3, n_embd],
+        "network.0.weight": [INNER, n_embd],
+        "network.0.bias": [INNER],
+        "network.2.weight": [wide, INNER],
+        "network.2.bias": [wide],
+    }
+    torch.nn.init.normal_(banks.network[2].weight)
+    (_, _), (key, value) = banks.pairs()
+    inner = torch.tanh(banks.network[0](banks.embedding[1, 2]))  # of slot 2 of bank 1
+    out = (banks.network[2].weight @ inner + banks.network[2].bias).view(n_layer, 2, model.config.n_head, -1)
+    torch.testing.assert_close(key[:, :, 2], banks.key[1][:, :, 2] + out[:, 0])
+    torch.testing.assert_close(value[:, :, 2], banks.value[1][:, :, 2] + out[:, 1])
+
+
+def test_training_moves_the_network_but_not_the_start_and_the_prefix_file_has_the_slots_alone(reparametrised, model):
+    t = reparametrised()
+    before, slots = slots_of(t), flat(t.banks)
+    assert t.run()
+    for name, now in slots_of(t).items():
+        assert torch.equal(now, before[name]) == name.startswith(("key.", "value."))
+    assert all((now != then).any(dim=-1).all() for now, then in zip(flat(t.banks), slots))
+    with safe_open(t.out / "prefix.safetensors", framework="pt") as file:
+        assert set(file.keys()) == {"en.key", "en.value", "fr.key", "fr.value"}
+    assert all(map(torch.equal, flat(Banks.load(t.out, model)), flat(t.banks)))
+
+
+def test_a_reparametrised_run_that_was_stopped_goes_on_as_if_it_had_not_been(reparametrised):
+    settings = dict(steps=9, save_every=4, eval_every=3)
+    whole, stopped = reparametrised("whole", **settings), reparametrised("stopped", **settings)
+    stopped.banks.load_state_dict(slots_of(whole))
+    assert whole.run()
+    watch(stopped, "optimizer_step", lambda *_: stopped.progress.step == 5 and os.kill(os.getpid(), signal.SIGINT))
+    assert not stopped.run() and stopped.progress.step == 6
+    resumed = reparametrised("stopped", seed=4, **settings)  # another network, until it resumes
+    resumed.resume()
+    assert resumed.run()
+    assert same(slots_of(resumed), slots_of(whole)) and same(saved_prefix(resumed), saved_prefix(whole))

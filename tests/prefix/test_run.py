@@ -1,0 +1,174 @@
+"""What a run is made of: the command as resolved, directions and banks to train, and which run is the newest."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import random_rows, write_table
+
+import train
+from minigpt import UserError
+from prefix import run as runs
+from prefix.init import random_banks
+
+
+@pytest.fixture
+def config_of(monkeypatch):
+    """A function: options of train.py -> the config of such a run."""
+
+    def config_of(*options, model="demo"):
+        monkeypatch.setattr(sys, "argv", ["train.py", *(["--model", model] if model else []), *map(str, options)])
+        return runs.resolve(train.parse_arguments())
+
+    return config_of
+
+
+def test_every_way_to_start_has_a_learning_rate_of_its_own(config_of):
+    for init in ("text", "random", "zero-effect"):
+        assert config_of("--init", init)["settings"]["lr"] == runs.LR["demo"][init]
+        assert config_of("--init", init, "--reparam")["settings"]["lr"] == runs.REPARAM_LR["demo"][init]
+
+
+def test_zero_effect_behind_positions_that_hold_nothing_is_told_to_be_worse(config_of, capsys):
+    zero, behind = ["--init", "zero-effect"], ["--position-offset", "prefix"]
+    for options, told in ((zero, 0), (behind, 0), ([*zero, *behind, "--prefix-len", "7"], 1)):
+        config_of(*options)
+        err = capsys.readouterr().err
+        assert err.count("text at position 7, behind nothing") == err.count("--init text stands in those") == told
+
+
+def test_who_trains_the_toy_base_on_data_of_their_own_is_told_what_serves_better(
+    config_of, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("MINIGPT_HOME", str(tmp_path))
+    table = write_table(tmp_path / "t.csv", [("en", "fr"), *random_rows("train", 3)])
+    toy = "The demo is a toy that knows short English and French sentences"
+    for options, told in ((["--data", table], True), ([], False), (["--data", "demo"], False)):
+        config_of(*options, model=None)
+        said = capsys.readouterr().err
+        assert (toy in said and "gpt2 (0.5 GB" in said and "(6.4 GB)" in said) == told
+    config_of("--data", table)  # who names the demo wants it
+    assert toy not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--prefix-len", "--batch-size"])
+def test_an_absurd_size_is_one_line_before_work_is_spent(config_of, option):
+    with pytest.raises(UserError, match=f"{option} 999,999,999: .* at most"):
+        config_of(option, 999_999_999)
+
+
+# --pairs, --train-banks
+
+
+def test_pairs_name_the_directions_and_without_columns_the_banks(config_of, tmp_path):
+    table = write_table(
+        tmp_path / "t.csv", [("review", "label", "article", "summary"), ["a fine film", "good", "a long text", "short"]]
+    )
+    config = config_of("--data", table, "--pairs", "review:label", "article:summary")
+    assert config["columns"] == ["review", "label", "article", "summary"]
+    assert config["pairs"] == ["review:label", "article:summary"]
+    assert runs.directions(config) == [(0, 1), (2, 3)]
+    assert runs.directions(config_of()) is None
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"pairs": ["en:xx"]}, "--pairs en:xx: not two of the columns en, fr, de"),
+        ({"pairs": ["en:en"]}, "--pairs en:en: not two of the columns"),
+        ({"pairs": ["en:fr"]}, "--pairs has no pair with de"),
+        ({"train_banks": ["xx"]}, "--train-banks xx: no such column"),
+        ({"train_banks": ["de"]}, "--train-banks leaves en untrained: give a prefix that has this bank, --from-prefix"),
+    ],
+    ids=str,
+)
+def test_a_pair_or_bank_that_cannot_be_trained_is_one_line(fields, message):
+    config = {"columns": ["en", "fr", "de"], "pairs": None, "train_banks": None, "from_prefix": None}
+    with pytest.raises(UserError, match=message):
+        runs.directions(config | fields)
+
+
+# --resume
+
+
+def test_a_run_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"nosuch: no run to go on with: .*config.json is not there"):
+        runs.read_config(tmp_path / "nosuch")
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (lambda config: config | {"alien": 1}, "alien is unknown"),
+        (lambda config: {name: value for name, value in config.items() if name != "columns"}, "columns is missing"),
+        (lambda config: config | {"settings": {"steps": 3}}, "batch_size is missing"),
+        (lambda config: config | {"settings": config["settings"] | {"slot_dropout": 0}}, "slot_dropout is unknown"),
+    ],
+    ids=["a field too many", "one too few", "too few settings", "a setting of an earlier version"],
+)
+def test_a_config_with_a_missing_or_foreign_field_is_one_line_that_names_it(config_of, tmp_path, change, fault):
+    (tmp_path / "config.json").write_text(json.dumps(change(config_of())))
+    with pytest.raises(UserError, match=f"config.json: not the config of a run of this version: {fault}"):
+        runs.read_config(tmp_path)
+
+
+# The newest run
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, model, config_of):
+    """A function: name, banks, losses -> a run directory in runs/, each newer than the one before."""
+    monkeypatch.chdir(tmp_path)
+    config, made = config_of(), []
+
+    def folder(name, banks, val_loss=1.0, base_loss=2.0):
+        out = runs.RUNS / name
+        out.mkdir(parents=True)
+        banks = random_banks(model.config, banks, 2)
+        banks.training_record = {"val_loss": val_loss, "base_loss": base_loss}
+        banks.save(out / "prefix.safetensors", model)
+        made.append(name)
+        os.utime(out / "prefix.safetensors", (len(made), len(made)))
+        runs.write_config(out, config | {"columns": banks.names})
+        os.utime(out / "config.json", (len(made), len(made)))
+        return out / "prefix.safetensors"
+
+    return folder
+
+
+def test_the_newest_run_is_the_newest_whose_banks_fit(folder):
+    assert runs.newest_run() is None
+    old, newer = folder("old", ["en", "fr"]), folder("newer", ["review", "label"])
+    assert runs.newest_run() == runs.newest_run(["label"]) == newer
+    assert runs.newest_run(["en"]) == runs.newest_run(["fr", "en"]) == old
+    assert runs.newest_run(["en", "label"]) is None
+
+
+def test_a_run_that_ended_above_its_bases_own_loss_is_passed_over_with_a_notice(folder, capsys):
+    good = folder("good", ["en", "fr"], None, None)  # not validated
+    folder("ruined", ["en", "fr"], 7.5, 2.0)
+    assert runs.newest_run(["en"]) == good
+    assert (
+        "Passing over runs/ruined: its validation loss, 7.50, is not below the base's own, 2.00"
+        in capsys.readouterr().err
+    )
+
+
+def test_the_module_lists_the_runs(folder, tmp_path):
+    folder("a", ["en", "fr"], 1.25)
+    folder("b", ["review", "label"], None)
+    Path("runs/b/prefix.safetensors").unlink()  # it has only begun
+    done = subprocess.run(
+        [sys.executable, "-m", "prefix.run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(runs.__file__).parents[1]), "TZ": "UTC"},
+    )
+    assert done.stdout.splitlines() == [
+        "runs/a  demo  en,fr         300 steps  loss 1.2500  1970-01-01 00:00",
+        "runs/b  demo  review,label  300 steps  loss -       1970-01-01 00:00",
+    ], done.stderr
