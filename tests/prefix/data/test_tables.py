@@ -134,7 +134,7 @@ with zipfile.ZipFile(ZIP := io.BytesIO(), "w") as file:
     "content, message",
     [
         (ZIP.getvalue(), "a zip archive or an Excel workbook: unpack it, or save the sheet as CSV"),
-        (gzip.compress(TABLE), "a gzip archive: unpack it with gunzip"),
+        (gzip.compress(TABLE, mtime=0), "a gzip archive: unpack it with gunzip"),
         (b"PAR1\x15\x04" + bytes(50), "a Parquet file: save it as CSV or JSON lines"),
         (b"\n <!DOCTYPE html>\n<html>", "a web page or XML: download or save the table"),
         (b"\xef\xbb\xbf<HTML lang=en>", "a web page"),
