@@ -42,9 +42,7 @@ class BeamState:
 
 
 @torch.no_grad()
-def beam_search(
-    model, prompts, stop, slots=None, position_offset=0, beams=5, batch_size=32, length_penalty=1.0, on_finished=None
-):
+def beam_search(model, prompts, stop, slots=None, position_offset=0, beams=5, batch_size=32, length_penalty=1.0):
     """Prompts -> a list of Generated, in the same order: for each the hypothesis of the highest score.
 
     stop: ids that end a sequence. batch_size: rows of the cache, each for a sequence with all its beams."""
@@ -66,8 +64,6 @@ def beam_search(
                 results[numbers[r]] = Generated(*running[r].finished[0][1:])
                 beam_mask[r] = beam_mask[len(running) - 1]
                 generate.evict(cache, r, running, numbers)
-                if on_finished:
-                    on_finished()
 
     while waiting or running:
         B = len(running)

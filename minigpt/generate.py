@@ -72,13 +72,10 @@ class Sampler:
 
 
 @torch.no_grad()
-def generate(
-    model, prompts, stop, slots=None, position_offset=0, batch_size=32, sampler=None, on_token=None, on_finished=None
-):
+def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32, sampler=None, on_token=None):
     """Prompts -> a list of Generated, in the same order.
 
-    stop: ids that end a sequence. batch_size: rows of the cache. on_token(number, id): called for each new token;
-    on_finished(): for each sequence that ends.
+    stop: ids that end a sequence. batch_size: rows of the cache. on_token(number, id): called for each new token.
     Raises UserError for an empty prompt, or one that does not fit the context."""
     sampler, stop = sampler or Sampler(), set(stop)
     check_prompts(model, prompts, position_offset)
@@ -104,8 +101,6 @@ def generate(
         for row in reversed(range(len(running))):
             if newest[row] is None:
                 evict(cache, row, running, newest)
-                if on_finished:
-                    on_finished()
     return results
 
 
