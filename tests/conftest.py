@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train
-from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
+from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
 from prefix import cli
 from prefix.banks import Banks
 from prefix.data import corpus as data
@@ -159,6 +159,14 @@ def assert_refused(result, *words):
     assert (code, out, err.count("\n")) == (2, "", 1), err
     for word in words:
         assert str(word) in err
+
+
+def refusal(read, *arguments):
+    """The message of the UserError that a call ends with: one line, and a short one."""
+    with pytest.raises(UserError) as caught:
+        read(*arguments)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1100
+    return str(caught.value)
 
 
 @pytest.fixture(scope="session")
