@@ -1,7 +1,6 @@
 """How to decode, and the one place that does: it chooses the algorithm and keeps it within the free memory."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from minigpt.beam import beam_search
@@ -18,8 +17,7 @@ log_once = functools.cache(log)
 class Decoding:
     """How to decode. max_new: tokens of an answer at most; None: twice the source plus 16; never past the context.
     sampler: None takes the likeliest token. beams: 1 is no beam search. batch_size: sentences at a time; where memory
-    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken. on_finished(): called for
-    each sentence that is done."""
+    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken."""
 
     max_new: int | None = None
     sampler: Sampler | None = None
@@ -27,7 +25,6 @@ class Decoding:
     length_penalty: float = 1.0
     batch_size: int = 32
     choices: list | None = None
-    on_finished: Callable | None = None
 
     def check(self, config):
         """Raises UserError for more than a model of this config can use."""
@@ -54,7 +51,7 @@ def decode(model, prompts, stop, slots, position_offset, decoding, answers=(), o
     token by token. stop: ids that end an answer. Where memory runs out, rows are halved until they fit."""
 
     def run(prompts, rows):
-        common = {"batch_size": rows, "on_finished": decoding.on_finished}
+        common = {"batch_size": rows}
         if answers:
             return likeliest_answer(model, prompts, answers, slots, position_offset, **common)
         if decoding.beams > 1:

@@ -29,7 +29,7 @@ def separator(tokenizer):
 
 @dataclass
 class TrainingBatch:
-    """Packed sequences. ids: (N,); layout: their sentences and open banks; target_index: (M,) the tokens whose successor
+    """Packed sequences. ids: (N,); packed: where each sequence starts and which banks each token sees; target_index: (M,) the tokens whose successor
     counts; targets: (M,) those successors."""
 
     ids: torch.Tensor
