@@ -104,7 +104,10 @@ def _from_hub(name, download):
 
 def check_size(config, directory):
     """Refuse a config.json that promises more than the weights hold, before time or memory is spent on it."""
-    size = sum(path.stat().st_size for path in _weight_files(Path(directory)))
+    size = 0
+    for path in _weight_files(Path(directory)):
+        open_tensors(path)  # first of all, a file of another kind is refused as such
+        size += path.stat().st_size
     if config.n_params > size:  # a number takes two bytes or more
         raise UserError(f"{directory}: config.json says {config.n_params:,} parameters, the weights are {size:,} bytes")
 

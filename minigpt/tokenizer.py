@@ -105,6 +105,27 @@ class Tokenizer:
         return b"".join(self.bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
 
 
+def bpe(word, ranks):
+    """A word -> its tokens: the neighbours that make the token of the lowest rank are joined, until none make one."""
+    tokens, none = list(word), len(ranks)
+    while (made := [ranks.get(left + right, none) for left, right in zip(tokens, tokens[1:])]) and min(made) < none:
+        i = made.index(min(made))
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+    return tokens
+
+
+def byte_characters():
+    """byte -> the character that spells it: itself where it is printable, else the next one from U+0100 on."""
+    others = iter(range(256, 512))
+    return {b: chr(b if chr(b).isprintable() and b != ord(" ") else next(others)) for b in range(256)}
+
+
+BYTE = {char: byte for byte, char in byte_characters().items()}
+
+
+# The files: both forms of a vocabulary give {token: id}, pairs, a list of Added and prefix_space.
+
+
 def _read_directory(directory):
     """A checkpoint directory with a tokenizer -> the arguments of Tokenizer."""
     config, roles, added = _read_config(directory)
@@ -188,8 +209,8 @@ def _build(vocab, merges, added, eos):
 
 
 def _rank(merges):
-    """{token: rank}: the 256 bytes, then what each merge makes. tiktoken knows no pairs, and joins whatever makes a token:
-    so the merges before it must leave a token in the two parts of its own."""
+    """{token: rank}: the 256 bytes, then what each merge makes. tiktoken knows no pairs and joins whatever makes a
+    token; so of each token, the merges before it must leave exactly its pair."""
     ranks = dict(BYTE)
     for number, pair in enumerate(merges, 1):
         token = "".join(pair)
@@ -198,24 +219,6 @@ def _rank(merges):
             raise ValueError(f"merge {number}: {' '.join(pair)!r:.60} is not a pair that the merges before it leave")
         ranks[token] = len(ranks)
     return ranks
-
-
-def bpe(word, ranks):
-    """A word -> its tokens: the neighbours that make the token of the lowest rank are joined, until none make one."""
-    tokens, none = list(word), len(ranks)
-    while (made := [ranks.get(left + right, none) for left, right in zip(tokens, tokens[1:])]) and min(made) < none:
-        i = made.index(min(made))
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-    return tokens
-
-
-def byte_characters():
-    """byte -> the character that spells it: itself where it is printable, else the next one from U+0100 on."""
-    others = iter(range(256, 512))
-    return {b: chr(b if chr(b).isprintable() and b != ord(" ") else next(others)) for b in range(256)}
-
-
-BYTE = {char: byte for byte, char in byte_characters().items()}
 
 
 def _spelled(token):
