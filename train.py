@@ -102,7 +102,8 @@ def main():
     micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
     trainer = Trainer(model, tokenizer, banks, corpus, settings, out, micro_batch_tokens, directions)
     if args.dry_run:
-        return dry_run(trainer, len(corpus))
+        dry_run(trainer, len(corpus))
+        return distributed.finish()
     out = trainer.out = out or distributed.broadcast(run.make_directory(args.out) if first else None)
     with locked(out / METRICS) if first else nullcontext():
         if args.resume:

@@ -77,7 +77,7 @@ def main():
     penalty = 1.0 if args.length_penalty is None else args.length_penalty
     decoding = Decoding(args.max_new_tokens, sampler, args.beam, penalty, args.batch_size, args.choices)
     decoding.check(model.config)
-    say_what_is_read(args, source)
+    say_what_is_read(args, source, target)
     chunks = iter([[os.fsencode(text) for text in args.text]]) if args.text else lines_as_they_come(args.batch_size)
     first, output, counts = distributed.rank() == 0, Output(), Counter()
     with progress(args.text) as bar:
@@ -99,7 +99,9 @@ def main():
     distributed.finish()
 
 
-def say_what_is_read(args, source):
+def say_what_is_read(args, source, target):
+    if not (args.source and args.target):
+        log(f"Translating {source} to {target}")
     if args.choices and not args.text:
         log(f"Reading sentences from standard input: --choices took all of {', '.join(args.choices)}")
     if not args.text and sys.stdin.isatty():

@@ -81,7 +81,7 @@ class Batches:
         return Batch(mine, n_targets, sum(map(n_tokens, examples)))
 
     def fitting(self, batch, work, where):
-        """work(the micro-batches of a Batch) -> its result. If memory runs out, micro-batches are halved until they fit.
+        """work(the micro-batches of a Batch) -> its result. If memory runs out, they are halved until they fit.
         where: for messages. Raises UserError where one example alone does not fit."""
         too_many = None  # tokens
         while True:

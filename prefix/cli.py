@@ -173,8 +173,6 @@ def direction(args, banks):
     banks.mask([source, target])  # both are there
     if source == target:
         raise UserError(f"--from {source} --to {target}: the same bank twice")
-    if not (args.source and args.target):
-        log(f"Translating {source} to {target}")
     return source, target
 
 

@@ -116,7 +116,7 @@ def broadcast(value):
 
 def rank0_first(work):
     """work() in the first process of each machine, then in the others, which find its files made."""
-    first = world_size() == 1 or environment("LOCAL_RANK") == 0
+    first = world_size() == 1 or environment("LOCAL_RANK", "0") == 0
     result = work() if first else None
     all_gather([])  # all first ones are done
     return result if first else work()

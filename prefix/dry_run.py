@@ -24,14 +24,10 @@ def dry_run(trainer, n_rows):
     n = len(batch.micro_batches)
     print(f"{s.batch_size:,} examples a step: about {batch.n_tokens:,} tokens in {n} micro-batches")
     print(f"{s.steps:,} steps: each example {epochs:.2g} times")
-    each = f"{per_token * batch.n_tokens:.2g} s a step"
-    print(f"Memory: about {peak_memory(device)}. Time: about {duration} on {device}, {each}")
-
-
-def peak_memory(device):
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     with suppress(ImportError):  # on Windows
         import resource
 
         used = used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{used / 1e9:.1f} GB" if used else "not measured here"
+    memory, each = f"{used / 1e9:.1f} GB" if used else "not measured here", f"{per_token * batch.n_tokens:.2g} s a step"
+    print(f"Memory: about {memory}. Time: about {duration} on {device}, {each}")

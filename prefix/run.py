@@ -66,24 +66,20 @@ def resolve(args):
         seed=args.seed,
     )
     paths = data_paths(args.data)
+    in_pairs = dict.fromkeys(name for pair in args.pairs or () for name in pair.split(":"))
+    named = args.columns or [*in_pairs] or None
+    columns = list(rows.resolve_columns(paths, named))
+    if not named and (unused := rows.unused_columns(paths, columns)):
+        log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
     return {name: getattr(args, name) for name in GIVEN} | {
         "model": model_name(name),
         "data": data_names(paths),
-        "columns": resolve_columns(paths, args.columns, args.pairs),
+        "columns": columns,
         "from_prefix": args.from_prefix and str(prefix_file.find(args.from_prefix).resolve()),
         "position_offset": args.prefix_len if args.position_offset == "prefix" else 0,
         "settings": vars(settings),
         "machine": {name: getattr(args, name) for name in MACHINE},
     }
-
-
-def resolve_columns(paths, columns, pairs):
-    """The names of the banks: those of --columns, else of --pairs, else the table's own."""
-    columns = columns or (pairs and list(dict.fromkeys(name for pair in pairs for name in pair.split(":"))))
-    resolved = list(rows.resolve_columns(paths, columns))
-    if not columns and (unused := rows.unused_columns(paths, resolved)):
-        log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
-    return resolved
 
 
 def directions(config):

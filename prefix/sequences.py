@@ -29,7 +29,7 @@ def separator(tokenizer):
 
 @dataclass
 class TrainingBatch:
-    """Packed sequences. ids: (N,); packed: their sentences and open banks; target_index: (M,) the tokens whose successor
+    """Packed sequences. ids: (N,); packed: their sentences and open banks; target_index: (M,) tokens whose successor
     counts; targets: (M,) these successors."""
 
     ids: torch.Tensor
