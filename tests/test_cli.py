@@ -177,7 +177,7 @@ def test_every_option_has_a_text_with_its_default(script, monkeypatch):
     for action in found[0]._actions:
         default = action.default
         told = f"({default}" if isinstance(default, (int, str)) and default is not False else "("
-        if action.dest not in ("help", "version") and (script is not evaluate or default is not None):
+        if action.dest not in ("help", "version") and (default or script is not evaluate):
             assert told in action.help, action.dest
 
 

@@ -56,6 +56,6 @@ def test_only_the_pairs_that_are_named_are_trained_and_both_files_say_so(run):
 def test_a_dry_run_says_what_a_run_would_take_and_writes_no_run(run):
     code, out, _ = run(train, *OPTIONS, "--dry-run", "--out", "new")
     assert code == 0
-    assert "14 rows; 24 examples to train on, 4 to validate on" in out and "4 examples a step: about" in out
+    assert "19 rows; 24 examples to train on, 4 to validate on" in out and "4 examples a step: about" in out
     assert "Memory: about" in out and "Time: about" in out
     assert sorted(path.name for path in Path().iterdir()) == ["base", "t.csv"]

@@ -58,6 +58,11 @@ def test_each_argument_gets_a_line_of_standard_output_and_nothing_else_is_there(
     assert "cut at their token limit (--max-new-tokens)" in err
 
 
+def test_an_argument_that_is_not_utf_8_is_a_fault_too(run, place, expected):
+    code, out, err = run(translate, *on(place), "un", "\udce9")
+    assert (code, out) == (2, expected(["un", ""])) and "line 2: not UTF-8" in err
+
+
 # Standard input
 
 
@@ -112,11 +117,6 @@ def test_utf_16_is_named_once(run, place, encoding):
     assert err.count("seems to be UTF-16") == 1 and "iconv" in err and "error: 3 of 3 sentences" in err
 
 
-def test_an_argument_that_is_not_utf_8_is_a_fault_too(run, place, expected):
-    code, out, err = run(translate, *on(place), "un", "\udce9")
-    assert (code, out) == (2, expected(["un", ""])) and "line 2: not UTF-8" in err
-
-
 def test_a_long_text_gets_what_its_sentences_get_alone(run, demo):
     code, out, err = run(translate, *PREFIX, "Je suis ici. Il pleut. " * 40, "Merci.")
     alone = translate_texts(*demo, ["Je suis ici.", "Il pleut.", "Merci."], "fr", "en")
@@ -134,17 +134,6 @@ def test_lines_are_what_stands_between_newlines_whatever_blocks_they_come_in(mon
         chunks = list(lines.lines_as_they_come(1))
     assert [lines.decode_line(line) for chunk in chunks for line in chunk] == [(text, None) for text in texts]
     assert all(0 < len(chunk) <= 3 for chunk in chunks)
-
-
-def test_standard_input_that_is_closed_or_cannot_be_read_is_an_error(run, place, monkeypatch):
-    command = f"{sys.executable} {ROOT}/translate.py --prefix {place}/run <&-"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
-    assert_refused((done.returncode, done.stdout, done.stderr), "no text, and standard input is closed")
-    folder = os.open(".", os.O_RDONLY)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(fileno=lambda: folder))
-    with pytest.raises(OSError, match="directory"):
-        next(lines.lines_as_they_come(1))
-    os.close(folder)
 
 
 def test_a_slow_pipe_is_answered_line_by_line():
@@ -168,9 +157,9 @@ def shell(place):
 
     def shell(line):
         script = f"{sys.executable} {ROOT}/translate.py --prefix {place}/run"
-        words = f"set -o pipefail; {line}".replace("translate.py", script)
+        words = ["bash", "-c", f"set -o pipefail; {line}".replace("translate.py", script)]
         environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # as a locale may have it
-        return subprocess.run(["bash", "-c", words], capture_output=True, env=environment, timeout=300)
+        return subprocess.run(words, capture_output=True, env=environment, timeout=300)
 
     return shell
 
@@ -184,6 +173,17 @@ def test_in_a_pipe_translations_are_utf_8_whatever_the_locale(shell, expected):
 def test_a_reader_that_goes_away_is_no_error_message(shell):
     done = shell("yes | head -2000 | translate.py --batch-size 1 --max-new-tokens 1 | head -1")
     assert done.stdout.count(b"\n") == 1 and done.stderr == b"Translating fr to en\n"
+
+
+def test_standard_input_that_is_closed_or_cannot_be_read_is_an_error(shell, monkeypatch):
+    done = shell("translate.py <&-")
+    result = done.returncode, done.stdout.decode(), done.stderr.decode()
+    assert_refused(result, "no text, and standard input is closed")
+    folder = os.open(".", os.O_RDONLY)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(fileno=lambda: folder))
+    with pytest.raises(OSError, match="directory"):
+        next(lines.lines_as_they_come(1))
+    os.close(folder)
 
 
 # A terminal
@@ -270,8 +270,7 @@ def test_decoding_is_what_the_options_ask_for(run, place, demo, expected):
 
 @pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--weights", "int8"]])
 def test_other_forms_of_the_weights_translate(run, options):
-    code, out, _ = run(translate, *PREFIX, *options, "Il pleut.")
-    assert code == 0 and "rain" in out
+    assert "rain" in run(translate, *PREFIX, *options, "Il pleut.")[1]
 
 
 @pytest.mark.parametrize(

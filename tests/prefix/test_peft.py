@@ -55,15 +55,8 @@ def test_an_exported_bank_has_the_logits_and_the_slot_gradients_of_peft(base, tm
     (rows,) = torch.autograd.grad(peft, weight)
     assert rows.abs().max() > 0.1
     torch.testing.assert_close(interchange.to_rows(key, value), rows, rtol=1e-4, atol=1e-4)
-
-
-def test_a_bank_for_text_at_position_0_has_other_logits_in_peft(base, tmp_path):
-    theirs, model = base
-    banks = fresh_banks(model, position_offset=0)
-    export_bank(banks, "fr", tmp_path / "adapter")
-    ids = torch.randint(100, (2, 9))
-    logits = adapter_of(theirs, tmp_path / "adapter")(input_ids=ids).logits
-    assert not torch.allclose(banks.logits(model, ids, open=["fr"]), logits, atol=1e-2)
+    banks.position_offset = 0
+    assert not torch.allclose(banks.logits(model, ids, open=["fr"]), logits[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("position_offset", [0, P, 7])
@@ -77,15 +70,6 @@ def test_there_and_back_every_bit_and_the_position_are_kept(base, tmp_path, posi
     set_tensor(lambda rows: rows.bfloat16())(tmp_path / "adapter")  # and with no word of the position
     back = import_bank(tmp_path / "adapter", "fr", model)
     assert back.position_offset == P and torch.equal(back.key[0], banks.key[1].bfloat16().float())
-
-
-def test_a_bank_read_off_text_stands_for_that_text_in_peft_too(base, tmp_path):
-    theirs, model = base
-    text, ids = torch.randint(100, (1, 5)), torch.randint(100, (1, 8))
-    export_bank(Banks.from_prompt(model, "text", text[0].tolist()), "text", tmp_path / "adapter")
-    together = theirs(torch.cat([text, ids], dim=1)).logits[:, 5:]
-    logits = adapter_of(theirs, tmp_path / "adapter")(input_ids=ids).logits
-    torch.testing.assert_close(logits, together, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("projection", [False, True])
@@ -114,18 +98,6 @@ def test_an_adapter_trained_in_peft_writes_the_same_text_here(base, tmp_path, pr
     for _ in range(7):  # by peft's forward: its generate drops the prefix under transformers 5.24.0
         ids = torch.cat([ids, adapter(input_ids=ids).logits[:, -1:].argmax(dim=-1)], dim=1)
     assert [result.ids for result in ours] == ids[:, 6:].tolist()
-
-
-def test_the_tensor_and_its_order_are_what_peft_reads(base, tmp_path):
-    _, model = base
-    banks = fresh_banks(model)
-    export_bank(banks, "en", tmp_path / "adapter")
-    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
-    assert set(tensors) == {"prompt_embeddings"}
-    rows = tensors["prompt_embeddings"].view(P, 2 * 2, 4, 8)  # (prefix_len, 2 * n_layer, n_head, head_dim)
-    for layer in range(2):
-        assert torch.equal(rows[:, 2 * layer], banks.key[0][layer].transpose(0, 1))
-        assert torch.equal(rows[:, 2 * layer + 1], banks.value[0][layer].transpose(0, 1))
 
 
 @pytest.mark.parametrize(
