@@ -1,6 +1,5 @@
 """How to decode, and the one place that does: it chooses the algorithm and keeps it within the free memory."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from minigpt.beam import beam_search
@@ -15,8 +14,7 @@ from prefix.distributed import log_once
 class Decoding:
     """How to decode. max_new: tokens of an answer at most; None: twice the source plus 16; never past the context.
     sampler: None takes the likeliest token. beams: 1 is no beam search. batch_size: sentences at a time; where memory
-    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken. on_finished(): called for
-    each sentence that is done."""
+    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken."""
 
     max_new: int | None = None
     sampler: Sampler | None = None
@@ -24,7 +22,6 @@ class Decoding:
     length_penalty: float = 1.0
     batch_size: int = 32
     choices: list | None = None
-    on_finished: Callable | None = None
 
     def check(self, config):
         """Raises UserError for more than a model of this config can use."""
@@ -51,16 +48,15 @@ def decode(model, prompts, stop, slots, position_offset, decoding, answers=(), o
     token by token. stop: ids that end an answer. Where memory runs out, rows are halved until they fit."""
 
     def work(prompts, rows):
-        common = {"batch_size": rows, "on_finished": decoding.on_finished}
         if answers:
-            return likeliest_answer(model, prompts, answers, slots, position_offset, **common)
+            return likeliest_answer(model, prompts, answers, slots, position_offset, rows)
+        common = {"slots": slots, "position_offset": position_offset, "batch_size": rows}
         if decoding.beams > 1:
             common |= {"beams": decoding.beams, "length_penalty": decoding.length_penalty}
-            return beam_search(model, prompts, stop, slots, position_offset, **common)
+            return beam_search(model, prompts, stop, **common)
         if decoding.sampler:
             decoding.sampler.streams.clear()  # also where an attempt has drawn from them
-        common |= {"sampler": decoding.sampler, "on_token": on_token}
-        return generate(model, prompts, stop, slots, position_offset, **common)
+        return generate(model, prompts, stop, **common, sampler=decoding.sampler, on_token=on_token)
 
     if not prompts:
         return []

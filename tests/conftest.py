@@ -56,7 +56,7 @@ def gpus_are_for_the_kernels(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def pictures_are_for_their_own_tests(request, monkeypatch):
     """Each training run would draw its loss, which takes longer than the smallest of them train."""
-    if request.path.name not in ("test_attention_maps.py", "test_pictures.py", "test_ablation.py"):
+    if request.path.name not in ("test_attention_maps.py", "test_pictures.py"):
         for name in ("matplotlib", "matplotlib.figure"):
             monkeypatch.setitem(sys.modules, name, None)
 
