@@ -114,9 +114,9 @@ def main():
         plan.training = load(rows_to_read(args.split, args.limit), longest)
     decoding = Decoding(args.max_new_tokens, beams=args.beam, batch_size=args.batch_size, choices=args.choices)
     results = compare(model, tokenizer, banks, corpus, plan, decoding)
-    first = distributed.rank() == 0
+    speaks = distributed.rank() == 0
     distributed.finish()
-    if not first:
+    if not speaks:
         return
     settings = settings_of(args, prefixes, model) | {"data": paths, "columns": columns}
     print(printable(report.to_text(settings, results)))
