@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -55,7 +56,7 @@ class Trainer:
         directory, which exists. micro_batch_tokens, directions: see Batches."""
         moving = [name for name, p in model.named_parameters() if p.requires_grad]
         assert not moving, f"the base model must be frozen, but {moving[0]} requires a gradient"
-        self.model, self.banks, self.settings, self.out, s = model, banks, settings, out, settings
+        self.model, self.banks, self.settings, self.out, s = model, banks, settings, out and Path(out), settings
         self.batches = Batches(corpus, tokenizer, model.device, s.batch_size, s.seed, directions, micro_batch_tokens)
         self.unfrozen = [p for p in banks.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.unfrozen, lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0)
