@@ -48,9 +48,9 @@ def decode(model, prompts, stop, slots, position_offset, decoding, answers=(), o
     token by token. stop: ids that end an answer. Where memory runs out, rows are halved until they fit."""
 
     def work(prompts, rows):
-        if answers:
-            return likeliest_answer(model, prompts, answers, slots, position_offset, rows)
         common = {"slots": slots, "position_offset": position_offset, "batch_size": rows}
+        if answers:
+            return likeliest_answer(model, prompts, answers, **common)
         if decoding.beams > 1:
             common |= {"beams": decoding.beams, "length_penalty": decoding.length_penalty}
             return beam_search(model, prompts, stop, **common)

@@ -28,13 +28,14 @@ def test_text_grows_by_whole_characters(demo):
     assert not any("\ufffd" in text for text in texts)
 
 
-def test_the_end_of_text_token_in_a_sentence_is_ordinary_text(demo, monkeypatch):
+def test_the_end_of_text_token_is_ordinary_text_and_the_target_bank_is_open_from_the_separator_on(demo, monkeypatch):
     asked, generate = [], algorithms.generate
     note = lambda model, prompts, *rest, **named: asked.extend(prompts) or generate(model, prompts, *rest, **named)
     monkeypatch.setattr(algorithms, "generate", note)
     written(demo, ["a <|endoftext|> b"])
     assert demo[1].eot not in asked[0].ids
     assert demo[1].decode(asked[0].ids) == "a <|endoftext|> b\n"
+    assert asked[0].bank_mask == [0b10] * (len(asked[0].ids) - 1) + [0b11]  # of en and fr
 
 
 def test_a_text_that_does_not_fit_is_cut_at_the_ends_of_its_sentences():
