@@ -35,7 +35,10 @@ def parse_arguments():
         (not args.text and sys.stdin is None, "no text, and standard input is closed"),
         (args.length_penalty is not None and args.beam == 1, "--length-penalty goes with --beam"),
         (args.beam > 1 and sampling, "--beam does not go with --temperature, --top-k or --top-p"),
-        (args.choices and (args.beam > 1 or sampling), "--choices does not go with other ways to decode"),
+        (
+            args.choices and (args.beam > 1 or sampling),
+            "--choices does not go with --beam, --temperature, --top-k or --top-p",
+        ),
         (not all(choice.strip() for choice in args.choices or []), "--choices: an answer is empty"),
     ):
         if wrong:
