@@ -98,7 +98,7 @@ def add_result_options(option):
 
 def main():
     args = parse_arguments()
-    distributed.start()
+    distributed.start(args.device)
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
     wanted, longest = directions(args, banks), min(args.max_tokens, model.config.n_positions - banks.position_offset)
     paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names, args.columns)
@@ -114,7 +114,9 @@ def main():
         plan.training = load(rows_to_read(args.split, args.limit), longest)
     decoding = Decoding(args.max_new_tokens, beams=args.beam, batch_size=args.batch_size, choices=args.choices)
     results = compare(model, tokenizer, banks, corpus, plan, decoding)
-    if distributed.rank() > 0:
+    speaks = distributed.rank() == 0
+    distributed.finish()
+    if not speaks:
         return
     settings = settings_of(args, prefixes, model) | {"data": paths, "columns": columns}
     print(printable(report.to_text(settings, results)))

@@ -16,7 +16,7 @@ import torch
 
 import train
 from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
-from prefix import cli
+from prefix import cli, distributed
 from prefix.banks import Banks
 from prefix.data import corpus as data
 from prefix.data.splits import split_of
@@ -38,6 +38,11 @@ REAL_VOCABULARY = Path(__file__).parents[2] / "shared/data/gpt2_tokenizer"
 def fresh_random_numbers():
     """Other inputs in every run. pytest prints the seed of a test that fails."""
     print(f"torch.manual_seed({torch.seed()})")
+
+
+@pytest.fixture(autouse=True)
+def notices_are_new():
+    distributed.log_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)
