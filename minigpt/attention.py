@@ -87,7 +87,7 @@ class Slots:
     bank: torch.Tensor
 
     def to(self, dtype):
-        return replace(self, key=self.key.to(dtype), value=self.value.to(dtype))
+        return self if self.key.dtype == dtype else replace(self, key=self.key.to(dtype), value=self.value.to(dtype))
 
     def layers(self):
         """The Slots of each layer, as a list. unbind's backward is one stack; that of n_layer times key[i] would add up
