@@ -132,11 +132,6 @@ def load_corpus(config, model, tokenizer):
 def make_banks(config, model, tokenizer, corpus):
     """The banks where they start, with the record that their file keeps; those not to be trained are frozen."""
     banks = initial_banks(config, model, tokenizer, corpus)
-    banks.position_offset = config["position_offset"]
-    for name, *pair in zip(banks.names, banks.key, banks.value):
-        if config["train_banks"] and name not in config["train_banks"]:
-            for p in pair:
-                p.requires_grad_(False)
     names = ("model", "data", "columns", "limit", "init", "reparam", "pairs", "from_prefix", "train_banks")
     banks.training_record = {name: config[name] for name in names}
     banks.training_record["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0]}

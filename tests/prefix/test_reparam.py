@@ -18,7 +18,7 @@ def reparametrised(model, trainer):
     """A function: settings -> a Trainer of slots behind their network."""
 
     def build(out="run", seed=3, **settings):
-        banks = Reparametrised(random_banks(model.config, ["en", "fr"], 3), seed)
+        banks = Reparametrised(random_banks(model.config, ["en", "fr"], 3), seed=seed)
         return trainer(out, banks=banks, **dict(lr=0.01) | settings)
 
     return build

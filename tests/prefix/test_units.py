@@ -1,0 +1,55 @@
+"""Slots move in units of the base's own keys and values, so a learning rate means the same on every base."""
+
+import pytest
+import torch
+from conftest import one_step, random_rows
+
+from prefix.init import initial_banks, units_of
+from prefix.trainer import Settings, Trainer
+
+
+@torch.no_grad()
+def scaled(model):
+    """The same function with other keys and values: in each layer and head keys times a random factor c (queries by
+    1/c) and values times d (the rows of c_proj that read them by 1/d), c and d between 1/8 and 8."""
+    c = model.config
+    for block in model.h:
+        k, v = (8.0 ** (2 * torch.rand(2, c.n_head) - 1))[:, :, None].expand(-1, -1, c.head_dim).flatten(1)  # (n_embd,)
+        factor = torch.cat([1 / k, k, v])
+        block.attn.c_attn.weight *= factor
+        block.attn.c_attn.bias *= factor
+        block.attn.c_proj.weight /= v[:, None]
+    return model
+
+
+@pytest.mark.parametrize("reparam", [False, True])
+@pytest.mark.parametrize("init", ["text", "random", "zero-effect"])
+def test_a_base_with_scaled_keys_and_values_trains_to_the_same_losses(model, tokenizer, load, tmp_path, init, reparam):
+    corpus = load(random_rows("train", 40))
+    config = {"init": init, "prefix_len": 5, "position_offset": 0, "reparam": reparam, "settings": {"seed": 3}}
+    settings, losses = Settings(steps=10, lr=0.01 if reparam else 0.1, batch_size=8, warmup=2), []
+    ids = torch.randint(100, (2, 20))
+    logits = [model(ids)]
+    for base in (lambda: model, lambda: scaled(model)):
+        banks = initial_banks(config, base(), tokenizer, corpus)
+        trainer = Trainer(model, tokenizer, banks, corpus, settings, tmp_path)
+        losses.append([one_step(trainer)["loss"] for _ in range(10)])
+    logits.append(model(ids))
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+    assert all((now != then).any() for now, then in zip(banks.slots().key, torch.cat(list(banks.key), dim=2)))
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=0)
+
+
+def test_units_are_the_standard_deviations_of_the_bases_own_keys_and_values(model, tokenizer, load):
+    corpus = load(random_rows("train", 40))
+    n = model.config.n_positions // 2
+    ids = [i for column in (0, 1) for i in [i for row in corpus.rows("train") for i in corpus.ids(row, column)][:n]]
+    outputs = []
+    hooks = [block.attn.c_attn.register_forward_hook(lambda _, __, out: outputs.append(out)) for block in model.h]
+    model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    qkv = torch.stack(outputs).unflatten(-1, (3, model.config.n_head, -1))  # (n_layer, T, 3, n_head, head_dim)
+    std = qkv.var(dim=1, unbiased=False).mean(dim=-1).sqrt()  # (n_layer, 3, n_head)
+    for unit, which in zip(units_of(model, corpus), (1, 2)):
+        torch.testing.assert_close(unit[:, :, 0, 0], std[:, which], rtol=1e-3, atol=1e-5)
