@@ -16,7 +16,7 @@ from prefix.reparam import Reparametrised
 from prefix.sequences import n_tokens, pack_pairs, separator
 
 INITS = ("text", "random", "zero-effect")
-NOISE_STD = 0.5
+NOISE, QUIET_NOISE = 0.5, 0.15  # standard deviations of the noise of random and zero-effect, in units
 QUIET_MARGIN = 6.0  # exp(QUIET_MARGIN): how many times more attention text gets than all slots together
 QUERY_TOKENS = 8192  # that zero-effect reads
 UNIT_TOKENS = 512  # that units are measured on
@@ -57,11 +57,11 @@ def units_of(model, corpus):
     return [x.square().mean(dim=(2, 3), keepdim=True).sqrt() for x in spread]
 
 
-def random_banks(config, names, prefix_len, seed=0, units=(1.0, 1.0)):
-    """Normal keys and values with a standard deviation of NOISE_STD units. config: a GPTConfig."""
+def random_banks(config, names, prefix_len, seed=0, units=(1.0, 1.0), std=NOISE):
+    """Normal keys and values with a standard deviation of `std` units. config: a GPTConfig."""
     generator = torch.Generator().manual_seed(seed)
     shape = (config.n_layer, config.n_head, prefix_len, config.head_dim)
-    draw = lambda unit: NOISE_STD * unit * torch.randn(shape, generator=generator).to(device)
+    draw = lambda unit: std * unit * torch.randn(shape, generator=generator).to(device)
     device = units[0].device if torch.is_tensor(units[0]) else "cpu"
     return Banks({name: (draw(units[0]), draw(units[1])) for name in names})
 
@@ -83,7 +83,7 @@ def zero_effect(model, batch, names, prefix_len, seed, position_offset, units):
     margin = QUIET_MARGIN + math.log(max(1, len(names) * prefix_len))
     unit = units[0]  # (n_layer, n_head, 1, 1)
     keys = quiet_keys(model, batch.ids, batch.packed, margin, unit, position_offset)[:, :, None]
-    noise = random_banks(model.config, names, prefix_len, seed, (unit, 0.0))
+    noise = random_banks(model.config, names, prefix_len, seed, (unit, 0.0), QUIET_NOISE)
     return Banks({name: (keys + key, value) for name, (key, value) in zip(names, noise.pairs())})
 
 
