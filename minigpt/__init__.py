@@ -6,3 +6,4 @@ from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
 __all__ = ["GPT", "GPTConfig", "Tokenizer", "UserError"]
+__version__ = "0.2.0"

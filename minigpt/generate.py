@@ -43,7 +43,9 @@ class Sampler:
     stream of its own, so its neighbours do not change it."""
 
     def __init__(self, temperature=0.0, top_k=0, top_p=1.0, seed=0):
-        self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
+        tiny = torch.finfo(torch.float32).tiny  # a smaller number is 0 on some devices
+        self.temperature = temperature if temperature >= tiny else 0.0
+        self.top_k, self.top_p, self.seed = top_k, max(top_p, tiny), seed
         self.streams = {}
 
     def __call__(self, logits, streams):

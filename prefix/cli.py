@@ -1,6 +1,10 @@
-"""What the three commands share: options, loading, and how a user's mistake is told."""
+"""What the three commands share: options, what they load, and how a user's mistake is told.
+
+Imported by scripts and by the `__main__` part of modules, and by nothing else.
+"""
 
 import argparse
+import difflib
 import os
 import sys
 from contextlib import contextmanager, suppress
@@ -8,18 +12,53 @@ from pathlib import Path
 
 import torch
 
-from minigpt import GPT, Tokenizer, UserError
+from minigpt import GPT, Tokenizer, UserError, __version__
 from minigpt.files import escape_control
 from minigpt.memory import out_of_memory
 from minigpt.quantize import prepack, quantize
 from prefix import prefix_file
 from prefix.banks import Banks
 from prefix.distributed import log
-from prefix.run import CHOICES, DEMO_PREFIX, DTYPES, RUNS
+from prefix.run import CHOICES, DEMO_PREFIX, DTYPES, newest_run
+
+MACHINE_HELP = {
+    "device": "where to compute; auto: a GPU if there is one",
+    "dtype": "what the frozen model computes in; auto: 16 bits on a GPU, else float32",
+    "attention": "fused: the fast kernels, or an error; plain: the formula, to compare with",
+}
+
+
+class Help(argparse.HelpFormatter):
+    """Every option ends with its default, unless its text names it."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is False or default == argparse.SUPPRESS or "(" in action.help:
+            return action.help
+        return f"{action.help} ({' '.join(map(str, default)) if isinstance(default, list) else default})"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with one line for a mistake instead of the usage and a line."""
+    """argparse without abbreviations, and with one line for a mistake. dash: a hint for arguments that begin with a
+    dash and are no options."""
+
+    def __init__(self, *args, dash="", **settings):
+        super().__init__(*args, allow_abbrev=False, formatter_class=Help, **settings)
+        self.dash = dash
+        versions = f"{__version__}, torch {torch.__version__}"
+        self.add_argument("--version", action="version", version=versions, help="print this project's and torch's")
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._hint(next((text for text in unknown if text.startswith("-")), unknown[0])))
+        return args
+
+    def _hint(self, argument):
+        name, options = argument.partition("=")[0], list(self._option_string_actions)
+        like = [option for option in options if option.startswith(name)] or difflib.get_close_matches(name, options)
+        meant = f": did you mean {like[0]}?" if like else ""
+        return f"unrecognized argument {argument}{meant}{self.dash if argument.startswith('-') else ''}"
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {escape_control(message)} (--help lists the options)\n")
@@ -50,9 +89,9 @@ def cli_errors():
 
 
 def add_machine_options(parser):
+    group = parser.add_argument_group("machine")
     for name, choices in CHOICES.items():
-        what = "what the frozen model computes in" if name == "dtype" else None
-        parser.add_argument(f"--{name}", choices=choices, default="auto", help=what)
+        group.add_argument(f"--{name}", choices=choices, default="auto", help=MACHINE_HELP[name])
 
 
 def add_weights_option(parser):
@@ -68,8 +107,8 @@ def add_prefix_option(parser):
     )
 
 
-def int_at_least(least):
-    """An argparse type: a whole number that is at least `least`."""
+def int_at_least(least, most=2**63 - 1):
+    """An argparse type: a whole number from `least` to `most`."""
 
     def parse(text):
         try:
@@ -78,15 +117,15 @@ def int_at_least(least):
             value = least - 1
         if value < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-        if value >= 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is too large")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is too large: {most:,} at most")
         return value
 
     return parse
 
 
 def float_range(least, most, open_low=False):
-    """An argparse type: a number from `least` to `most`, the low end left out where open_low says so."""
+    """An argparse type: a number from `least` to `most`, `least` itself left out if open_low."""
 
     def parse(text):
         try:
@@ -94,9 +133,8 @@ def float_range(least, most, open_low=False):
         except ValueError:
             value = float("nan")
         if not least <= value <= most or (open_low and value == least):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a number {'above' if open_low else 'from'} {least} to {most}"
-            )
+            words = f"{'above' if open_low else 'from'} {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {words}")
         return value
 
     return parse
@@ -127,20 +165,21 @@ def load_model(args, name):
     return model, tokenizer
 
 
-def find_prefix(path):
-    """The prefix file that `path` means: a file, a run directory, or by default the newest run, else the demo's."""
-    if path is None:
-        runs = [p for p in RUNS.glob("*/prefix.safetensors") if p.is_file()]
-        found = max(runs, key=lambda p: p.stat().st_mtime, default=DEMO_PREFIX)
-        log(f"Using the prefix {found}")
-        return found
-    return prefix_file.find(path)
+def find_prefix(path, needs=()):
+    """The prefix file that `path` means: a file, a run directory, or by default the newest run that has the banks in
+    `needs`, else the demo's."""
+    if path is not None:
+        return prefix_file.find(path)
+    found = newest_run(needs) or DEMO_PREFIX
+    log(f"Using the prefix {found}")
+    return found
 
 
 def load_with_base(args):
     """(model, tokenizer, banks, paths of the prefix files) for translate.py and evaluate.py. The banks of several
     files are one Banks."""
-    paths = [find_prefix(path) for path in args.prefix or [None]]
+    needs = {getattr(args, "source", None), getattr(args, "target", None), *(getattr(args, "columns", None) or [])}
+    paths = [find_prefix(path, needs - {None}) for path in args.prefix or [None]]
     name = args.model or prefix_file.read_header(paths[0])["training"].get("model")
     if not isinstance(name, str):
         raise UserError(f"{paths[0]} does not say which model it was trained on: name it with --model")

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from minigpt import GPT, UserError, checkpoint
 from minigpt.files import FLOATS, open_tensors, read_object, replacing
-from prefix import cli
+from prefix import prefix_file
 from prefix.banks import Banks
 from prefix.distributed import log
 from prefix.run import model_name
@@ -50,18 +50,21 @@ def export_bank(banks, name, directory):
     n_layer, n_head, prefix_len, head_dim = key.shape
     if not prefix_len:
         raise UserError(f"bank {name!r} has no slots to export")
+    base = banks.training_record.get("model")
+    if base == "demo":
+        base = str(checkpoint.DEMO)
+    elif known := checkpoint.published(base):
+        base = checkpoint.repository(known)  # as transformers calls it
     config = {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": _base_name(banks.training_record.get("model")),
+        "base_model_name_or_path": base,
         "inference_mode": True,
         "num_virtual_tokens": prefix_len,
-        "token_dim": n_head * head_dim,
         "num_transformer_submodules": 1,
+        "token_dim": n_head * head_dim,
         "num_attention_heads": n_head,
         "num_layers": n_layer,
-        "encoder_hidden_size": n_head * head_dim,
-        "prefix_projection": False,
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -72,102 +75,83 @@ def export_bank(banks, name, directory):
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _base_name(model):
-    """What transformers calls the base that a training record names; None where it names none."""
-    if not isinstance(model, str):
-        return None
-    if model == "demo":
-        return str(checkpoint.DEMO)
-    return checkpoint.repository(name) if (name := checkpoint.published(model)) else model
-
-
 def import_bank(directory, name, model):
-    """The adapter in `directory` as a Banks with the one bank `name`, for `model`. Raises UserError where it is no
-    adapter of prefix tuning, or not for a model of this shape."""
-    directory, config = Path(directory), model.config
-    adapter = read_object(directory / CONFIG)
-    if adapter.get("peft_type") != "PREFIX_TUNING":
-        raise UserError(f"{directory}: peft_type is {adapter.get('peft_type')!r}; only PREFIX_TUNING has slots")
-    for setting, ours in (
-        ("num_layers", config.n_layer),
-        ("num_attention_heads", config.n_head),
-        ("token_dim", config.n_embd),
-    ):
+    """The adapter in `directory` as a Banks with the one bank `name`, for `model`. Raises UserError if it is no adapter
+    of prefix tuning, or not for a model of this shape."""
+    rows, offset = read_adapter(Path(directory), model.config)
+    return Banks({name: from_rows(rows, model.config)}, offset)
+
+
+def read_adapter(directory, config):
+    """-> (prompt_embeddings in float32, the position that text takes first)."""
+    adapter, path, width = read_object(directory / CONFIG), directory / WEIGHTS, 2 * config.n_layer * config.n_embd
+    if (kind := adapter.get("peft_type")) != "PREFIX_TUNING":
+        raise UserError(f"{directory}: peft_type is {kind!r}; only PREFIX_TUNING has slots")
+    shape = {"num_layers": config.n_layer, "num_attention_heads": config.n_head, "token_dim": config.n_embd}
+    for setting, ours in shape.items():
         if adapter.get(setting) != ours:
             raise UserError(f"{directory}: {setting} is {adapter.get(setting)!r}, but {ours} in this model")
-    rows, offset = _read_rows(directory / WEIGHTS, config)
-    offset = len(rows) if offset is None else offset
-    if offset >= config.n_positions:
-        raise UserError(f"{directory}: text would start at {offset}, past the {config.n_positions} positions there are")
-    return Banks({name: from_rows(rows, config)}, offset)
-
-
-def _read_rows(path, config):
-    """prompt_embeddings in float32, and the position_offset in the metadata or None."""
-    pickle, width = path.with_suffix(".bin"), 2 * config.n_layer * config.n_embd
-    if pickle.exists() and not path.exists():
-        raise UserError(f"{pickle} is a pickle, which could run code: save the adapter as safetensors from peft")
+    if not path.exists() and path.with_suffix(".bin").exists():
+        raise UserError(
+            f"{path.with_suffix('.bin')} is a pickle, which could run code: save it as safetensors from peft"
+        )
     with open_tensors(path) as file:
-        names, offset = list(file.keys()), (file.metadata() or {}).get("position_offset")
-        if TENSOR not in names:
-            there = ", ".join(names) or "nothing"
+        if TENSOR not in file.keys():
+            there = ", ".join(file.keys()) or "nothing"
             raise UserError(f"{path}: expected {TENSOR}, as peft's save_pretrained writes them, found {there}")
         info = file.get_slice(TENSOR)
         shape, dtype = info.get_shape(), info.get_dtype()
-        if len(shape) != 2 or shape[0] < 1 or shape[1] != width:
-            raise UserError(f"{path}: {TENSOR} has shape {shape}, expected [prefix length, {width}]")
-        if dtype not in FLOATS:
-            raise UserError(f"{path}: {TENSOR} is {dtype}, expected one of {', '.join(FLOATS)}")
-        rows = file.get_tensor(TENSOR).float()
+        if len(shape) != 2 or shape[0] < 1 or shape[1] != width or dtype not in FLOATS:
+            expected = f"[prefix length, {width}] in one of {', '.join(FLOATS)}"
+            raise UserError(f"{path}: {TENSOR} is {shape} in {dtype}, expected {expected}")
+        rows, offset = file.get_tensor(TENSOR).float(), (file.metadata() or {}).get("position_offset", str(shape[0]))
     checkpoint.check_finite(path, TENSOR, rows)
-    if offset is not None and not (offset.isascii() and offset.isdigit() and len(offset) < 10):
-        raise UserError(f"{path}: position_offset is {offset!r}, not a position")
-    return rows, None if offset is None else int(offset)
+    if not (offset.isdecimal() and len(offset) < 10 and int(offset) < config.n_positions):
+        raise UserError(f"{path}: text would start at {offset}, not one of the model's {config.n_positions} positions")
+    return rows, int(offset)
 
 
 def parse_arguments():
+    from prefix import cli  # for the command alone
+
     parser = cli.Parser(prog="python -m prefix.peft", description="Banks to and from peft's prefix tuning.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{export,import}")
-    out = commands.add_parser("export", help="write a bank as an adapter that peft loads")
-    out.add_argument("run", metavar="RUN", help="a run directory or a prefix file")
-    out.add_argument("--out", type=Path, required=True, metavar="DIR", help="the adapter's folder, a new one")
-    back = commands.add_parser("import", help="make a prefix file of an adapter that peft saved")
-    back.add_argument("adapter", type=Path, metavar="DIR", help="the folder with adapter_config.json")
-    back.add_argument("--model", required=True, metavar="M", help="the base that it was trained on")
-    back.add_argument("--out", type=Path, required=True, metavar="FILE", help="the prefix file, a new one")
-    for direction in (out, back):
-        direction.add_argument("--bank", required=True, metavar="NAME")
+    parser.add_argument("command", choices=["export", "import"], help="write a bank as an adapter, or read it back")
+    parser.add_argument("source", type=Path, metavar="RUN_OR_DIR", help="a run or prefix file; an adapter's folder")
+    parser.add_argument("--bank", required=True, metavar="NAME", help="the bank's name here")
+    parser.add_argument("--model", metavar="M", help="of an import: the base that the adapter was trained on")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR_OR_FILE", help="a new folder; a new prefix file"
+    )
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"--out {args.out}: already there; name another")
+    if (args.command == "import") != bool(args.model):
+        parser.error("--model goes with import, which needs it")
     return args
 
 
 def main():
     args = parse_arguments()
     if args.command == "export":
-        banks = Banks.read(cli.find_prefix(args.run))
+        banks = Banks.read(prefix_file.find(args.source))
         export_bank(banks, args.bank, args.out)
-        log(f"{args.out}: {_positions(banks, args.bank)}")
+        ours, theirs = banks.position_offset, banks.prefix_len[banks.names.index(args.bank)]
+        said = f"text starts at position {ours} in both: peft gives the same logits"
+        if ours != theirs:
+            said = f"text starts at position {ours} here but at {theirs} in peft, so logits there will differ; "
+            said += "train with --position-offset prefix for a bank that gives the same in both"
     else:
-        # Of the base, its shape and the names of its weights are all that is needed.
-        model = GPT.from_pretrained(args.model, "cpu", torch.bfloat16)
-        banks = import_bank(args.adapter, args.bank, model)
+        model = GPT.from_pretrained(args.model, "cpu", torch.bfloat16)  # only its shape and its weights' names matter
+        banks = import_bank(args.source, args.bank, model)
         banks.training_record = {"model": model_name(args.model)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         banks.save(args.out, model)
-        log(f"{args.out}: {banks.prefix_len[0]} slots; text starts at position {banks.position_offset}")
-
-
-def _positions(banks, name):
-    """What an export says: whether peft will give the same logits."""
-    ours, theirs = banks.position_offset, banks.prefix_len[banks.names.index(name)]
-    if ours == theirs:
-        return f"text starts at position {ours} in both: peft gives the same logits"
-    remedy = "train with --position-offset prefix for a bank that gives the same in both"
-    return f"text starts at position {ours} here but at {theirs} in peft, so logits there will differ; {remedy}"
+        said = f"{banks.prefix_len[0]} slots; text starts at position {banks.position_offset}"
+    log(f"{args.out}: {said}")
 
 
 if __name__ == "__main__":
-    with cli.cli_errors():
+    from prefix.cli import cli_errors
+
+    with cli_errors():
         main()

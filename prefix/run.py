@@ -60,9 +60,10 @@ def resolve(args):
     """The command with its defaults filled in: what config.json keeps and --resume reads."""
     if distributed.rank() == 0:
         check_unused(args.out)
-    for option, value, most in (("prefix-len", args.prefix_len, MAX_SLOTS), ("batch-size", args.batch_size, MAX_BATCH)):
-        if value > most:
-            raise UserError(f"--{option} {value:,} is more than {most:,}")
+    if args.prefix_len > MAX_SLOTS:
+        raise UserError(f"--prefix-len {args.prefix_len:,}: a bank has {MAX_SLOTS:,} slots at most")
+    if args.batch_size > MAX_BATCH:
+        raise UserError(f"--batch-size {args.batch_size:,}: a step has {MAX_BATCH:,} pairs at most")
     name = args.model or checkpoint.default(log)
     demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
     if demo and not args.model and args.data not in (None, ["demo"]):

@@ -211,7 +211,8 @@ class Trainer:
         steps = self.settings.steps
         state.check_identity(f"{self.out}: this run", theirs, self.identity)
         if p.step > steps:
-            raise UserError(f"{self.out}: {p.step:,} steps are done, more than --steps {steps:,}: give a larger number")
+            done = f"{p.step:,} steps are done already"
+            raise UserError(f"{self.out}: {done}, more than --steps {steps:,}: give a larger number")
         self.progress = p
         state.restore(tensors, self.banks, self.optimizer)
         if p.scaler:  # it is empty in other dtypes

@@ -1,15 +1,16 @@
-"""Translating with a learned prefix: texts in, texts out."""
+"""Translating with a learned prefix: texts in, texts out.
+
+A text becomes a prompt as in training (sequences.py): its tokens see the source bank, <sep> and the answer see both.
+"""
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from minigpt.beam import beam_search
-from minigpt.generate import Prompt, Sampler, generate
-from minigpt.scoring import likeliest_answer, max_new_tokens
+from minigpt.generate import Prompt
 from prefix import distributed
 from prefix.data.rows import MAX_FIELD, clean
+from prefix.decoding import Decoding, decode
 from prefix.sequences import separator
 
 CLOSING = """["'”’»)\\]]"""
@@ -20,8 +21,8 @@ SENTENCE_END = re.compile(  # spaces behind a mark that ends a sentence, or behi
 
 @dataclass
 class Translation:
-    """text: one line. finished: False where it was cut at its limit. fault: why there is none, or None. pieces: into
-    how many the source was divided, because it was too long for the context."""
+    """text: one line. finished: False if it was cut at its limit. fault: why there is none, or None. pieces: into how
+    many the source was divided, because it was too long for the context."""
 
     text: str = ""
     finished: bool = True
@@ -29,79 +30,47 @@ class Translation:
     pieces: int = 1
 
 
-@dataclass
-class Decoding:
-    """How to decode. max_new: tokens of each answer; None: twice the source plus 16; never past the context. sampler:
-    None: greedy. choices: the texts that an answer may be, of which the likeliest is taken. first: the number of the
-    first text, for sampling: each draws from a stream of its own. on_finished(): called for each sentence that is done."""
-
-    max_new: int | None = None
-    sampler: Sampler | None = None
-    beams: int = 1
-    length_penalty: float = 1.0
-    batch_size: int = 32
-    choices: list | None = None
-    first: int = 0
-    on_finished: Callable | None = None
-
-
-def translate(model, tokenizer, banks, texts, source, target, decoding=Decoding(), on_text=None):
+def translate(model, tokenizer, banks, texts, source, target, decoding=None, first=0, on_text=None):
     """List of texts -> list of Translation, in the same order; an empty text gives an empty one.
 
-    source, target: bank names. A text that is too long for the context is divided at sentence ends. on_text(text so
-    far): called as it grows, if there is one text in one piece and no beam search. Several processes share the texts out
-    between them, and each returns all results."""
-    max_new, choices = decoding.max_new, decoding.choices
+    source, target: bank names. decoding: a Decoding; None: greedy. first: the number of the first text; each text is
+    sampled from a random stream of its number. on_text(text so far): called as it grows, if there is one text in one
+    piece and no beam search. A text that is too long for the context is divided at sentence ends. Several processes
+    share the texts, and each returns all results. Raises UserError for banks or numbers that the model does not have."""
+    decoding = decoding or Decoding()
+    decoding.check(model.config)
     sees_source, sees_both, sep = banks.mask([source]), banks.mask([source, target]), separator(tokenizer)
-    room = model.config.n_positions - banks.position_offset
     slots, offset = banks.slots().to(model.dtype), banks.position_offset
-    answers = [[*tokenizer.encode(clean(choice)), tokenizer.eot] for choice in choices or []]
+    room = model.config.n_positions - offset
+    answers = [[*tokenizer.encode(clean(choice)), tokenizer.eot] for choice in decoding.choices or []]
 
     def fits(text):
         n = len(tokenizer.encode(text)) if len(text) <= MAX_FIELD else math.inf
-        return choices or n + 1 + min(max_new or math.inf, 2 * n + 16) <= room
-
-    def tokens_for_answer(n):
-        """How many a source of n tokens may take; 0 where there is no room for a fair answer."""
-        left, usual = room - n - 1, max_new or 2 * n + 16
-        if choices:
-            return max_new_tokens(answers, left)
-        return min(usual, left) if left >= min(usual, n) else 0
+        return answers or n + 1 + min(decoding.max_new or math.inf, 2 * n + 16) <= room
 
     pieces = [divide(clean(text), fits) for text in texts]  # as training read them: a newline would be a separator
-    flat = [(decoding.first + i, j, piece) for i, parts in enumerate(pieces) for j, piece in enumerate(parts)]
+    flat = [(first + i, j, piece) for i, parts in enumerate(pieces) for j, piece in enumerate(parts)]
     results, prompts = [Translation() for _ in flat], {}
     for number, (i, j, text) in enumerate(flat):
-        if len(text) > MAX_FIELD:  # tiktoken gives up on such texts, and not as an exception
+        if len(text) > MAX_FIELD:  # tiktoken panics on such texts, which is no exception
             results[number] = Translation(finished=False, fault=f"more than {MAX_FIELD:,} characters are no sentence")
         elif text:
             ids = tokenizer.encode(text)
-            bank_mask = [sees_source] * len(ids) + [sees_both]
-            prompts[number] = Prompt([*ids, sep], tokens_for_answer(len(ids)), bank_mask, stream=(i, j))
+            most = decoding.room_for_answer(len(ids), room, answers)
+            prompts[number] = Prompt([*ids, sep], most, [sees_source] * len(ids) + [sees_both], stream=(i, j))
     on_token = _whole_texts(on_text, tokenizer) if on_text and len(prompts) == 1 else None
-
-    def answer(prompts):
-        last = {"batch_size": decoding.batch_size, "on_finished": decoding.on_finished}
-        if choices:
-            return likeliest_answer(model, prompts, answers, slots, offset, **last)
-        if decoding.beams > 1:
-            beams = {"beams": decoding.beams, "length_penalty": decoding.length_penalty}
-            return beam_search(model, prompts, [tokenizer.eot], slots, offset, **beams, **last)
-        return generate(
-            model, prompts, [tokenizer.eot], slots, offset, sampler=decoding.sampler, on_token=on_token, **last
-        )
-
+    answer = lambda prompts: decode(model, prompts, [tokenizer.eot], slots, offset, decoding, answers, on_token)
     parts = iter(answered(results, prompts, answer, tokenizer))
     return [join([next(parts) for _ in one]) for one in pieces]
 
 
 def divide(text, fits):
-    """[text] if fits(text), else its sentences: what a prefix is trained on is single sentences, as a rule."""
+    """[text] if fits(text), else its sentences: a prefix is trained on single sentences, as a rule."""
     return [text] if fits(text) else SENTENCE_END.split(text)
 
 
 def join(parts):
-    """The Translations of a text's pieces -> that of the text."""
+    """The Translations of a text's pieces -> the text's."""
     fault = next((part.fault for part in parts if part.fault), None)
     text = " ".join(part.text for part in parts if part.text)
     return Translation(text, all(part.finished for part in parts), fault, len(parts))
@@ -121,8 +90,8 @@ def _whole_texts(on_text, tokenizer):
 
 
 def answered(results, prompts, answer, tokenizer):
-    """Fill in `results` what answer() makes of the prompts, {number: Prompt}; each process answers its share. A prompt
-    without room for a single new token is a fault."""
+    """Fill in `results` the texts that answer(prompts) gives, {number: Prompt}; each process answers its shard. A
+    prompt without room for a single new token is a fault."""
     for i in [i for i, prompt in prompts.items() if prompt.max_new < 1]:
         fault = f"{len(prompts.pop(i).ids)} tokens leave no room to answer in this model's context"
         results[i] = Translation(finished=False, fault=fault)

@@ -14,17 +14,23 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
 from prefix import cli
 from prefix.banks import Banks
 from prefix.data import corpus as data
 from prefix.data.splits import split_of
 from prefix.init import random_banks
+from prefix.run import DEMO_PREFIX
 from prefix.trainer import Settings, Trainer
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two processes of tests share two cores, and start others
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: they then run on the CPU
 
+CONTEXT = 200  # positions of the checkpoints in `place`
+TRAIN = ["--steps", "3", "--batch-size", "4", "--prefix-len", "3", "--device", "cpu", "--dtype", "float32"]
 REAL_VOCABULARY = Path(__file__).parents[2] / "shared/data/gpt2_tokenizer"
 
 
@@ -145,6 +151,49 @@ def run(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+def assert_refused(result, *words):
+    """One line on standard error that has these words, nothing on standard output, exit code 2."""
+    code, out, err = result
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    for word in words:
+        assert str(word) in err
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with checkpoints `base` and `other`, the tables en-fr.csv and en-fr-de.csv, and the trained prefixes of
+    runs `run` and `run3`."""
+    place = tmp_path_factory.mktemp("place")
+    for name in ("base", "other"):
+        save_random_checkpoint(place / name, CONTEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINIGPT_HOME", str(place / "home"))
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setitem(sys.modules, "matplotlib", None)
+        for out, columns in (("run", ["en", "fr"]), ("run3", ["en", "fr", "de"])):
+            table = place / f"{'-'.join(columns)}.csv"
+            rows = random_rows("train", 12, len(columns)) + random_rows("validation", 2, len(columns))
+            write_table(table, [columns, *rows, *random_rows("test", 5, len(columns))])
+            options = ["--model", place / "base", "--data", table, "--columns", *columns, "--out", place / out]
+            patch.setattr(sys, "argv", ["train.py", *map(str, options), *TRAIN])
+            train.main()
+    return place
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, place):
+    """The command runs in an empty folder."""
+    monkeypatch.setenv("MINIGPT_HOME", str(place / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo's model, tokenizer and banks."""
+    model = GPT.from_pretrained("demo")
+    return model, Tokenizer.from_pretrained("demo"), Banks.load(DEMO_PREFIX, model)
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ from itertools import islice
 import numpy as np
 
 from minigpt.files import UserError
-from minigpt.generate import Prompt, generate
-from minigpt.scoring import likeliest_answer, log_p, max_new_tokens
+from minigpt.generate import Prompt
+from minigpt.scoring import log_p, max_new_tokens
 from prefix.banks import Banks
 from prefix.data.rows import clean
-from prefix.translation import Decoding, Translation, answered
+from prefix.decoding import Decoding, decode
+from prefix.translation import Translation, answered
 
 FORMS = ("names", "lines")
 TRIALS = 12  # training pairs on which the two forms are compared
@@ -119,12 +120,8 @@ def few_shot(model, tokenizer, shots, texts, decoding=Decoding()):
         most = max_new_tokens(answers, left) if answers else min(decoding.max_new or 2 * len(ids) + 16, left)
         prompts[i] = Prompt(ids, most, mask and mask * len(ids))
 
-    def answer(prompts):
-        last = {"batch_size": decoding.batch_size, "on_finished": decoding.on_finished}
-        if answers:
-            return likeliest_answer(model, prompts, answers, slots, offset, **last)
-        return generate(model, prompts, stop_ids(tokenizer), slots, offset, **last)
-
+    greedy = replace(decoding, beams=1, sampler=None)
+    answer = lambda prompts: decode(model, prompts, stop_ids(tokenizer), slots, offset, greedy, answers)
     return answered([Translation() for _ in texts], prompts, answer, tokenizer)
 
 

@@ -404,7 +404,7 @@ def test_a_finished_run_goes_on_with_more_steps_other_saves_and_other_micro_batc
     assert more.run()
     assert [line["step"] for line in metrics(more)[0]] == [1, 2, 3, 4, 5, 6]
     assert same(saved_prefix(more), slots_of(more))
-    with pytest.raises(UserError, match="6 steps are done, more than --steps 3"):
+    with pytest.raises(UserError, match="6 steps are done already, more than --steps 3"):
         trainer(steps=3).resume()
 
 

@@ -1,0 +1,388 @@
+"""translate.py as a person meets it: arguments, lines of a file or a pipe, a terminal, and mistakes."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import CONTEXT, TRAIN, assert_refused, random_text, save_random_checkpoint
+
+import train
+import translate
+from minigpt import GPT, Tokenizer
+from prefix import cli, decoding, lines
+from prefix.banks import Banks
+from prefix.distributed import printable
+from prefix.run import DEMO_PREFIX
+from prefix.translation import Decoding
+from prefix.translation import translate as translate_texts
+
+ROOT = Path(__file__).parents[1]
+PREFIX = ["--prefix", DEMO_PREFIX, "--device", "cpu"]
+pytestmark = pytest.mark.usefixtures("workplace")
+
+
+@pytest.fixture(autouse=True)
+def notices_are_new():
+    decoding.log_once.cache_clear()
+    lines.say_once.cache_clear()
+
+
+@pytest.fixture
+def expected(place):
+    """A function: texts -> the lines that translate.py owes for them."""
+    model, tokenizer = GPT.from_pretrained(place / "base"), Tokenizer.from_pretrained(place / "base")
+    banks = Banks.load(place / "run" / "prefix.safetensors", model)
+
+    def expected(texts, source="fr", target="en", **options):
+        results = translate_texts(model, tokenizer, banks, texts, source, target, Decoding(max_new=6, **options))
+        return "".join(result.text + "\n" for result in results)
+
+    return expected
+
+
+def on(place):
+    return ["--prefix", place / "run", "--max-new-tokens", 6]
+
+
+def test_the_demo_translates_on_a_fresh_clone(run):
+    code, out, err = run(translate, "--device", "cpu", "Bonjour", "Il pleut.")
+    assert (code, out) == (0, "Hello\nIt's raining.\n")
+    assert f"Using the prefix {DEMO_PREFIX}" in err
+
+
+def test_each_argument_gets_a_line_of_standard_output_and_nothing_else_is_there(run, place, expected):
+    texts = [random_text() for _ in range(5)] + ["", "two\nlines", "- un tiret"]
+    code, out, err = run(translate, *on(place), *texts)
+    assert (code, out) == (0, expected(texts))
+    assert "cut at their token limit (--max-new-tokens)" in err
+
+
+# Standard input
+
+
+@pytest.mark.parametrize(
+    "stdin, texts",
+    [
+        (b"", []),
+        (b"\n", [""]),
+        (b"un\ndeux", ["un", "deux"]),
+        (b"un\n\n \n\ndeux\n\n", ["un", "", "", "", "deux", ""]),
+        (b"un\r\ndeux\r\n", ["un", "deux"]),
+        (b"un\rdeux\n", ["un deux"]),
+        ("\ufeffun\ndeux\n".encode(), ["un", "deux"]),
+        ("un \u2028 deux\ntrois\n".encode(), ["un \u2028 deux", "trois"]),
+        ("<|endoftext|>\n« Où ça ? »\n".encode(), ["<|endoftext|>", "« Où ça ? »"]),
+    ],
+    ids=repr,
+)
+def test_each_line_of_standard_input_gets_a_line_of_standard_output(run, place, expected, stdin, texts):
+    code, out, _ = run(translate, *on(place), stdin=stdin)
+    assert (code, out) == (0, expected(texts))
+    assert out.count("\n") == len(texts)
+
+
+@pytest.mark.parametrize(
+    "stdin, texts, told",
+    [
+        ("un\nété\ndeux".encode("latin-1"), ["un", "", "deux"], ["line 2: not UTF-8: byte 0xe9 at its place 1"]),
+        (b"un\x00\ndeux\n\xff\n", ["", "deux", ""], ["line 1: it holds a NUL byte", "line 3: not UTF-8"]),
+    ],
+    ids=["Latin-1", "NUL"],
+)
+def test_a_line_that_is_not_utf_8_is_told_by_its_number_and_the_others_are_translated(
+    run, place, expected, stdin, texts, told
+):
+    code, out, err = run(translate, *on(place), stdin=stdin)
+    assert (code, out) == (2, expected(texts)) and "UTF-16" not in err
+    found = [line for line in err.splitlines() if line.startswith("line ")]
+    assert len(found) == len(told) and all(map(str.startswith, found, told))
+    assert err.splitlines()[-1].startswith(f"error: {len(told)} of 3 sentences could not be translated")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named_once(run, place, encoding):
+    code, out, err = run(translate, *on(place), stdin="un\ndeux\ntrois\n".encode(encoding))
+    assert (code, out) == (2, "\n\n\n")
+    assert err.count("seems to be UTF-16") == 1 and "iconv" in err and "error: 3 of 3 sentences" in err
+
+
+def test_an_argument_that_is_not_utf_8_is_a_fault_too(run, place, expected):
+    code, out, err = run(translate, *on(place), "un", "\udce9")
+    assert (code, out) == (2, expected(["un", ""])) and "line 2: not UTF-8" in err
+
+
+def test_a_sentence_that_is_too_long_is_told_by_its_line_and_the_others_are_translated(run, place, expected):
+    long, endless = "mot " * CONTEXT, "x" * 1_000_000
+    code, out, err = run(translate, *on(place), stdin=f"un\n{long}\n\ndeux\n{endless}".encode())
+    assert (code, out) == (2, expected(["un", "", "", "deux", ""]))
+    assert re.search(r"^line 2: \d+ tokens leave no room to answer", err, re.MULTILINE)
+    assert re.search(r"^line 5: more than [\d,]+ characters", err, re.MULTILINE)
+    assert "error: 2 of 5 sentences could not be translated" in err.splitlines()[-1]
+
+
+def test_a_long_text_gets_what_its_sentences_get_alone(run, demo):
+    code, out, err = run(translate, *PREFIX, "Je suis ici. Il pleut. " * 40, "Merci.")
+    alone = translate_texts(*demo, ["Je suis ici.", "Il pleut.", "Merci."], "fr", "en")
+    assert (code, out) == (0, " ".join([alone[0].text, alone[1].text] * 40) + f"\n{alone[2].text}\n")
+    assert "1 of 2 texts were too long" in err
+
+
+def test_more_lines_than_are_read_at_a_time_keep_their_order(run, place, expected, monkeypatch):
+    monkeypatch.setattr(lines, "LINES_AT_A_TIME", 3)
+    texts = [random_text() for _ in range(14)]
+    _, out, _ = run(translate, *on(place), "--batch-size", 2, stdin="\n".join(texts).encode())
+    assert out == expected(texts)
+
+
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n"])
+def test_lines_are_what_stands_between_newlines_whatever_blocks_they_come_in(monkeypatch, tmp_path, ending):
+    texts = ["", "été", "x" * 200_000, "", "fin"]
+    (tmp_path / "lines").write_bytes(b"\r\n".join(text.encode() for text in texts) + ending)
+    monkeypatch.setattr(lines, "LINES_AT_A_TIME", 3)
+    with open(tmp_path / "lines") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        chunks = list(lines.lines_as_they_come(1))
+    assert [lines.decode_line(line) for chunk in chunks for line in chunk] == [(text, None) for text in texts]
+    assert all(0 < len(chunk) <= 3 for chunk in chunks)
+
+
+def test_standard_input_that_is_closed_or_cannot_be_read_is_an_error(run, place, monkeypatch):
+    command = f"{sys.executable} {ROOT}/translate.py --prefix {place}/run <&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert_refused((done.returncode, done.stdout, done.stderr), "no text, and standard input is closed")
+    folder = os.open(".", os.O_RDONLY)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(fileno=lambda: folder))
+    with pytest.raises(OSError, match="directory"):
+        next(lines.lines_as_they_come(1))
+    os.close(folder)
+
+
+def test_a_slow_pipe_is_answered_line_by_line():
+    """The answer to the first line comes before the second line is written."""
+    line = [sys.executable, ROOT / "translate.py", *PREFIX]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        giving_up = threading.Timer(120, process.kill)
+        giving_up.daemon = True
+        giving_up.start()
+        for text in ("Il pleut.", "Merci."):
+            process.stdin.write(text + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline().strip()
+        process.stdin.close()
+        assert process.stdout.read() == ""
+        giving_up.cancel()
+
+
+@pytest.fixture
+def shell(place):
+    """A function: a line of shell -> its result. The scripts run in processes of their own."""
+
+    def shell(line):
+        script = f"{sys.executable} {ROOT}/translate.py --prefix {place}/run"
+        words = f"set -o pipefail; {line}".replace("translate.py", script)
+        environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # as a locale may have it
+        return subprocess.run(["bash", "-c", words], capture_output=True, env=environment, timeout=300)
+
+    return shell
+
+
+def test_in_a_pipe_translations_are_utf_8_whatever_the_locale(shell, expected):
+    done = shell("printf 'été\\n\\n\\xe9\\ndeux' | translate.py --max-new-tokens 6")
+    assert (done.returncode, done.stdout.decode()) == (2, expected(["été", "", "", "deux"]))
+    assert b"line 3: " in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error_message(shell):
+    done = shell("yes | head -2000 | translate.py --batch-size 1 --max-new-tokens 1 2> errors | head -1; cat errors")
+    assert done.stdout.count(b"\n") == 1 and done.stderr == b""
+
+
+# A terminal
+
+
+@pytest.fixture
+def terminal():
+    """A function: arguments, lines to type -> what a terminal shows."""
+    opened = []
+
+    def run(*arguments, typed=""):
+        ours, theirs = pty.openpty()
+        opened.append(ours)
+        line = [sys.executable, ROOT / "translate.py", *arguments]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        process = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+        os.close(theirs)
+        os.write(ours, typed.encode())
+        shown = b""
+        while True:
+            try:
+                shown += os.read(ours, 1 << 12)
+            except OSError:  # the other end is closed
+                process.wait()
+                return shown.decode()
+
+    yield run
+    for ours in opened:
+        os.close(ours)
+
+
+def test_lines_typed_at_a_terminal_are_answered_one_by_one(terminal, demo):
+    shown = terminal(*PREFIX, typed="Il pleut.\nMerci.\n\x04")
+    assert "Reading fr sentences, one per line; Ctrl-D ends." in shown
+    for answer in translate_texts(*demo, ["Il pleut.", "Merci."], "fr", "en"):
+        assert answer.text in shown
+
+
+def test_a_terminal_shows_a_translation_as_it_grows(run, monkeypatch, demo):
+    written, write = [], printable
+    monkeypatch.setattr(translate, "printable", lambda text: written.append(text) or write(text))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    code, out, _ = run(translate, *PREFIX, "Il pleut depuis ce matin.")
+    assert (code, out) == (0, translate_texts(*demo, ["Il pleut depuis ce matin."], "fr", "en")[0].text + "\n")
+    assert len(written) > 3 and "".join(written) + "\n" == out
+
+
+def test_escape_sequences_cannot_steer_the_terminal_but_pass_through_a_pipe(monkeypatch, capsys):
+    for is_terminal, shown in ((True, "a\\x1b[31mb\n"), (False, "a\x1b[31mb\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+        translate.Output().line("a\x1b[31mb")
+        assert capsys.readouterr().out == shown
+
+
+def test_a_translation_with_line_breaks_in_it_is_printed_on_one_line(run, place, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_: "a\nb\rc\u2028d\x85e\n")
+    assert run(translate, *on(place), "x", "y")[1] == "a b c d e\na b c d e\n"
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    "prefix, options, direction",
+    [
+        ("run", [], ("fr", "en")),
+        ("run", ["--from", "en"], ("en", "fr")),
+        ("run", ["--to", "en"], ("fr", "en")),
+        ("run", ["--to", "fr"], ("en", "fr")),
+        ("run", ["--from", "en", "--to", "fr"], ("en", "fr")),
+        ("run3", [], ("fr", "en")),
+        ("run3", ["--from", "de"], ("de", "en")),
+        ("run3", ["--from", "en"], ("en", "fr")),
+        ("run3", ["--to", "de"], ("fr", "de")),
+        ("run3", ["--from", "de", "--to", "fr"], ("de", "fr")),
+    ],
+    ids=str,
+)
+def test_the_direction_is_second_bank_to_first_unless_told_otherwise(place, monkeypatch, prefix, options, direction):
+    monkeypatch.setattr(sys, "argv", ["translate.py", *options])
+    banks = Banks.load(place / prefix / "prefix.safetensors", GPT.from_pretrained(place / "base"))
+    assert cli.direction(translate.parse_arguments(), banks) == direction
+
+
+def test_both_directions_are_translated(run, place, expected):
+    texts = [random_text() for _ in range(3)]
+    assert run(translate, *on(place), "--from", "en", *texts)[1] == expected(texts, "en", "fr")
+    assert run(translate, *on(place), "--from", "fr", *texts)[1] == expected(texts, "fr", "en")
+
+
+def test_samples_follow_from_the_seed_whatever_the_batch_size_and_the_chunks(run, place):
+    texts = [random_text() for _ in range(7)]
+    draw = lambda *options: run(translate, *on(place), "--temperature", 1.5, *options, *texts)[1]
+    first = draw("--seed", 3, "--batch-size", 1)
+    assert draw("--seed", 3, "--batch-size", 5) == draw("--seed", 3) == first
+    assert draw("--seed", 4) != first
+
+
+def test_decoding_is_what_the_options_ask_for(run, place, demo, expected):
+    texts = [random_text() for _ in range(3)]
+    assert run(translate, *on(place), "--top-k", 1, *texts)[1] == expected(texts)
+    assert run(translate, *on(place), "--temperature", 1e-50, *texts)[1] == expected(texts)
+    assert run(translate, *on(place), "--beam", 3, *texts)[1] == expected(texts, beams=3)
+    text = "Il faut que je te dise quelque chose de très important."
+    _, out, _ = run(translate, *PREFIX, "--beam", 4, "--length-penalty", -9, text)
+    penalised = lambda x: translate_texts(*demo, [text], "fr", "en", Decoding(beams=4, length_penalty=x))[0].text
+    assert out == penalised(-9.0) + "\n" and penalised(-9.0) != penalised(1.0)
+
+
+@pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--weights", "int8"]])
+def test_other_forms_of_the_weights_translate(run, options):
+    code, out, _ = run(translate, *PREFIX, *options, "Il pleut.")
+    assert code == 0 and "rain" in out
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--from", "es"], ["no bank 'es'", "en, fr"]),
+        (["--from", "en", "--to", "en"], ["--from en --to en"]),
+        (["--beam", "2", "--temperature", "1"], ["--beam", "--temperature"]),
+        (["--length-penalty", "2"], ["--length-penalty goes with --beam"]),
+        (["--beam", "0"], ["--beam", "1 or more"]),
+        (["--beam", "5000"], ["--beam 5,000", "tokens of this model's vocabulary"]),
+        (["--top-k", "99999"], ["--top-k 99,999", "tokens of this model's vocabulary"]),
+        (["--max-new-tokens", "201"], ["--max-new-tokens 201", f"{CONTEXT} positions"]),
+        (["--batch-size", "65537"], ["--batch-size", "65,536 at most"]),
+        (["--top-p", "0"], ["--top-p"]),
+        (["--temperature", "-1"], ["--temperature"]),
+        (["--weights", "int8", "--dtype", "float16"], ["--weights int8 is for bfloat16 on a CPU"]),
+        (["--prefix", "nothing"], ["nothing: no prefix file there"]),
+        (["--prefix", ROOT / "train.py"], ["train.py: not a safetensors file"]),
+        (["--prefix", ROOT / "minigpt/demo/model.safetensors"], ["not a prefix file"]),
+        (["--model", "nothing"], ["--model nothing: no such directory"]),
+        (["-oui"], ["unrecognized argument -oui; put -- before a text that begins with a dash"]),
+        (["--beem", "4"], ["unrecognized argument --beem: did you mean --beam?"]),
+        (["--batch", "4"], ["unrecognized argument --batch: did you mean --batch-size?"]),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:30],
+)
+def test_a_mistake_in_translating_is_one_line_and_exit_code_2(run, place, options, words):
+    assert_refused(run(translate, *on(place), *options, "--", "Bonjour"), *words)
+
+
+def test_a_file_is_a_sentence_and_one_notice_says_how_its_lines_are_translated(run, place, expected):
+    Path("my lines.txt").write_text("Bonjour\n")
+    code, out, err = run(translate, *on(place), "my lines.txt")
+    assert (code, out) == (0, expected(["my lines.txt"]))
+    assert err.count("translate.py < 'my lines.txt'") == 1
+    assert "translate.py <" not in run(translate, *on(place), "lines.txt")[2]
+
+
+# Which prefix, on which base
+
+
+def test_without_prefix_the_newest_run_with_these_banks_is_used_else_the_demo_prefix(run, place, monkeypatch):
+    monkeypatch.setattr(cli, "DEMO_PREFIX", place / "run3" / "prefix.safetensors")
+    model = GPT.from_pretrained(place / "base")
+    used = lambda *options: run(translate, "--max-new-tokens", 2, *options, "Bonjour")[2]
+    assert f"Using the prefix {place}/run3/prefix.safetensors" in used()
+    for i, (name, source) in enumerate([("b", "run"), ("c", "run3"), ("a", "run")]):
+        Path("runs", name).mkdir(parents=True)
+        banks = Banks.load(place / source, model)
+        banks.training_record = {"model": str(place / "base")}  # and no losses, by which a run may be passed over
+        banks.save(Path("runs", name, "prefix.safetensors"), model)
+        os.utime(Path("runs", name, "prefix.safetensors"), (i, i))
+    assert "Using the prefix runs/a/prefix.safetensors" in used()
+    assert "Using the prefix runs/c/prefix.safetensors" in used("--to", "de")
+    assert f"Using the prefix {place}/run3/prefix.safetensors" in used("--to", "es")
+
+
+def test_a_prefix_of_another_base_is_refused_naming_both(run, place):
+    fingerprints = [GPT.from_pretrained(place / name).fingerprint for name in ("base", "other")]
+    result = run(translate, *on(place), "--model", place / "other", "Bonjour")
+    assert_refused(result, "run/prefix.safetensors", *fingerprints)
+
+
+def test_a_base_that_has_been_moved_can_be_named(run, place):
+    save_random_checkpoint(Path("here"))
+    run(train, "--model", "here", "--data", place / "en-fr.csv", *TRAIN, "--out", "run")
+    there = Path("here").resolve()
+    Path("here").rename("there")
+    assert_refused(run(translate, "--prefix", "run", "Bonjour"), there, "no longer there", "--model")
+    assert run(translate, "--prefix", "run", "--model", "there", "Bonjour")[0] == 0
