@@ -21,8 +21,11 @@ from prefix.distributed import log
 from prefix.dry_run import dry_run
 from prefix.evaluation.pictures import draw_loss
 from prefix.init import INITS, initial_banks
+from prefix.rates import try_rates
 from prefix.state import METRICS
 from prefix.trainer import SECONDS, Settings, Trainer
+
+FAR = 10  # units: a slot that moved by more is nothing that the base has ever seen
 
 
 def parse_arguments():
@@ -67,8 +70,8 @@ def add_data_options(add):
 def add_training_options(add):
     add("--steps", type=int_at_least(1), metavar="N", help="optimizer steps (demo: 300, else 2048)")
     add("--batch-size", type=int_at_least(1), default=64, metavar="PAIRS", help="pairs per optimizer step (64)")
-    text = "peak learning rate (demo: 0.1; else 0.01 from text, 0.03 from other starts; about 0.001 with --reparam)"
-    add("--lr", type=float_range(0, 100, open_low=True), metavar="X", help=text)
+    text = "peak learning rate (0.1; 0.001 with --reparam); of several, the best after a tenth of the steps goes on"
+    add("--lr", nargs="+", type=float_range(0, 100, open_low=True), metavar="X", help=text)
     add("--warmup", type=int_at_least(0), metavar="N", help="steps of linear warm-up (a twentieth of the steps)")
     text = "train slots through Li and Liang's MLP, which is not in the prefix file (off)"
     add("--reparam", action="store_true", help=text)
@@ -86,19 +89,24 @@ def main():
     args = parse_arguments()
     distributed.start(args.device)
     config = run.resume_config(args) if args.resume else run.resolve(args)
-    directions, settings = run.directions(config), Settings(**config["settings"])
+    rates, directions = config["settings"]["lr"], run.directions(config)
+    rates = rates if isinstance(rates, list) else [rates]
     model, tokenizer = cli.load_model(args, config["model"])
     model.checkpoint_activations = args.checkpoint_activations
     corpus = load_corpus(config, model, tokenizer)
-    banks = make_banks(config, model, tokenizer, corpus)
     first, out = distributed.rank() == 0, args.resume
     micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
-    trainer = Trainer(model, tokenizer, banks, corpus, settings, out, micro_batch_tokens, directions)
+
+    def make_trainer(lr, out):
+        banks, settings = make_banks(config, model, tokenizer, corpus), Settings(**config["settings"] | {"lr": lr})
+        return Trainer(model, tokenizer, banks, corpus, settings, out, micro_batch_tokens, directions)
+
+    trainer = make_trainer(rates[0], out)
     if args.dry_run:
         return dry_run(trainer, len(corpus))
     out = trainer.out = out or distributed.broadcast(run.make_directory(args.out) if first else None)
     with locked(out / METRICS) if first else nullcontext():
-        if args.resume:
+        if args.resume and len(rates) == 1:
             trainer.resume(args.micro_batch_tokens)
         if first:
             if not args.resume:
@@ -106,9 +114,13 @@ def main():
             for folder in (out, out / "last"):
                 remove_leftovers(folder)
             run.write_config(out, config)
-        names, n = ", ".join(config["train_banks"] or banks.names), len(trainer.batches.train)
+        names, n = ", ".join(config["train_banks"] or config["columns"]), len(trainer.batches.train)
         log(f"Training {names} on {n:,} examples, {model.device}, {model.dtype}, {out}")
-        finished = train(trainer)
+        if len(rates) > 1:
+            trainer, config["settings"]["lr"] = try_rates(rates, make_trainer, out)
+            if first and not trainer.stopped:
+                run.write_config(out, config)
+        finished = not trainer.stopped and train(trainer)
     log(closing_line(trainer, model) if finished else f"stopped after step {trainer.progress.step}; {to_go_on(out)}")
     distributed.finish()
     if not finished:
@@ -160,6 +172,18 @@ def interval(text):
     return text if SECONDS.fullmatch(text) else int_at_least(1)(text)
 
 
+def advice(progress, moved):
+    """What to try where a run went wrong: a line of its own, or nothing. moved: units, of the slot that moved most."""
+    base, best = progress.base_loss, progress.best
+    if base is not None and not best < base:
+        wrong = f"validation loss {best:.2f} is not below the {base:.2f} of the base without a prefix"
+        return f"Warning: {wrong}. Try --lr 0.03 0.1 0.3, or more --steps\n"
+    if moved > FAR:
+        wrong = f"a slot moved by {moved:.0f} units of the base's own keys and values, more than {FAR}"
+        return f"Warning: {wrong}. Try a third of --lr, or --lr 0.03 0.1 0.3\n"
+    return ""
+
+
 def closing_line(trainer, model):
     p, out = trainer.progress, trainer.out
     trained = sum(parameter.numel() for parameter in trainer.unfrozen)
@@ -171,7 +195,7 @@ def closing_line(trainer, model):
     where = shlex.quote(str(out))
     reads_french = trainer.banks.names[1:2] == ["fr"]  # translate.py does, unless told otherwise
     to_try = f'translate.py --prefix {where} "Bonjour"' if reads_french else f"evaluate.py --prefix {where}"
-    return (
+    return advice(p, trainer.banks.moved()["moved_max"]) + (
         f"Trained {trained:,} parameters ({share:.2%} of the model) in {p.seconds:.0f} s "
         f"({p.tokens / max(p.seconds, 1e-3):,.0f} tokens/s): {good}{skipped}; {out}/prefix.safetensors. "
         f"Try: python {to_try}"

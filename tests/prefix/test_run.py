@@ -28,8 +28,8 @@ def config_of(monkeypatch):
 
 def test_every_way_to_start_has_a_learning_rate_of_its_own(config_of):
     for init in ("text", "random", "zero-effect"):
-        assert config_of("--init", init)["settings"]["lr"] == runs.LR["demo"][init]
-        assert config_of("--init", init, "--reparam")["settings"]["lr"] == runs.REPARAM_LR["demo"][init]
+        assert config_of("--init", init)["settings"]["lr"] == runs.LR[init]
+        assert config_of("--init", init, "--reparam")["settings"]["lr"] == runs.REPARAM_LR
 
 
 def test_zero_effect_behind_positions_that_hold_nothing_is_told_to_be_worse(config_of, capsys):

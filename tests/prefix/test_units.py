@@ -1,8 +1,10 @@
 """Slots move in units of the base's own keys and values, so a learning rate means the same on every base."""
 
+import json
+
 import pytest
 import torch
-from conftest import one_step, random_rows
+from conftest import one_step, random_rows, same, saved_prefix, slots_of
 
 from prefix.init import initial_banks, units_of
 from prefix.trainer import Settings, Trainer
@@ -26,7 +28,7 @@ def scaled(model):
 @pytest.mark.parametrize("init", ["text", "random", "zero-effect"])
 def test_a_base_with_scaled_keys_and_values_trains_to_the_same_losses(model, tokenizer, load, tmp_path, init, reparam):
     corpus = load(random_rows("train", 40))
-    config = {"init": init, "prefix_len": 5, "position_offset": 0, "reparam": reparam, "settings": {"seed": 3}}
+    config = {"init": init, "prefix_len": 12, "position_offset": 0, "reparam": reparam, "settings": {"seed": 3}}
     settings, losses = Settings(steps=10, lr=0.01 if reparam else 0.1, batch_size=8, warmup=2), []
     ids = torch.randint(100, (2, 20))
     logits = [model(ids)]
@@ -53,3 +55,56 @@ def test_units_are_the_standard_deviations_of_the_bases_own_keys_and_values(mode
     std = qkv.var(dim=1, unbiased=False).mean(dim=-1).sqrt()  # (n_layer, 3, n_head)
     for unit, which in zip(units_of(model, corpus), (1, 2)):
         torch.testing.assert_close(unit[:, :, 0, 0], std[:, which], rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def moving(model, tokenizer, load, trainer):
+    """A function: settings -> a Trainer of banks from text, in units."""
+    corpus = load(random_rows("train", 20) + random_rows("validation", 4))
+
+    def build(out="run", train=None, reparam=False, **settings):
+        config = {"init": "text", "prefix_len": 3, "position_offset": 0, "reparam": reparam, "train_banks": train}
+        banks = initial_banks(config | {"settings": {"seed": 0}}, model, tokenizer, corpus)
+        return trainer(out, banks=banks, corpus=corpus, **settings)
+
+    return build
+
+
+def test_a_run_that_goes_on_keeps_the_units_that_it_began_with(moving, monkeypatch):
+    whole, stopped = moving("whole"), moving("stopped")
+    assert whole.run() and stopped.run(3)
+    monkeypatch.setattr("prefix.init.UNIT_TOKENS", 20)
+    resumed = moving("stopped")
+    assert not torch.equal(resumed.banks.unit[0], whole.banks.unit[0])
+    resumed.resume()
+    assert resumed.run() and same(slots_of(resumed), slots_of(whole))
+
+
+def test_only_slots_that_are_trained_leave_their_start(moving):
+    t = moving(train=["fr"])
+    start = [x.detach().clone() for pair in t.banks.pairs() for x in pair]
+    t.run()
+    now = [x.detach() for pair in t.banks.pairs() for x in pair]
+    assert [torch.equal(*pair) for pair in zip(start, now)] == [True, True, False, False]
+    assert all(torch.equal(*pair) for pair in zip(saved_prefix(t).values(), [now[0], now[2], now[1], now[3]]))
+
+
+@pytest.mark.parametrize("reparam", [False, True])
+def test_each_validation_says_how_far_slots_are_from_their_start_in_units(moving, reparam):
+    t = moving(reparam=reparam, eval_every=3)
+    start = [torch.stack(pair).detach().clone() for pair in t.banks.pairs()]
+    assert t.banks.moved() == {"moved": 0, "moved_max": 0}
+    t.run()
+    lines = [json.loads(line) for line in open(t.out / "metrics.jsonl")]
+    first, last = [line for line in lines if "val_loss" in line]
+    moved = [(torch.stack(pair) - was) / torch.stack([*t.banks.unit]) for pair, was in zip(t.banks.pairs(), start)]
+    distance = torch.cat([x.detach().square().mean(dim=(0, 1, 2, 4)).sqrt() for x in moved])  # (6,), of each slot
+    assert last["moved_max"] > first["moved_max"] > 0
+    assert last["moved_max"] == pytest.approx(float(distance.max()), rel=1e-4)
+    assert last["moved"] == pytest.approx(float(distance.median()), rel=1e-4)
+
+
+def test_slots_that_do_not_move_do_not_count_in_how_far_slots_moved(moving):
+    t = moving(train=["fr"])
+    t.run()
+    assert 0 < t.banks.moved()["moved_max"] < 2 * t.banks.moved()["moved"]
