@@ -6,6 +6,7 @@ A run is a directory, runs/<time> by default, with these files:
     metrics.jsonl          a line for each step and each validation; locked while a run writes here
     last/                  everything needed to go on exactly (state.py)
     prefix.safetensors     the best slots on validation
+    lr-0.1/ ...            trials of several rates, each a run of its own (rates.py)
 
 python -m prefix.run lists the runs.
 """

@@ -229,6 +229,7 @@ def identity(model, banks, corpus, settings):
     """What a run must go on with: these banks, this base, these examples, and the settings that decide its numbers."""
     base, record = base_of(model), banks.training_record
     return {
+        "state's format": 2,  # slots move in units
         "columns": banks.names,
         "prefix_len": banks.prefix_len,
         "position_offset": banks.position_offset,
