@@ -116,7 +116,7 @@ def test_a_run_that_went_wrong_says_so_at_its_end_and_what_to_try(run, place):
     assert code == 0 and said.count("Warning: ") == said.count("Try --lr 0.03 0.1 0.3") + said.count("Try a third") == 1
     good = Progress(best=1.0, base_loss=2.0)
     assert train.advice(good, train.FAR) == train.advice(Progress(), 1.0) == ""
-    assert "a slot moved by 12 units" in train.advice(good, 12.0)
+    assert "a slot moved by 42 units" in train.advice(good, 42.0)
     assert "validation loss 2.00 is not below the 2.00 of the base" in train.advice(
         Progress(best=2.0, base_loss=2.0), 1.0
     )
