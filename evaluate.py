@@ -15,17 +15,16 @@ import torch
 from minigpt import UserError
 from minigpt.files import replacing
 from prefix import cli, distributed, run
-from prefix.cli import int_at_least
 from prefix.data import corpus as data
 from prefix.data import rows
 from prefix.data.splits import SPLITS
+from prefix.decoding import Decoding
 from prefix.distributed import log, printable
 from prefix.evaluation import report
 from prefix.evaluation.attention_maps import look_at
-from prefix.evaluation.compare import Evaluation, Plan, compare, enough, rows_to_read
+from prefix.evaluation.compare import Plan, compare, has_enough, rows_to_read
 from prefix.evaluation.metrics import GROUPS, METRICS
 from prefix.prefix_file import read_header
-from prefix.translation import Decoding
 
 ANY_LENGTH = 1 << 30  # tokens of a pair, where sources are cut later
 FILES = {"json": report.to_json, "hypotheses": report.to_tsv, "report": report.to_html}
@@ -35,9 +34,9 @@ def parse_arguments():
     parser = cli.Parser(prog="evaluate.py", description="Compare a learned prefix with k-shot prompting.")
     cli.add_prefix_option(parser)
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
-    add_sentence_options(parser.add_argument_group("which sentences"))
-    add_answer_options(parser.add_argument_group("how they are answered"))
-    add_result_options(parser.add_argument_group("what is shown and written"))
+    add_sentence_options(parser.add_argument_group("which sentences").add_argument)
+    add_answer_options(parser.add_argument_group("how they are answered").add_argument)
+    add_result_options(parser.add_argument_group("what is shown and written").add_argument)
     cli.add_weights_option(parser)
     cli.add_machine_options(parser)
     args = parser.parse_args()
@@ -56,33 +55,30 @@ def parse_arguments():
     return args
 
 
-def number(least, default=None, metavar="N"):
-    return {"type": int_at_least(least), "default": default, "metavar": metavar}
+def number(least, default=None):
+    return {"type": cli.int_at_least(least), "default": default, "metavar": "N"}
 
 
-def add_sentence_options(group):
-    option = group.add_argument
+def add_sentence_options(option):
     option("--data", nargs="+", metavar="FILE", help="default: what the prefix was trained on")
     option("--columns", nargs="+", metavar="NAME", help="evaluate between these (all that have a bank)")
     option("--from", dest="source", metavar="BANK", help="evaluate directions from this column only")
     option("--to", dest="target", metavar="BANK", help="evaluate directions into this column only")
     option("--split", choices=[*SPLITS, "all"], default="test", help="all: every row, for a file apart (test)")
-    references = "all: rows with the same source are one sentence, their targets its references; reads the whole file"
-    option("--references", choices=["one", "all"], default="one", help=f"{references} (one)")
-    head = "from the head of the file, unless --references all, --choices or a rare direction needs all of it"
-    option("--limit", **number(1, 500), help=f"sentences in each direction (500), {head}")
-    option("--max-tokens", **number(3, 384), help="longest pair, in tokens (384)")
-    cut = (
-        "pairs of any length: cut a source at its end so that an answer of --max-new-tokens (a quarter of the context)"
+    one = "all: rows with the same source are one sentence, their targets its references (one)"
+    option("--references", choices=["one", "all"], default="one", help=one)
+    option(
+        "--limit", **number(1, 500), help="sentences in each direction, from the head of the file if it has them (500)"
     )
-    option("--truncate-source", action="store_true", help=f"{cut} fits behind it")
+    option("--max-tokens", **number(3, 384), help="longest pair, in tokens (384)")
+    cut = "take pairs of any length; cut a source at its end until an answer of --max-new-tokens fits behind it"
+    option("--truncate-source", action="store_true", help=f"{cut} (by default a quarter of the context)")
 
 
-def add_answer_options(group):
-    option = group.add_argument
+def add_answer_options(option):
     chosen = "answer with one of these texts; without any, one that training has in the column --to"
     option("--choices", nargs="*", metavar="TEXT", help=chosen)
-    option("--shots", **number(0, 3, "K"), help="examples in the prompt (3)")
+    option("--shots", **number(0, 3), help="examples in a k-shot prompt (3)")
     option("--draws", **number(0, 3), help="draws of these examples (3); 0: no k-shot")
     option("--seed", **number(0, 0), help="of the draws (0)")
     option("--beam", **number(1, 1), help="beams for the prefix (1: greedy)")
@@ -90,12 +86,11 @@ def add_answer_options(group):
     option("--batch-size", **number(1, 32), help="sentences decoded at once (32)")
 
 
-def add_result_options(group):
-    option, names = group.add_argument, [*METRICS, *GROUPS]
+def add_result_options(option):
+    names = [*METRICS, *GROUPS]
     scored = f"of {', '.join(names)} (bleu chrf); the first picks the median draw; --choices has accuracy and macro-F1"
     option("--metrics", nargs="+", choices=names, default=["bleu", "chrf"], metavar="NAME", help=scored)
     option("--examples", **number(0, 3), help="sentences to show side by side (3)")
-    option("--show-prompt", action="store_true", help="show the first k-shot prompt of each direction")
     option("--json", type=Path, metavar="FILE", help="write everything here as well")
     option("--hypotheses", type=Path, metavar="FILE.tsv", help="write source, reference, prefix, k-shot, one line each")
     option("--report", type=Path, metavar="FILE.html", help="write a page to look at, one file")
@@ -103,100 +98,77 @@ def add_result_options(group):
 
 def main():
     args = parse_arguments()
-    distributed.start()
+    distributed.start(args.device)
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
-    trained_on, wanted = read_header(prefixes[0])["training"], directions(args, banks)
+    wanted, longest = directions(args, banks), min(args.max_tokens, model.config.n_positions - banks.position_offset)
     paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names, args.columns)
-    longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
     load = lambda limit, longest: data.load(paths, columns, tokenizer, limit, longest)
     corpus = read(args, wanted, lambda limit: load(limit, ANY_LENGTH if args.truncate_source else longest))
     for line in corpus.report:
         log(line)
     plan = Plan(args.split, args.limit, args.shots, args.draws, args.seed, args.metrics, wanted)
     plan.multi_reference, plan.truncate_source = args.references == "all", args.truncate_source
-    if args.split == "all":
-        plan.training = training_text(args, prefixes, paths, columns, tokenizer, longest)
+    if args.split == "all" and (args.draws or args.choices == []):
+        plan.training = training_text(prefixes, columns, tokenizer, longest)
     elif args.truncate_source and args.draws:  # examples that are whole, and short enough for a few of them
         plan.training = load(rows_to_read(args.split, args.limit), longest)
-    choice = {"choices": args.choices, "batch_size": args.batch_size}
-    results = compare(model, tokenizer, banks, corpus, plan, Decoding(args.max_new_tokens, beams=args.beam, **choice))
-    if distributed.rank() > 0:
+    decoding = Decoding(args.max_new_tokens, beams=args.beam, batch_size=args.batch_size, choices=args.choices)
+    results = compare(model, tokenizer, banks, corpus, plan, decoding)
+    speaks = distributed.rank() == 0
+    distributed.finish()
+    if not speaks:
         return
     settings = settings_of(args, prefixes, model) | {"data": paths, "columns": columns}
-    evaluation = Evaluation(settings | {"model": args.model or trained_on["model"]}, results)
-    if args.report:
-        evaluation.attention = look_at_first(model, tokenizer, banks, results[0])
-    print(printable(report.to_text(evaluation)))
-    for name, written in FILES.items():
+    print(printable(report.to_text(settings, results)))
+    first = results[0]
+    text, output = next((pair for pair in zip(first.sources, first.prefix.outputs) if pair[1]), (None, None))
+    if output:
+        first.attention = look_at(model, tokenizer, banks, text, (first.source, first.target), output).tables()
+    for name, form in FILES.items():
         if path := getattr(args, name):
             with replacing(path) as temporary:  # a path in the settings need not be UTF-8
-                temporary.write_text(written(evaluation), encoding="utf-8", errors="backslashreplace")
+                temporary.write_text(form(settings, results), encoding="utf-8", errors="backslashreplace")
 
 
 def read(args, wanted, load):
-    """The Corpus to evaluate on: the head of the files, but all of them where --references or --choices ask what there
-    is altogether, or where rows that lack a column leave the head with too few sentences in a wanted direction."""
+    """The Corpus to evaluate on: the head of the files, but all of them where --references or --choices depend on every
+    row, or where the head has too few sentences in a wanted direction."""
     n_rows = rows_to_read(args.split, args.limit)
     if args.references != "all" and args.choices != []:
         head = load(n_rows)
-        if len(head) < n_rows or enough(head, args.split, args.limit, wanted):
+        if len(head) < n_rows or has_enough(head, args.split, args.limit, wanted):
             return head
     return load(None)
 
 
-def training_text(args, prefixes, paths, columns, tokenizer, longest):
-    """For --split all: the Corpus that the prefix was trained on, where examples or labels come from it; else None."""
-    trained_on = read_header(prefixes[0])["training"]
-    if set(run.data_names(paths)) & set(trained_on.get("data", [])):
-        log("--split all: among these sentences are those that the prefix was trained on")
-    if not args.draws and args.choices != []:
-        return None
-    where, names = run.data_paths(cli.data_of(prefixes)), trained_on.get("columns")
-    training = data.load(where, names, tokenizer, trained_on.get("limit"), longest)
+def training_text(prefixes, columns, tokenizer, longest):
+    """The Corpus that the prefix was trained on: for --split all, it has the examples and labels."""
+    record, paths = read_header(prefixes[0])["training"], run.data_paths(cli.data_of(prefixes))
+    training = data.load(paths, record.get("columns"), tokenizer, record.get("limit"), longest)
     if lacking := set(columns) - set(training.columns):
         raise UserError(f"--split all: no column {min(lacking)} in the training text: use --draws 0")
     return training
 
 
 def settings_of(args, prefixes, model):
-    """What an evaluation is to be repeated with: the options, the machine's, and how each prefix file came to be."""
+    """All that it takes to repeat an evaluation: the options, the base, the machine."""
+    header, searched = read_header(prefixes[0]), f"beam {args.beam}" if args.beam > 1 else "greedy"
     settings = {name: value for name, value in vars(args).items() if name not in FILES}
-    settings |= {"prefix": [str(path) for path in prefixes], "trained": list(map(training_of, prefixes))}
-    settings |= {"base": read_header(prefixes[0])["base"]["fingerprint"], "torch": torch.__version__}
-    likeliest = "likeliest choice" if args.choices is not None else None
-    settings["decoding"] = likeliest or (f"beam {args.beam}" if args.beam > 1 else "greedy")
-    settings["date"] = datetime.now().astimezone().isoformat(" ", timespec="minutes")
-    return settings | {"device": str(model.device), "dtype": str(model.dtype)}
-
-
-def training_of(path):
-    """What a prefix file says of its training, in a line. It may say nothing: an imported one does not."""
-    metadata = read_header(path)
-    record = metadata["training"]
-    settings = record.get("settings")
-    said = {**record, **(settings if isinstance(settings, dict) else {}), "prefix_len": metadata["prefix_len"]}
-    said["data"] = " ".join(Path(name).name for name in record.get("data", [])) or None
-    names = ("init", "prefix_len", "lr", "steps", "seed", "data")
-    return ", ".join(f"{name} {said[name]}" for name in names if said.get(name) is not None)
+    settings |= {"prefix": list(map(str, prefixes)), "model": args.model or header["training"]["model"]}
+    settings |= {"base": header["base"]["fingerprint"], "device": str(model.device), "dtype": str(model.dtype)}
+    settings |= {"decoding": searched if args.choices is None else "likeliest choice", "torch": torch.__version__}
+    return settings | {"date": datetime.now().astimezone().isoformat(" ", timespec="minutes")}
 
 
 def directions(args, banks):
     """The (source, target) pairs of names that --columns, --from and --to leave."""
     names = args.columns or banks.names
     banks.mask([*names, *filter(None, [args.source, args.target])])  # each is there
-    pairs = permutations(names, 2)
-    wanted = {(s, t) for s, t in pairs if args.source in (None, s) and args.target in (None, t)}
+    wanted = {(s, t) for s, t in permutations(names, 2) if args.source in (None, s) and args.target in (None, t)}
     if not wanted:
         told = " ".join(f"--{end} {name}" for end, name in (("from", args.source), ("to", args.target)) if name)
         raise UserError(f"{told or 'this prefix'}: no direction between {', '.join(names)} is like that")
     return wanted
-
-
-def look_at_first(model, tokenizer, banks, result):
-    """The Attention of a direction's first sentence that has a translation, if any has."""
-    for text, output in zip(result.sources, result.prefix.outputs):
-        if output:
-            return look_at(model, tokenizer, banks, text, (result.source, result.target), output)
 
 
 if __name__ == "__main__":

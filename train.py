@@ -4,6 +4,7 @@ python train.py --prefix-len 10                                     the demo che
 python train.py --prefix-len 10 --model gpt2-xl --data en-fr.csv    full size, one GPU
 """
 
+import re
 import shlex
 import signal
 import sys
@@ -15,6 +16,7 @@ import torch
 from minigpt import UserError
 from minigpt.files import locked, remove_leftovers
 from prefix import cli, distributed, run, state
+from prefix.banks import MAX_SLOTS
 from prefix.cli import float_range, int_at_least
 from prefix.data import corpus as data
 from prefix.distributed import log
@@ -23,20 +25,15 @@ from prefix.evaluation.pictures import draw_loss
 from prefix.init import INITS, initial_banks
 from prefix.rates import try_rates
 from prefix.state import METRICS
-from prefix.trainer import SECONDS, Settings, Trainer
+from prefix.trainer import Settings, Trainer
 
+MAX_BATCH = 1 << 20  # pairs, whose list is in memory
 FAR = 30  # units: at the best rate of each base slots moved by 1 to 17, and where they moved by more it was worse
 
 
 def parse_arguments():
     parser = cli.Parser(prog="train.py", description="Learn one bank of slots per language for a frozen GPT-2.")
-    add_data_options(parser.add_argument_group("what is learned, from what").add_argument)
-    add_training_options(parser.add_argument_group("how it is learned").add_argument)
-    add = parser.add_argument_group("memory").add_argument
-    text = "tokens in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)"
-    add("--micro-batch-tokens", type=int_at_least(1), metavar="N", help=text)
-    add("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
-    cli.add_machine_options(parser)
+    add_options(parser)
     args = parser.parse_args()
     if args.reparam and (args.train_banks or args.from_prefix):
         parser.error("--reparam moves all banks from a start of its own: not with --from-prefix or --train-banks")
@@ -48,41 +45,50 @@ def parse_arguments():
     return args
 
 
-def add_data_options(add):
-    add("--prefix-len", type=int_at_least(1), default=10, metavar="N", help="slots in each bank (10)")
+def add_options(parser):
+    n = lambda least, most=2**63 - 1: {"type": int_at_least(least, most), "metavar": "N"}
+    add = parser.add_argument_group("what is learned, from what").add_argument
+    add("--prefix-len", **n(1, MAX_SLOTS), default=10, help="slots in each bank (10)")
     add("--model", help="a directory, demo, or a published name such as gpt2 (gpt2-xl if it is on disk, else demo)")
     text = "CSV, TSV, JSON lines, or one text file per column (demo: the sample corpus)"
     add("--data", nargs="+", metavar="FILE", help=text)
     add("--columns", nargs="+", metavar="NAME", help="columns to use, each the name of a bank (the first two)")
     add("--pairs", nargs="+", metavar="SOURCE:TARGET", help="directions to train (all that occur)")
-    add("--limit", type=int_at_least(1), metavar="N", help="read no more than N usable rows (all)")
-    add("--max-tokens", type=int_at_least(3), default=384, metavar="N", help="longest pair, in tokens (384)")
+    add("--limit", **n(1), help="read no more than N usable rows (all)")
+    add("--max-tokens", **n(3), default=384, help="longest pair, in tokens (384)")
     text = "slots start as keys and values of real sentences, at random, or so that they change nothing (text)"
     add("--init", choices=INITS, default="text", help=text)
-    text = "the banks of this prefix start as they are there (none)"
-    add("--from-prefix", metavar="FILE_OR_RUN", help=text)
-    text = "train these banks alone; the others stay as --from-prefix has them (all)"
-    add("--train-banks", nargs="+", metavar="NAME", help=text)
+    add("--from-prefix", metavar="FILE_OR_RUN", help="banks that this prefix has start as they are there (none)")
+    add("--train-banks", nargs="+", metavar="NAME", help="others stay as --from-prefix has them (all)")
     text = "where text starts (0); prefix: after as many positions as there are slots, as in peft"
     add("--position-offset", choices=["0", "prefix"], default="0", help=text)
 
-
-def add_training_options(add):
-    add("--steps", type=int_at_least(1), metavar="N", help="optimizer steps (demo: 300, else 2048)")
-    add("--batch-size", type=int_at_least(1), default=64, metavar="PAIRS", help="pairs per optimizer step (64)")
+    add = parser.add_argument_group("how it is learned").add_argument
+    add("--steps", **n(1), help="optimizer steps (demo: 300, else 2048)")
+    add("--batch-size", **n(1, MAX_BATCH), default=64, help="pairs per optimizer step (64)")
     text = "peak learning rate (0.3; 0.003 with --reparam); of several, the best after a tenth of the steps goes on"
     add("--lr", nargs="+", type=float_range(0, 100, open_low=True), metavar="X", help=text)
-    add("--warmup", type=int_at_least(0), metavar="N", help="steps of linear warm-up (a twentieth of the steps)")
-    text = "train slots through Li and Liang's MLP, which is not in the prefix file (off)"
-    add("--reparam", action="store_true", help=text)
-    add("--seed", type=int_at_least(0), default=0, metavar="N", help="of the order and of random starts (0)")
+    add("--warmup", **n(0), help="steps of linear warm-up (a twentieth of the steps)")
+    add("--reparam", action="store_true", help="train slots through Li and Liang's MLP, for the training only (off)")
+    add("--seed", **n(0), default=0, help="of the order and of random starts (0)")
     add("--out", type=Path, metavar="DIR", help="the run directory (runs/<time>)")
-    text = "go on with the run in DIR; --steps, --save-every and the options of the machine may be new"
+    text = "go on with this run; --steps, --save-every, memory and machine may be new (begin one)"
     add("--resume", type=Path, metavar="DIR", help=text)
-    add("--dry-run", action="store_true", help="say what a run would take, from one timed micro-batch, and write none")
-    add("--eval-every", type=int_at_least(0), metavar="N", help="steps between validations (a sixth); 0: never")
+    add("--dry-run", action="store_true", help="say what a run would take, from one timed micro-batch (off)")
+    add("--eval-every", **n(0), help="steps between validations (a sixth); 0: never")
     text = "steps between saves of last/ (50), or seconds, such as 60s"
     add("--save-every", type=interval, metavar="N", help=text)
+
+    add = parser.add_argument_group("memory").add_argument
+    text = "tokens in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)"
+    add("--micro-batch-tokens", **n(1), help=text)
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
+    cli.add_machine_options(parser)
+
+
+def interval(text):
+    """An argparse type: a number of steps, or of seconds such as 60s."""
+    return text if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?s", text) else int_at_least(1)(text)
 
 
 def main():
@@ -103,14 +109,15 @@ def main():
 
     trainer = make_trainer(rates[0], out)
     if args.dry_run:
-        return dry_run(trainer, len(corpus))
+        dry_run(trainer, len(corpus))
+        return distributed.finish()
     out = trainer.out = out or distributed.broadcast(run.make_directory(args.out) if first else None)
     with locked(out / METRICS) if first else nullcontext():
         if args.resume and len(rates) == 1:
             trainer.resume(args.micro_batch_tokens)
+        elif first and not args.resume:
+            run.check_unused(out)  # again: another run may have been faster
         if first:
-            if not args.resume:
-                run.check_unused(out)  # again: another run may have been faster
             for folder in (out, out / "last"):
                 remove_leftovers(folder)
             run.write_config(out, config)
@@ -128,12 +135,11 @@ def main():
 
 
 def load_corpus(config, model, tokenizer):
-    longest = min(config["max_tokens"], model.config.n_positions - config["position_offset"])
+    context, offset = model.config.n_positions, config["position_offset"]
+    longest = min(config["max_tokens"], context - offset)
     if longest < 3:
-        raise UserError(
-            f"--position-offset prefix: {config['position_offset']} positions for the slots leave too few for text "
-            f"in this model's context of {model.config.n_positions}"
-        )
+        taken = f"--position-offset prefix: {offset} positions for the slots"
+        raise UserError(f"{taken} leave too few for text in this model's context of {context}")
     paths = run.data_paths(config["data"])
     corpus = distributed.rank0_first(lambda: data.load(paths, config["columns"], tokenizer, config["limit"], longest))
     for line in corpus.report:
@@ -167,11 +173,6 @@ def to_go_on(out):
     return f"to go on: python train.py --resume {shlex.quote(str(out))}"
 
 
-def interval(text):
-    """An argparse type: a number of steps, or of seconds such as 60s."""
-    return text if SECONDS.fullmatch(text) else int_at_least(1)(text)
-
-
 def advice(progress, moved):
     """What to try where a run went wrong: a line of its own, or nothing. moved: units, of the slot that moved most."""
     base, best = progress.base_loss, progress.best
@@ -188,18 +189,16 @@ def closing_line(trainer, model):
     p, out = trainer.progress, trainer.out
     trained = sum(parameter.numel() for parameter in trainer.unfrozen)
     share = trained / sum(parameter.numel() for parameter in model.parameters())
+    pace = f"in {p.seconds:.0f} s ({p.tokens / max(p.seconds, 1e-3):,.0f} tokens/s)"
     good = f"validation loss {p.best:.4f}" if p.best < float("inf") else "not validated"
-    if p.base_loss is not None:
-        good += f" ({p.base_loss:.4f} without the prefix)"
-    skipped = f"; {p.skipped} steps were not finite and skipped" if p.skipped else ""
+    good += f" ({p.base_loss:.4f} without the prefix)" if p.base_loss is not None else ""
+    good += f"; {p.skipped} steps were not finite and skipped" if p.skipped else ""
     where = shlex.quote(str(out))
     reads_french = trainer.banks.names[1:2] == ["fr"]  # translate.py does, unless told otherwise
     to_try = f'translate.py --prefix {where} "Bonjour"' if reads_french else f"evaluate.py --prefix {where}"
-    return advice(p, trainer.banks.moved()["moved_max"]) + (
-        f"Trained {trained:,} parameters ({share:.2%} of the model) in {p.seconds:.0f} s "
-        f"({p.tokens / max(p.seconds, 1e-3):,.0f} tokens/s): {good}{skipped}; {out}/prefix.safetensors. "
-        f"Try: python {to_try}"
-    )
+    trained = f"Trained {trained:,} parameters ({share:.2%} of the model) {pace}"
+    warning = advice(p, trainer.banks.moved()["moved_max"])
+    return f"{warning}{trained}: {good}; {out}/prefix.safetensors. Try: python {to_try}"
 
 
 if __name__ == "__main__":

@@ -23,58 +23,64 @@ MAX_BATCH = 1 << 16  # sentences
 DASH = "; put -- before a text that begins with a dash"
 
 
-def make_parser():
+def parse_arguments():
     parser = cli.Parser(prog="translate.py", description="Translate with a learned prefix.", dash=DASH)
-    parser.add_argument("text", nargs="*", help="sentences; without any, the lines of standard input")
-    parser.add_argument("--from", dest="source", metavar="BANK", help="source (the second bank, or the first not --to)")
-    parser.add_argument("--to", dest="target", metavar="BANK", help="target (the first bank that is not --from)")
+    add_options(parser)
+    args = parser.parse_args()
+    sampling = bool(args.top_k or args.top_p < 1)
+    if args.temperature is None:
+        args.temperature = float(sampling)
+    sampling = sampling or args.temperature > 0
+    for wrong, message in (
+        (not args.text and sys.stdin is None, "no text, and standard input is closed"),
+        (args.length_penalty is not None and args.beam == 1, "--length-penalty goes with --beam"),
+        (args.beam > 1 and sampling, "--beam does not go with --temperature, --top-k or --top-p"),
+        (
+            args.choices and (args.beam > 1 or sampling),
+            "--choices does not go with --beam, --temperature, --top-k or --top-p",
+        ),
+        (not all(choice.strip() for choice in args.choices or []), "--choices: an answer is empty"),
+    ):
+        if wrong:
+            parser.error(message)
+    return args
+
+
+def add_options(parser):
+    add = parser.add_argument
+    add("text", nargs="*", help="sentences (the lines of standard input)")
+    add("--from", dest="source", metavar="BANK", help="source (the second bank, or the first that is not --to)")
+    add("--to", dest="target", metavar="BANK", help="target (the first bank that is not --from)")
     cli.add_prefix_option(parser)
-    parser.add_argument("--model", metavar="M", help="where the base is (where the prefix file says)")
+    add("--model", metavar="M", help="where the base is (where the prefix file says)")
     group = parser.add_argument_group("decoding", "Without these, each token is the likeliest one.")
-    add = lambda name, kind, words, **more: group.add_argument(name, type=kind, help=words, **{"metavar": "N"} | more)
-    add("--beam", int_at_least(1), "beam search with N beams; 1: none", default=1)
-    add("--length-penalty", float_range(-10, 10), "beams are ranked by log p / length ** X (1.0)", metavar="X")
-    add("--temperature", float_range(0, 100), "of samples; 0: the likeliest (0; 1 with --top-k, --top-p)", metavar="X")
-    add("--top-k", int_at_least(0), "sample among the N likeliest; 0: all", default=0)
-    add("--top-p", float_range(0, 1, True), "sample in this share of all probability", default=1.0, metavar="X")
-    add("--seed", int_at_least(0), "of the samples", default=0)
-    add("--max-new-tokens", int_at_least(1), "of an answer (twice the source plus 16)")
-    add("--choices", str, "answer with the likeliest of these; put it behind the text", nargs="+", metavar="ANSWER")
-    add("--batch-size", int_at_least(1, MAX_BATCH), "sentences decoded at a time", default=32)
+    for name, kind, default, metavar, text in (
+        ("beam", int_at_least(1), 1, "N", "beam search with N beams (1: none)"),
+        ("length-penalty", float_range(-10, 10), None, "X", "beams are ranked by log p / length ** X (1.0)"),
+        ("temperature", float_range(0, 100), None, "X", "of samples (0: the likeliest; 1 with --top-k or --top-p)"),
+        ("top-k", int_at_least(0), 0, "N", "sample among the N likeliest (0: all)"),
+        ("top-p", float_range(0, 1, open_low=True), 1.0, "X", "sample in this share of all probability (1.0)"),
+        ("seed", int_at_least(0), 0, "N", "of the samples (0)"),
+        ("max-new-tokens", int_at_least(1), None, "N", "of an answer (twice the source plus 16)"),
+        ("batch-size", int_at_least(1, MAX_BATCH), 32, "N", "sentences decoded at a time (32)"),
+    ):
+        group.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
+    text = "answer with the likeliest of these; put it behind the text (any answer)"
+    group.add_argument("--choices", nargs="+", metavar="ANSWER", help=text)
     cli.add_machine_options(parser)
     cli.add_weights_option(parser)
-    return parser
-
-
-def parse_arguments():
-    parser = make_parser()
-    args = parser.parse_args()
-    if args.temperature is None:
-        args.temperature = 1.0 if args.top_k or args.top_p < 1 else 0.0
-    sampling = args.temperature or args.top_k or args.top_p < 1
-    if not args.text and sys.stdin is None:
-        parser.error("no text, and standard input is closed")
-    if args.length_penalty is not None and args.beam == 1:
-        parser.error("--length-penalty goes with --beam")
-    if args.beam > 1 and sampling:
-        parser.error("--beam does not go with --temperature, --top-k or --top-p")
-    if args.choices and (args.beam > 1 or sampling):
-        parser.error("--choices does not go with --beam, --temperature, --top-k or --top-p")
-    if args.choices and not all(choice.strip() for choice in args.choices):
-        parser.error("--choices: an answer is empty")
-    return args
 
 
 def main():
     args = parse_arguments()
-    distributed.start()
+    distributed.start(args.device)
     model, tokenizer, banks, _ = cli.load_with_base(args)
     source, target = cli.direction(args, banks)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
     penalty = 1.0 if args.length_penalty is None else args.length_penalty
     decoding = Decoding(args.max_new_tokens, sampler, args.beam, penalty, args.batch_size, args.choices)
     decoding.check(model.config)
-    say_what_is_read(args, source)
+    say_what_is_read(args, source, target)
     chunks = iter([[os.fsencode(text) for text in args.text]]) if args.text else lines_as_they_come(args.batch_size)
     first, output, counts = distributed.rank() == 0, Output(), Counter()
     with progress(args.text) as bar:
@@ -93,9 +99,12 @@ def main():
                 counts["divided"] += result.pieces > 1
             bar.update(sum(map(len, chunk)) + len(chunk))
     say_what_was_wrong(counts)
+    distributed.finish()
 
 
-def say_what_is_read(args, source):
+def say_what_is_read(args, source, target):
+    if not (args.source and args.target):
+        log(f"Translating {source} to {target}")
     if args.choices and not args.text:
         log(f"Reading sentences from standard input: --choices took all of {', '.join(args.choices)}")
     if not args.text and sys.stdin.isatty():
@@ -108,9 +117,8 @@ def say_what_was_wrong(counts):
     """Raises UserError where a line has no translation."""
     of_all = f"of {counts['all']}"
     if counts["divided"]:
-        log(
-            f"{counts['divided']} {of_all} texts were too long for the model's context: translated sentence by sentence"
-        )
+        long = f"{counts['divided']} {of_all} texts were too long for the model's context"
+        log(f"{long}: translated sentence by sentence")
     if counts["cut"]:
         log(f"{counts['cut']} {of_all} translations were cut at their token limit (--max-new-tokens)")
     if counts["fault"]:
@@ -118,17 +126,16 @@ def say_what_was_wrong(counts):
 
 
 class Output:
-    """One line of standard output after another; on a terminal a single one may grow before it is whole."""
+    """One line of standard output after another; on a terminal a line may grow before it is whole."""
 
-    def __init__(self):
-        self.there = ""
+    there = ""
 
-    def grow(self, text):
-        print(printable(text[len(self.there) :]), end="", flush=True)
+    def grow(self, text, end=""):
+        print(printable(text[len(self.there) :]), end=end, flush=True)
         self.there = text
 
     def line(self, text):
-        print(printable(text[len(self.there) :]), flush=True)
+        self.grow(text, end="\n")
         self.there = ""
 
 

@@ -1,7 +1,7 @@
 """Attention over packed sequences and over slots: one entry, `attend`, and several backends with one signature.
 
 A batch is one long row of N tokens, one sequence after another, without padding (as with cu_seqlens elsewhere). Two
-numbers say what a token sees: where its sequence starts, and a bit mask of the banks that are open at it.
+numbers say what a token sees: where its sequence starts, and a bit field of the banks that are open at it.
 
     token       t0 t1 t2 t3 | t4 t5 | t6 t7 t8        three sequences, N = 9
     start        0  0  0  0 |  4  4 |  6  6  6
@@ -25,7 +25,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-KERNELS_FROM = (8, 0)  # compute capability: below it, Triton 3.9 compiles matrix products without tensor cores
+KERNELS_FROM = (8, 0)  # compute capability: for older GPUs Triton has no tensor-core form of the kernels' products
 
 
 def to_device(x, device):
@@ -67,7 +67,7 @@ class PackedBatch:
         return pad_index
 
     def pad(self, x):
-        """(N, ...) -> (B, T, ...). Padding repeats token 0: it stands after the text, so no text token sees it."""
+        """(N, ...) -> (B, T, ...). Padding repeats the batch's first token; it follows the text, so no text token sees it."""
         x = x.index_select(0, self.pad_index) if self.ragged else x
         return x.view(len(self.lengths), self.longest, *x.shape[1:])
 
@@ -90,7 +90,8 @@ class Slots:
         return replace(self, key=self.key.to(dtype), value=self.value.to(dtype))
 
     def layers(self):
-        """The Slots of each layer, as a list. By unbind, whose backward is one stack: key[i] would add n_layer zeros."""
+        """The Slots of each layer, as a list. unbind's backward is one stack; that of n_layer times key[i] would add up
+        n_layer tensors of the full size."""
         return [Slots(key, value, self.bank) for key, value in zip(self.key.unbind(), self.value.unbind())]
 
     def visible_slots(self, bank_mask):
@@ -106,7 +107,7 @@ def slot_layers(slots, n_layer):
 def attend(qkv, n_head, packed, slots=None, backend="auto"):
     """qkv (N, 3 * n_embd), what c_attn makes of the tokens -> (N, n_embd). slots: those of this layer, or None.
 
-    backend: "plain" is the reference; "fused" and "auto" never hold the scores in memory."""
+    backend: "plain" is the reference; "auto" and "fused" take the Triton kernels on a GPU that can, else torch's SDPA."""
     if slots is not None and (slots.bank.numel() == 0 or not packed.has_banks):
         slots = None
     if backend == "plain":
@@ -153,7 +154,7 @@ def sdpa_attention(qkv, n_head, packed, slots):
 
 
 def split_heads(qkv, n_head, packed):
-    """(N, 3 * n_embd) -> q, k, v, each (B, n_head, T, head_dim)."""
+    """Pad, and split into heads: (N, 3 * n_embd) -> q, k, v, each (B, n_head, T, head_dim)."""
     padded = packed.pad(qkv).unflatten(-1, (3, n_head, -1))  # (B, T, 3, n_head, head_dim)
     return padded.permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -173,7 +174,7 @@ def attend_cached(q, key, value, bias, slots=None, backend="auto"):
     q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
     bias (B, Q, S + T): 0 for the slots and then the cached keys that a query sees, -inf for others
     -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each row."""
-    if slots is None:  # this layer sees none, whatever the others do
+    if slots is None:  # also for one layer alone: prefix/evaluation closes layers
         bias = bias[..., bias.size(-1) - key.size(2) :]
     else:
         slots = slots.to(q.dtype)
@@ -209,7 +210,7 @@ def flash_cached(q, key, value, bias, slots):
         slot_out, slot_lse = flash(
             fold_heads(q)[None], slots.key[None], slots.value[None], attn_mask=slot_bias.reshape(1, 1, -1, n_slots)
         )
-        closed = slot_bias.amax(dim=-1)[:, None, :, None] == -torch.inf  # where its log-sum-exp means nothing
+        closed = slot_bias.amax(dim=-1)[:, None, :, None] == -torch.inf  # no slot visible: the log-sum-exp is meaningless, the share 0
         share = (unfold_heads(slot_lse[0, ..., None], q) - lse[..., None]).masked_fill(closed, -torch.inf).sigmoid()
         out = torch.lerp(out, unfold_heads(slot_out[0], q), share.to(out.dtype))
     return out

@@ -1,14 +1,15 @@
 """Beam search over the cache of cache.py: each sequence keeps its best `beams` hypotheses.
 
-At each step every hypothesis proposes its next tokens; of all candidates of a sequence the 2 * beams likeliest are
-looked at. A candidate that ends the sequence is finished, with the score sum(log p) / length ** length_penalty; the
-others become the new beams. The search is done when no running beam can still beat the worst finished one it keeps.
+At each step every hypothesis proposes its next tokens. Of all candidates of a sequence so many are looked at that `beams`
+of them do not end it: (stop tokens + 1) * beams. One that ends the sequence is finished, with the score
+sum(log p) / length ** length_penalty; the others become the new beams. The search stops when the best running beam, scored
+at its present length, is not above the worst finished one that is kept. (A heuristic: a longer one could still win.)
 
 All beams of a sequence share its row of the cache, and nothing is copied when a beam continues another's tokens: a
 table says which entries belong to which beam, and the rows of the table change places.
 
-    entries of a row    prompt  | step 1 | step 2 |          beam 0 chose "the cat", beam 1 "the dog", beam 2 "a cat"
-                        a b c d | the a _| cat dog cat
+    entries of a row    prompt  | step 1 | step 2 |          a step adds one entry per beam; _ is one that no beam kept;
+                        a b c d | the a _| cat dog cat       x: an entry that the beam sees
     beam 0              x x x x | x      | x
     beam 1              x x x x | x      |     x
     beam 2              x x x x |     x  |         x
@@ -36,14 +37,12 @@ class BeamState:
 
     @property
     def position(self):
-        """That of the beams' newest tokens."""
+        """Of each beam's newest token, before position_offset."""
         return len(self.prompt.ids) + len(self.beams[0]) - 1
 
 
 @torch.no_grad()
-def beam_search(
-    model, prompts, stop, slots=None, position_offset=0, beams=5, batch_size=32, length_penalty=1.0, on_finished=None
-):
+def beam_search(model, prompts, stop, slots=None, position_offset=0, beams=5, batch_size=32, length_penalty=1.0):
     """Prompts -> a list of Generated, in the same order: for each the hypothesis of the highest score.
 
     stop: ids that end a sequence. batch_size: rows of the cache, each for a sequence with all its beams."""
@@ -65,8 +64,6 @@ def beam_search(
                 results[numbers[r]] = Generated(*running[r].finished[0][1:])
                 beam_mask[r] = beam_mask[len(running) - 1]
                 generate.evict(cache, r, running, numbers)
-                if on_finished:
-                    on_finished()
 
     while waiting or running:
         B = len(running)
@@ -94,7 +91,7 @@ def select(states, logits, stop, length_penalty):
     of `beams` numbers for each sequence."""
     scores = to_device(torch.tensor([state.scores for state in states]), logits.device)  # (B, beams)
     logp = logits.float().log_softmax(dim=-1) + scores[:, :, None]
-    likeliest = logp.flatten(1).topk((len(stop) + 1) * scores.size(1), dim=1)  # (B, 2 * beams) with one stop token
+    likeliest = logp.flatten(1).topk((len(stop) + 1) * scores.size(1), dim=1)  # (B, (len(stop) + 1) * beams)
     best, index = torch.stack([likeliest.values.double(), likeliest.indices.double()]).tolist()  # one wait, all exact
     parents = []
     for state, scores, flat in zip(states, best, index):

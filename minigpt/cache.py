@@ -1,11 +1,11 @@
 """The key/value cache of decoding, and what runs the model on it: prefill many tokens, then one token at a time.
 
-    row 0   [ p3 ######## + ]                       #  keys and values that are there
-    row 1   [ p5 ### +      ]   prefill: all tokens of a new prompt at once
-    row 2   [ p6 ##### +    ]   decode:  one token (+) for every row at once
+    row 0   [ p3 ######## + ]       #  keys and values that are there
+    row 1   [ p5 ### +      ]       +  one token for every row at once (decode)
+    row 2   [ p6 ##### +    ]       a new prompt fills its row at once (prefill)
 
-Each row holds one sequence, with positions 0, 1, 2 ... of its own, so it gets the tokens that it gets alone. Learned
-slots are not in the cache: a step reads them once for all rows (attention.attend_cached). On a GPU a step is one CUDA
+Each row holds one sequence, with positions 0, 1, 2 ... of its own, so its neighbours do not change it. Learned slots are
+not in the cache: a step reads them once for all rows (attention.attend_cached). On a GPU a step is one CUDA
 graph, recorded at its first use: without it the GPU would wait for the host to launch some twenty kernels per layer.
 """
 
@@ -35,7 +35,7 @@ class Cache:
         self.value[layer][row, :, cache_position] = v
 
     def clear(self, rows):
-        """What lies behind a sequence's end has no weight, but a float16 overflow left there would: 0 * nan is nan."""
+        """Zero these rows (float16 only). Entries past a sequence's end get weight 0, but 0 * nan of an overflow is nan."""
         if self.key.dtype == torch.float16:
             self.key[:, rows], self.value[:, rows] = 0, 0
 
@@ -90,9 +90,9 @@ def decode_one_token(model, cache, ids, bank_mask=None, slots=None, position_off
 
 
 def forward_cached(model, cache, ids, position, past, bank_mask=None, slots=None):
-    """Append Q tokens per cache row, one for each hypothesis; they become the newest Q entries of the row.
+    """Append Q tokens to each of the first B rows: one, or one for each beam. They become the row's newest entries.
 
-    ids, position (B, Q); past (B, Q, T): the entries that each token follows, its own among them; bank_mask (B,)
+    ids, position (B, Q); past (B, Q, T): the entries that each token sees, itself included; bank_mask (B,)
     -> logits (B, Q, vocab_size)."""
     B, Q = ids.shape
     start = to_device(torch.tensor(cache.length[:B]), ids.device)[:, None]
@@ -125,8 +125,8 @@ def decode_step(model, cache, slots, ids, position, cache_position, visible):
 
 
 def replay_graph(model, cache, slots, *inputs):
-    """decode_step as one launch: recorded as a CUDA graph the first time that inputs have these widths, replayed from
-    then on, with the same slots. A graph runs all rows; what it writes for free ones is overwritten before it is read."""
+    """decode_step as one launch. A CUDA graph is recorded for each set of last dimensions and replayed from then on, with
+    the same slots and always over all rows. Free rows compute rubbish, which the next prefill overwrites."""
     B = len(inputs[0])
     widths = tuple(x.size(-1) for x in inputs)
     if widths not in cache.graphs:

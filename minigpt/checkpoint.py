@@ -11,35 +11,24 @@ import logging
 import os
 import re
 import shlex
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from minigpt.config import PUBLISHED
-from minigpt.files import (
-    FLOATS,
-    UserError,
-    escape_control,
-    open_tensors,
-    read_object,
-    reading,
-    replacing,
-)
+from minigpt.files import FLOATS, UserError, escape_control, open_tensors, read_object, reading, replacing
 
 DEMO = Path(__file__).parent / "demo"
 WEIGHTS, INDEX, PICKLES = "model.safetensors", "model.safetensors.index.json", "pytorch_model*.bin"
-TOKENIZER = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
-FILES = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", *TOKENIZER, "special_tokens_map.json"]
+FILES = ["config.json", "model*.safetensors*", "vocab.json", "merges.txt", "*token*.json"]  # of a repository
 HEAD, EMBEDDING = TIED = "lm_head.weight", "wte.weight"  # one matrix, used twice
 OWN = re.compile(r"(transformer|h|wte|wpe|ln_f|lm_head)\.")  # other names are heads of other tasks
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # buffers of the causal mask, which some checkpoints hold
 CONVERT = (
     "import glob, torch, safetensors.torch as s; "
-    f"w = {{n: t.contiguous().clone() for f in glob.glob('{PICKLES}') "
-    "for n, t in torch.load(f, weights_only=True).items()}; "
-    f"s.save_file(w, '{WEIGHTS}', {{'format': 'pt'}})"
+    f"w = dict(item for f in glob.glob('{PICKLES}') for item in torch.load(f, weights_only=True).items()); "
+    f"s.save_file({{n: t.clone() for n, t in w.items()}}, '{WEIGHTS}', {{'format': 'pt'}})"
 )
 
 
@@ -52,10 +41,9 @@ def find(name):
         return Path(name)
     if (known := published(name)) is None:
         raise UserError(f"--model {name}: no such directory, and not one of demo, {', '.join(PUBLISHED)}")
-    directory = on_disk(known) or _from_hub(known, download=True)
-    if directory is None:
-        raise UserError(f"{known} is not on this machine. To fetch it: {_command(known)}")
-    return directory
+    if directory := on_disk(known) or _from_hub(known, download=True):
+        return directory
+    raise UserError(f"{known} is not on this machine. To fetch it: {_command(known)}")
 
 
 def published(name):
@@ -67,15 +55,13 @@ def default(tell):
     """The model to use if none is named: gpt2-xl if it is on disk, else the demo; `tell` gets a line that says so."""
     if on_disk("gpt2-xl"):
         return "gpt2-xl"
-    fetch = f"gpt2-xl is not on this machine; to fetch it: {_command('gpt2-xl')}"
-    tell(f"Using the small demo checkpoint. {fetch}")
+    tell(f"Using the small demo checkpoint. gpt2-xl is not on this machine; to fetch it: {_command('gpt2-xl')}")
     return "demo"
 
 
 def on_disk(name):
     """The directory of a published checkpoint if it can be had without the network, else None."""
-    directory = home() / name
-    if _has_weights(directory):
+    if _has_weights(directory := home() / name):
         return directory
     directory = _from_hub(name, download=False)
     return directory if directory and _has_weights(directory) else None
@@ -97,9 +83,8 @@ def repository(name):
 
 def _command(name):
     """The shell command that puts a published checkpoint where `find` looks first."""
-    files = f"config.json {WEIGHTS} vocab.json merges.txt"
-    target = shlex.quote(str(home() / name))
-    return f"pip install huggingface_hub && hf download {repository(name)} {files} --local-dir {target}"
+    download = f"hf download {repository(name)} config.json {WEIGHTS} vocab.json merges.txt"
+    return f"pip install huggingface_hub && {download} --local-dir {shlex.quote(str(home() / name))}"
 
 
 def _from_hub(name, download):
@@ -118,14 +103,13 @@ def _from_hub(name, download):
 
 
 def check_size(config, directory):
-    """Refuse a config.json that promises far more than the weights hold, before time or memory is spent on it."""
-    with _opened(directory) as files:
-        tensors, size = sum(len(file.keys()) for file in files.values()), sum(path.stat().st_size for path in files)
-    if config.n_layer > tensors or config.n_params > size:  # a number takes two bytes or more
-        raise UserError(
-            f"{directory}: config.json says {config.n_layer:,} layers and {config.n_params:,} parameters, "
-            f"but the weights are {tensors:,} tensors in {size:,} bytes"
-        )
+    """Refuse a config.json that promises more than the weights hold, before time or memory is spent on it."""
+    size = 0
+    for path in _weight_files(Path(directory)):
+        open_tensors(path)  # first of all, a file of another kind is refused as such
+        size += path.stat().st_size
+    if config.n_params > size:  # a number takes two bytes or more
+        raise UserError(f"{directory}: config.json says {config.n_params:,} parameters, the weights are {size:,} bytes")
 
 
 @torch.no_grad()
@@ -133,21 +117,21 @@ def load_weights(model, directory, device, dtype):
     """Fill `model` (its parameters may be on the meta device) from `directory`. Every tensor is checked: missing,
     unexpected, of another shape or type, not finite are UserErrors that name it. Tensors of other tasks' heads are
     passed over, and a warning names them. Sets model.fingerprint."""
-    with _opened(directory) as files:
-        sources = _match(files, dict(model.named_parameters()), Path(directory))
-        for module in model.modules():  # not by to_empty, for which torch imports a second's worth of sympy
-            for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
-        parameters, samples, ends = dict(model.named_parameters()), {}, []
-        for name, (path, stored) in sources.items():
-            tensor = files[path].get_tensor(stored)
-            samples[name] = sample(tensor)
-            parameters[name].copy_(tensor)
-            ends.append(torch.stack([parameters[name].min(), parameters[name].max()]))  # NaN where there is one
-        wrong = (~torch.stack(ends).isfinite()).any(dim=1).tolist()  # the one wait for the device
-        for path, stored in itertools.compress(sources.values(), wrong):
-            check_finite(path, stored, files[path].get_tensor(stored))
-            raise UserError(f"{path}: tensor {stored} has numbers too large for {dtype}: use --dtype float32")
+    files = {path: open_tensors(path) for path in _weight_files(Path(directory))}
+    sources = _match(files, dict(model.named_parameters()), Path(directory))
+    for module in model.modules():  # not by to_empty, for which torch imports a second's worth of sympy
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
+    parameters, samples, ends = dict(model.named_parameters()), {}, []
+    for name, (path, stored) in sources.items():
+        tensor = files[path].get_tensor(stored)
+        samples[name] = sample(tensor)
+        parameters[name].copy_(tensor)
+        ends.append(torch.stack([parameters[name].min(), parameters[name].max()]))  # NaN where there is one
+    wrong = (~torch.stack(ends).isfinite()).any(dim=1).tolist()  # the one wait for the device
+    for path, stored in itertools.compress(sources.values(), wrong):
+        check_finite(path, stored, files[path].get_tensor(stored))
+        raise UserError(f"{path}: tensor {stored} has numbers too large for {dtype}: use --dtype float32")
     model.fingerprint = fingerprint(samples)
 
 
@@ -164,17 +148,8 @@ def sample(tensor):
 
 def fingerprint(samples):
     """A short name for these very weights, from samples of every tensor: {name: bytes} -> 16 hex digits."""
-    digest = hashlib.sha256()
-    for name in sorted(samples):
-        digest.update(name.encode() + samples[name])
-    return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _opened(directory):
-    """{path: open safetensors file} of all weights in a directory."""
-    with ExitStack() as stack:
-        yield {path: stack.enter_context(open_tensors(path)) for path in _weight_files(Path(directory))}
+    content = b"".join(name.encode() + samples[name] for name in sorted(samples))
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _weight_files(directory):
@@ -186,9 +161,8 @@ def _weight_files(directory):
             command = f'cd {shlex.quote(str(directory.absolute()))} && python -c "{CONVERT}"'
             raise UserError(f"{pickles[0]} is a pickle, which could run code: it is not read. To convert it: {command}")
         raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
-    content = read_object(index)
     with reading(index, "an index of shards"):
-        shards = sorted(set(content["weight_map"].values()))
+        shards = sorted(set(read_object(index)["weight_map"].values()))
         if not all(Path(shard).name == shard and os.path.isfile(directory / shard) for shard in shards or [""]):
             raise ValueError(f"it names {shards!r:.200}, not all of them files beside it")
         return [directory / shard for shard in shards]
@@ -211,11 +185,11 @@ def _match(files, wanted, directory):
                 sources[name] = path, stored
     _tie(sources, files, directory)
     if missing := sorted(set(wanted) - set(sources)):
-        where = WEIGHTS if len(files) == 1 else INDEX
-        raise UserError(f"{directory / where}: {len(missing)} of {len(wanted)} tensors missing, the first {missing[0]}")
+        raise UserError(f"{directory}: {len(missing)} of {len(wanted)} tensors missing, the first {missing[0]}")
     if passed_over:
-        names = escape_control(", ".join(passed_over[:5])) + ", ..." * (len(passed_over) > 5)
-        logging.getLogger(__name__).warning("%s: passed over, no part of the language model: %s", directory, names)
+        names = ", ".join([*passed_over[:5], "..."][: len(passed_over)])
+        told = escape_control(f"{directory}: passed over, no part of the language model: {names}")
+        logging.getLogger(__name__).warning(told)
     return sources
 
 
@@ -224,8 +198,7 @@ def _check_tensor(path, stored, info, parameter):
         raise UserError(f"{path}: unexpected tensor {stored}")
     if info.get_dtype() not in FLOATS:
         raise UserError(f"{path}: tensor {stored} is {info.get_dtype()}, expected one of {', '.join(FLOATS)}")
-    shape, expected = list(info.get_shape()), list(parameter.shape)
-    if shape != expected:
+    if (shape := info.get_shape()) != (expected := list(parameter.shape)):
         raise UserError(f"{path}: tensor {stored} has shape {shape}, config.json says {expected}")
 
 

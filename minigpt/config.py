@@ -1,7 +1,7 @@
 """The shape of a GPT-2: read from a checkpoint's config.json, or one of the published ones.
 
-Only what changes the function is kept. A setting that changes it and is not implemented is refused by name, so a
-checkpoint either gives the logits that transformers gives or does not load. All other settings are passed over.
+A setting that changes the function and is not implemented is refused by name, so a checkpoint either gives the logits
+that transformers gives or does not load. Settings that do not change it are passed over.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,15 +9,8 @@ from dataclasses import asdict, dataclass
 from minigpt.files import UserError, read_object
 
 # Every name that transformers has for the tanh approximation, the exact form, and the rest.
-ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
+ACTIVATIONS = dict.fromkeys(["gelu_new", "gelu_pytorch_tanh", "gelu_fast"], "gelu_tanh")
+ACTIVATIONS |= {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 # transformers' other names of the same settings.
 ALIASES = {
     "hidden_size": "n_embd",
@@ -52,16 +45,15 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "mlp_dim"):
-            value = getattr(self, name)
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            value = self.mlp_dim if name == "n_inner" else getattr(self, name)
             if type(value) is not int or not 0 < value <= MAX_SIZE:
-                name = name.replace("mlp_dim", "n_inner")
                 raise UserError(f"{name} must be a whole number from 1 to {MAX_SIZE:,}, not {value!r}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if str(self.activation_function) not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise UserError(f"activation_function {self.activation_function!r} is not implemented (known: {known})")
+            known = f"(known: {', '.join(ACTIVATIONS)})"
+            raise UserError(f"activation_function {self.activation_function!r} is not implemented {known}")
         if not isinstance(self.layer_norm_epsilon, (int, float)) or not 0 < self.layer_norm_epsilon < 1:
             raise UserError(f"layer_norm_epsilon must be a number between 0 and 1, not {self.layer_norm_epsilon!r}")
 

@@ -19,7 +19,7 @@ except ImportError:  # Windows
     fcntl = None
 
 TEMPORARY = ".tmp"  # the end of the names of files that are being written
-MAX_TEXT = 1 << 26  # bytes of a JSON file or a list of merges: about twenty times gpt2's tokenizer.json
+MAX_TEXT = 1 << 26  # bytes of a JSON file or a list of merges: twenty times gpt2's tokenizer.json
 FLOATS = ("F32", "F16", "BF16")  # as safetensors calls them
 SEEMS = {
     b"version https://git-lfs": "a git LFS pointer in place of the file: fetch it with `git lfs pull`",
@@ -33,16 +33,12 @@ MAX_MESSAGE = 1000  # characters
 
 
 class UserError(ValueError):
-    """The one error that is the user's to mend: commands print its message on one line and exit with code 2.
-
-    The message says what is wrong, where, and what to do. It may quote a stranger's file, so control characters are
-    spelled out and a long message is cut in its middle."""
+    """The user's to mend: commands print its message on one line, which says what is wrong, where and what to do, and
+    exit with code 2. It may quote a stranger's file: control characters are spelled out, a long one is cut."""
 
     def __init__(self, message):
-        text = escape_control(str(message))
-        if len(text) > MAX_MESSAGE:
-            text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
-        super().__init__(text)
+        text, half = escape_control(str(message)), MAX_MESSAGE // 2
+        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:half]} ... {text[-half:]}")
 
 
 def escape_control(text, keep=""):
@@ -62,7 +58,7 @@ def reading(path, expected):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except Exception as error:
-        why = f"no {error}" if isinstance(error, KeyError) else error
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: not {expected}: {why}{_seems(path)}") from error
 
 
@@ -78,17 +74,16 @@ def _seems(path):
 
 def read_text(path):
     """The text of a UTF-8 file of at most MAX_TEXT bytes."""
-    with reading(path, "UTF-8 text"), open(path, "rb") as file:
-        if len(content := file.read(MAX_TEXT + 1)) > MAX_TEXT:
+    with reading(path, "UTF-8 text"):
+        if os.path.getsize(path) > MAX_TEXT:
             raise ValueError(f"larger than {MAX_TEXT:,} bytes")
-        return content.decode("utf-8")
+        return Path(path).read_text(encoding="utf-8")
 
 
 def read_object(path):
     """The dict in a JSON file."""
-    text = read_text(path)
     with reading(path, "JSON"):
-        value = json.loads(text)
+        value = json.loads(read_text(path))
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {value!r:.40}")
     return value
@@ -102,11 +97,9 @@ def open_tensors(path):
 
 @contextmanager
 def replacing(path):
-    """Yield the path of a temporary file to write; on a clean exit it is flushed to the disk and renamed to `path`.
-
-    So there is always the old file or the new one, whole, even if the machine stops in between. The new file has the
-    permissions of the old one. On an error the temporary file is removed and `path` stays as it was. A full disk, or
-    a folder that cannot be written or is gone, is a UserError. A device or a pipe is written to as it is."""
+    """Yield the path of a temporary file to write. On a clean exit it is flushed to the disk and renamed to `path`:
+    there is always the old file or the new one, whole, with the same permissions. On an error `path` stays as it was;
+    an error of the disk or the folder is a UserError. A device or a pipe is written to as it is."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         yield Path(path)
         return
@@ -115,7 +108,7 @@ def replacing(path):
     try:
         yield temporary
         flush(temporary)
-        with suppress(FileNotFoundError):
+        if target.exists():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
         with suppress(OSError):  # not every system can flush a folder
@@ -130,7 +123,7 @@ def replacing(path):
 
 
 def flush(path):
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -146,9 +139,8 @@ def remove_leftovers(folder):
 
 @contextmanager
 def locked(path):
-    """Hold the lock on a file, made if it is missing, until the end of the block or of the process.
-
-    Raises UserError if another process holds it."""
+    """Hold the lock on a file, made if it is missing, until the end of the block or of the process. Raises UserError if
+    another process holds it."""
     with open(path, "ab") as file:
         try:
             if fcntl:

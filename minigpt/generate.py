@@ -2,7 +2,7 @@
 
 Continuous batching: prompts wait in a queue and run in the rows of one cache. When a sequence ends, the last row's
 moves into its row, so the running ones stay the first ones and a step reads no others; waiting prompts are admitted
-to the free rows. Neighbours never change what a sequence becomes.
+to the free rows. A sequence does not depend on its neighbours, up to the last bits of rounding.
 
     waiting  p7 p8 p9 ...       running  p3 p5 p6       free rows  - -
 """
@@ -39,7 +39,7 @@ class Generated:
 
 class Sampler:
     """Chooses next tokens: the likeliest (temperature 0), or one drawn from softmax(logits / temperature), cut to the
-    top_k likeliest and then to the smallest set that holds a share top_p of the rest. Each sequence draws from a random
+    top_k likeliest, then to the smallest set that holds top_p of the probability that is left. Each sequence draws from a random
     stream of its own, so its neighbours do not change it."""
 
     def __init__(self, temperature=0.0, top_k=0, top_p=1.0, seed=0):
@@ -61,8 +61,8 @@ class Sampler:
                 ranked /= ranked.sum(dim=-1, keepdim=True)
             ranked[ranked.cumsum(dim=-1) - ranked >= self.top_p] = 0  # one stays while those before it hold less
             p = torch.zeros_like(p).scatter_(1, order, ranked)
-        # An exponential waiting time of rate p is the first to end with probability p. The last bits of p, in which a
-        # batch differs from a sequence alone, change that far less often than a place in a cumulative sum.
+        # An exponential race (like Gumbel-max): of waiting times with rates p the first to end is a draw from p. The last
+        # bits of p, in which a batch differs from a sequence alone, change it far less often than a cumulative sum.
         wait = torch.empty_like(p)
         for row, stream in zip(wait, streams):
             if stream not in self.streams:
@@ -72,13 +72,10 @@ class Sampler:
 
 
 @torch.no_grad()
-def generate(
-    model, prompts, stop, slots=None, position_offset=0, batch_size=32, sampler=None, on_token=None, on_finished=None
-):
+def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32, sampler=None, on_token=None):
     """Prompts -> a list of Generated, in the same order.
 
-    stop: ids that end a sequence. batch_size: rows of the cache. on_token(number, id): called for each new token;
-    on_finished(): for each sequence that ends.
+    stop: ids that end a sequence. batch_size: rows of the cache. on_token(number, id): called for each new token.
     Raises UserError for an empty prompt, or one that does not fit the context."""
     sampler, stop = sampler or Sampler(), set(stop)
     check_prompts(model, prompts, position_offset)
@@ -104,8 +101,6 @@ def generate(
         for row in reversed(range(len(running))):
             if newest[row] is None:
                 evict(cache, row, running, newest)
-                if on_finished:
-                    on_finished()
     return results
 
 

@@ -6,7 +6,7 @@ carrying a running maximum, a running sum and a running output, so that no score
     keys          slots of all banks            text of the packed row
                   0 .............. S            0 ..... start[first] ===== i ..... N
     walked over   all blocks of slots           only from the first sentence's start to the block itself
-    seen if       bit bank[s] of open[i]        start[i] <= j <= i
+    seen if       bit bank[s] of bank_mask[i]   start[i] <= j <= i
 
 q, k and v are read where the projection wrote them, in one (N, 3 * n_head * head_dim) buffer, and the gradients go
 into one buffer of that shape. There is no mask in memory, no padding, and the slots are the same few vectors for
@@ -15,8 +15,13 @@ every sentence. Scores, softmax and all sums are float32. Backward recomputes th
     P = exp(scores - lse)    dV = P^T dO    dP = dO V^T    dS = P * (dP - delta)    delta = rowsum(dO * O)
     dQ = dS K                dK = dS^T Q
 
+(delta is the sum over j of P dP: the correction of the softmax's Jacobian, had without P. The code uses exp2: log2(e) is in
+the scale, and lse is in base 2.) Sizes: H heads, D head_dim, BD = D rounded up to a power of two, BM queries and BN keys a
+block, EXACT float32 products. Memory: qkv (N, 3 H D), out (N, H D), lse and delta (H, N), slot_key and slot_value (H, S, D),
+start, end and bank_mask (N,), bank (S,).
+
 Queries, text keys and slots each get a kernel of their own, in which a program owns what it sums into. For slots,
-which every token sees, SPLITS programs sum a part of the row each and torch adds the parts: no atomics, so that two
+which every token may see, PARTS programs sum a part of the batch each and torch adds the parts: no atomics, so that two
 runs give the same bits.
 """
 
@@ -26,7 +31,7 @@ import triton.language as tl
 
 BLOCK = 64  # tokens, or slots, that a program handles at a time
 LOG2_E = 1.4426950408889634
-SPLITS = 16  # parts that the row is cut into for the gradients of slots
+PARTS = 16  # that the batch is cut into for the gradients of slots
 
 
 @triton.jit
@@ -63,7 +68,7 @@ def _sees_slots(bank_mask, bank, slots, S):
 
 
 @triton.jit
-def _absorb(m, total, acc, scores, v, EXACT: tl.constexpr):
+def _online_softmax(m, total, acc, scores, v, EXACT: tl.constexpr):
     """One block of keys into the running softmax: m (M,) maximum, total (M,) sum, acc (M, D) output."""
     m_new = tl.maximum(m, tl.max(scores, 1))
     p = tl.exp2(scores - m_new[:, None])
@@ -81,7 +86,7 @@ def forward_kernel(
     first, head, C = tl.program_id(0) * BM, tl.program_id(1), H * D
     rows, columns = first + tl.arange(0, BM), tl.arange(0, BD)
     q = _load(qkv + head * D, rows, 3 * C, columns, N, D)
-    begins = tl.load(start + rows, mask=rows < N, other=N)
+    begins = tl.load(start + rows, mask=rows < N, other=N)  # rows past the end see nothing
     masks = tl.load(bank_mask + rows, mask=rows < N, other=0)
     m = tl.full((BM,), -1e30, tl.float32)  # not -inf: a block may begin with keys that a query does not see
     total = tl.zeros((BM,), tl.float32)
@@ -93,14 +98,14 @@ def forward_kernel(
         banks = tl.load(bank + slots, mask=slots < S, other=0)
         scores = _dot(q, tl.trans(k), EXACT) * scale
         scores = tl.where(_sees_slots(masks, banks, slots, S), scores, float("-inf"))
-        m, total, acc = _absorb(m, total, acc, scores, v, EXACT)
+        m, total, acc = _online_softmax(m, total, acc, scores, v, EXACT)
     for j in range(tl.load(start + first) // BN * BN, tl.minimum(first + BM, N), BN):
         keys = j + tl.arange(0, BN)
         k = _load(qkv + C + head * D, keys, 3 * C, columns, N, D)
         v = _load(qkv + 2 * C + head * D, keys, 3 * C, columns, N, D)
         scores = _dot(q, tl.trans(k), EXACT) * scale
         scores = tl.where(_sees_text(rows, begins, keys), scores, float("-inf"))
-        m, total, acc = _absorb(m, total, acc, scores, v, EXACT)
+        m, total, acc = _online_softmax(m, total, acc, scores, v, EXACT)
     _store(out + head * D, rows, C, columns, N, acc / tl.where(rows < N, total, 1.0)[:, None], D)
     tl.store(lse + head * N + rows, m + tl.log2(total), mask=rows < N)
 
@@ -132,7 +137,7 @@ def query_gradient_kernel(
     rows, columns = first + tl.arange(0, BM), tl.arange(0, BD)
     q = _load(qkv + head * D, rows, 3 * C, columns, N, D)
     do = _load(grad_out + head * D, rows, C, columns, N, D)
-    begins = tl.load(start + rows, mask=rows < N, other=N)
+    begins = tl.load(start + rows, mask=rows < N, other=N)  # rows past the end see nothing
     masks = tl.load(bank_mask + rows, mask=rows < N, other=0)
     row_lse = tl.load(lse + head * N + rows, mask=rows < N, other=0.0)
     row_delta = tl.load(delta + head * N + rows, mask=rows < N, other=0.0)
@@ -185,7 +190,7 @@ def slot_gradient_kernel(
     qkv, grad_out, lse, delta, slot_key, slot_value, grad_key, grad_value, bank_mask, bank, N, S, part, scale, factor,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BN slots of one head, summed over `part` queries; grad_key, grad_value (SPLITS, H, S, D)."""
+    """dK and dV of BN slots of one head, summed over `part` queries; grad_key, grad_value (at most PARTS, H, S, D)."""
     head, split, C = tl.program_id(1), tl.program_id(2), H * D
     slots, columns = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
     k = _load(slot_key + head * S * D, slots, D, columns, S, D)
@@ -275,7 +280,7 @@ class FusedAttention(torch.autograd.Function):
                 qkv, grad_qkv, grad_out, lse, delta, start, end, N, scale, factor, **sizes[key_gradient_kernel]
             )
         if S and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            part = triton.cdiv(blocks, SPLITS) * block
+            part = triton.cdiv(blocks, PARTS) * block
             splits = triton.cdiv(N, part)
             grad_key = torch.empty(splits, *key.shape, device=qkv.device, dtype=torch.float32)
             grad_value = torch.empty_like(grad_key)

@@ -1,7 +1,8 @@
 """The negative log likelihood of target tokens, without ever holding the logits of all of them.
 
 The vocabulary projection is the widest product of the model (50,257 columns). It is computed for CHUNK tokens at a time.
-Since the head is frozen, the gradient of a chunk's activations is finished at once, and its logits are forgotten:
+Since the head is frozen, the gradient with respect to a chunk's activations is computed right after its logits, which
+are then freed:
 
     logits = hidden @ wte.T          loss = logsumexp(logits) - logits[target]
                           d loss / d hidden = (softmax(logits) - onehot(target)) @ wte
@@ -28,7 +29,7 @@ class NLL(torch.autograd.Function):
             logp = torch.log_softmax(logits, dim=-1, out=logits)  # in place: fresh memory costs more than the sums
             loss -= logp.gather(1, target).sum()
             if grad is not None:
-                p = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logp.dtype))
+                p = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logp.dtype))  # softmax - onehot
                 torch.mm(p.to(wte.dtype), wte, out=grad[i : i + CHUNK])
         ctx.save_for_backward(grad)
         return loss

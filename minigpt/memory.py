@@ -16,10 +16,8 @@ def out_of_memory(error):
 def free_memory(device):
     """Bytes that can still be taken on `device`; infinity where the system does not say."""
     if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # by torch, for its next tensors
-        return torch.cuda.mem_get_info(device)[0] + held
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch holds in reserve
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))

@@ -31,7 +31,7 @@ ACTIVATE = {
 
 
 class Conv1D(nn.Module):
-    """x @ weight + bias. GPT-2 stores its weights (in, out), the other way round from nn.Linear."""
+    """x @ weight + bias. OpenAI's name, no convolution: a Linear whose weight is (in, out)."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -43,7 +43,7 @@ class Conv1D(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Row i of weight for id i. (nn.Embedding draws random weights first: seconds of torch's imports.)"""
+    """Row i of weight for id i. (nn.Embedding would draw random weights first, which only costs time.)"""
 
     def __init__(self, n, n_embd):
         super().__init__()

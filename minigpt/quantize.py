@@ -1,6 +1,6 @@
 """Frozen weights as decoding on a CPU reads them fastest.
 
-A step of a small batch takes as long as reading all weights does. `pack` puts bfloat16 weights, half of float32's
+A step of a small batch takes as long as reading all weights does. `prepack` puts bfloat16 weights, half of float32's
 bytes, into the blocks in which the CPU's library multiplies them, which it would otherwise do again for each product.
 `quantize` rounds them to 8 bits, half of that again, with one scale for each output; activations stay in bfloat16:
 

@@ -2,9 +2,9 @@
 
     log p(answer | text) = sum over its tokens, its end token among them, of log p(token | text, tokens before)
 
-The answers run through the model as if they had been written, packed side by side. This is exact. Taking the likeliest
-allowed token step by step would not be: it settles for a first token before it knows what the rest of the answer
-costs. And since the end token counts, answers of different lengths compare as they are.
+The answers run through the model packed side by side. This is exact. Taking the likeliest allowed token step by step is
+not: it settles for a first token before it knows what the rest of the answer costs. The end token counts, so answers of
+different lengths compare as they are.
 """
 
 import torch
@@ -13,18 +13,14 @@ from minigpt.attention import PackedBatch
 from minigpt.generate import Generated
 
 
-def likeliest_answer(model, prompts, answers, slots=None, position_offset=0, batch_size=32, on_finished=None):
+def likeliest_answer(model, prompts, answers, slots=None, position_offset=0, batch_size=32):
     """Prompts -> a list of Generated, in the same order: the likeliest of the answers after each.
 
     answers: lists of ids, each with the token that ends it; of two that are as likely, the first wins. A prompt and
-    the longest answer must fit into the context. batch_size: answers scored at once. on_finished(): called for each
-    prompt that is answered."""
+    the longest answer must fit into the context. batch_size: answers scored at once."""
     pairs, scores = [(prompt, answer) for prompt in prompts for answer in answers], []
     for i in range(0, len(pairs), batch_size):
         scores += log_p(model, pairs[i : i + batch_size], slots, position_offset).tolist()
-        if on_finished:
-            for _ in range(i // len(answers), len(scores) // len(answers)):
-                on_finished()
     best = torch.tensor(scores).view(len(prompts), len(answers)).argmax(dim=1)
     return [Generated(answers[i][:-1], finished=True) for i in best.tolist()]
 

@@ -1,20 +1,19 @@
-"""GPT-2's byte-level BPE, as a tiktoken Encoding built from a checkpoint's own files, with the ids of transformers 5.
+"""GPT-2's byte-level BPE, from a checkpoint's own files, with the ids of transformers 5.
 
-Those files spell bytes as printable characters (a space is "Ġ", a newline "Ċ"). Turned back into bytes, the merge
-list is all that BPE needs: text is cut into words by a pattern, each word into bytes, and the pair of neighbours
-that stands first in the list is joined, again and again, until no pair is left in it.
+A pattern cuts text into words. A word starts as its bytes; of all neighbours, the two that stand first in the list of
+merges are joined, again and again: `bpe`, which tiktoken runs fast. Files spell bytes as printable characters.
 
     >>> tokenizer.encode("Où ça ?")        # with gpt2's vocabulary
     [46, 127, 117, 6184, 100, 64, 5633]
 
-Text is text: nothing in it encodes to a special token, as in transformers with split_special_tokens=True. Added tokens
-that are not special are found in text before BPE. What changes ids and is not implemented is refused by name.
+Text is text: none encodes to a special token, as in transformers with split_special_tokens=True. Other added tokens
+are found in it before BPE. What changes ids and is not implemented is refused by name.
 """
 
 import hashlib
 import os
 import re
-import unicodedata
+from collections import namedtuple
 
 import tiktoken
 
@@ -25,31 +24,21 @@ END_OF_TEXT = "<|endoftext|>"
 # Contractions, runs of letters, of digits, of anything else, each with the space before it (Radford et al. 2019, 2.2).
 PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 LONGEST_BLANK = 100_000  # characters; at a million tiktoken panics
-BLANKS = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")  # what \s is in Rust
+LONGEST_TOKEN = 1_000  # characters; `bpe` takes quadratic time
 FROM_JSON = ["TokenizersBackend", "PreTrainedTokenizerFast"]  # classes that read add_prefix_space in tokenizer.json
-# Settings that would change ids, with the values that do not.
+# Settings that change ids, with the values that are implemented: off, mostly.
+OFF = [None, False, "", {}]
+ONLY_CONFIG = dict.fromkeys(["add_bos_token", "add_eos_token", "auto_map", "fast_tokenizer_files"], OFF)
+ONLY_CONFIG["tokenizer_class"] = [None, "GPT2Tokenizer", "GPT2TokenizerFast", *FROM_JSON]
 ONLY_TOKENIZER = {
-    "normalizer": [None],
     "pre_tokenizer.type": ["ByteLevel"],
     "pre_tokenizer.use_regex": [None, True],
     "post_processor.type": [None, "ByteLevel", "TemplateProcessing"],
-    "post_processor.special_tokens": [None, {}],
     "model.type": [None, "BPE"],
-    "model.dropout": [None, 0],
-    "model.continuing_subword_prefix": [None, ""],
-    "model.end_of_word_suffix": [None, ""],
-    "model.byte_fallback": [None, False],
-    "model.ignore_merges": [None, False],
+    **dict.fromkeys(["normalizer", "post_processor.special_tokens", "model.dropout", "model.byte_fallback"], OFF),
+    **dict.fromkeys(["model.ignore_merges", "model.continuing_subword_prefix", "model.end_of_word_suffix"], OFF),
 }
-ONLY_CONFIG = {
-    "tokenizer_class": [None, "GPT2Tokenizer", "GPT2TokenizerFast", *FROM_JSON],
-    "add_prefix_space": [None, False, True],
-    "add_bos_token": [None, False],
-    "add_eos_token": [None, False],
-    "auto_map": [None],
-    "fast_tokenizer_files": [None],
-}
-FLAGS = {"special": False, "normalized": True, "single_word": False, "lstrip": False, "rstrip": False}
+Added = namedtuple("Added", "id content special normalized")  # a token beside those of BPE
 
 
 class Tokenizer:
@@ -60,17 +49,16 @@ class Tokenizer:
 
     def __init__(self, encoding, ids, others=None, added=(), prefix_space=False):
         """encoding: tiktoken's, whose ids are merge ranks; ids[rank] is the checkpoint's own id. others: {id: bytes} of
-        tokens that no merge makes. added: dicts with content, id and FLAGS. prefix_space: each text begins with one."""
+        tokens that no merge makes. added: a list of Added. prefix_space: each text begins with a space."""
         self.encoding, self.ids, self.added, self.prefix_space = encoding, ids, added, prefix_space
         self.bytes = {i: encoding.decode_single_token_bytes(rank) for rank, i in enumerate(ids)} | (others or {})
         self.eot = ids[encoding.eot_token]
-        self.n_vocab = 1 + max([*ids, *(token["id"] for token in added if not token["special"])])
-        self.passes = []
+        self.n_vocab = 1 + max([*ids, *(token.id for token in added if not token.special)])
+        self.passes = []  # transformers seeks tokens that are not normalized first
         for normalized in (False, True):
-            tokens = {t["content"]: t for t in added if t["normalized"] == normalized and t["content"]}
-            if not all(token["special"] for token in tokens.values()):
-                longest_first = sorted(tokens, key=len, reverse=True)
-                self.passes.append((re.compile("|".join(map(re.escape, longest_first))), tokens))
+            tokens = {token.content: token for token in added if token.normalized == normalized and token.content}
+            longest_first = map(re.escape, sorted(tokens, key=len, reverse=True))
+            self.passes += [(re.compile("|".join(longest_first)), tokens)] if tokens else []
 
     @classmethod
     def from_pretrained(cls, name):
@@ -97,99 +85,89 @@ class Tokenizer:
         white space that tiktoken's pattern cannot match."""
         if len(text) > LONGEST_BLANK and max(map(len, re.findall(r"\s+", text)), default=0) > LONGEST_BLANK:
             raise UserError(f"a text has more than {LONGEST_BLANK:,} spaces in a row")
-        parts = [text] * bool(text)  # of texts and ids
-        for pattern, tokens in self.passes:
-            parts = [new for part in parts for new in _find_added(part, pattern, tokens)]
-        return [i for part in parts for i in self._encode_part(part)]
+        return self._encode(text, self.passes)
 
-    def _encode_part(self, part):
-        if isinstance(part, int):
-            return [part]
-        space = " " * (self.prefix_space and not part.startswith(" "))
-        return [self.ids[rank] for rank in self.encoding.encode_ordinary(space + part)]
+    def _encode(self, text, passes):
+        """passes: those that still seek added tokens in this text."""
+        if not passes:
+            space = " " * (self.prefix_space and text[:1] not in ("", " "))
+            return [self.ids[rank] for rank in self.encoding.encode_ordinary(space + text)]
+        (pattern, tokens), *others = passes
+        ids, start = [], 0
+        for match in pattern.finditer(text):
+            if not (token := tokens[match[0]]).special:
+                ids += [*self._encode(text[start : match.start()], others), token.id]
+                start = match.end()
+        return ids + self._encode(text[start:], others)
 
     def decode(self, ids):
         """Ids -> text; bytes that are not UTF-8 become U+FFFD, ids of no token (a padded model has some) nothing."""
         return b"".join(self.bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
 
 
-def _find_added(text, pattern, tokens):
-    """Yield the ids of the added tokens in a text and the texts between them, as tokenizers' AddedVocabulary does."""
-    if isinstance(text, int):  # found before
-        yield text
-        return
-    start = 0
-    for match in pattern.finditer(text):
-        token, (first, end) = tokens[match[0]], match.span()
-        inside = _is_word(text[first - 1 : first]) or _is_word(text[end : end + 1])
-        if token["special"] or (token["single_word"] and inside):
-            continue
-        if token["lstrip"]:
-            first = max(start, len(text[:first].rstrip(BLANKS)))
-        if token["rstrip"]:
-            end = len(text) - len(text[end:].lstrip(BLANKS))
-        if start < first:
-            yield text[start:first]
-        if first < end:
-            yield token["id"]
-        start = end
-    if start < len(text):
-        yield text[start:]
+def bpe(word, ranks):
+    """A word -> its tokens: the neighbours that make the token of the lowest rank are joined, until none make one."""
+    tokens, none = list(word), len(ranks)
+    while (made := [ranks.get(left + right, none) for left, right in zip(tokens, tokens[1:])]) and min(made) < none:
+        i = made.index(min(made))
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+    return tokens
 
 
-def _is_word(char):
-    r"""Whether \w matches it in Rust: letters, marks, digits, connectors, joiners and letters in circles."""
-    kind = unicodedata.category(char) if char else "none"
-    return kind in ("Nd", "Nl", "Pc") or kind[0] in "LM" or bool(re.match("[\u200c\u200dⒶ-ⓩ🄰-🅉🅐-🅩🅰-🆉]", char))
+def byte_characters():
+    """byte -> the character that spells it: itself where it is printable, else the next one from U+0100 on."""
+    others = iter(range(256, 512))
+    return {b: chr(b if chr(b).isprintable() and b != ord(" ") else next(others)) for b in range(256)}
+
+
+BYTE = {char: byte for byte, char in byte_characters().items()}
+
+
+# The files: both forms of a vocabulary give {token: id}, pairs, a list of Added and prefix_space.
 
 
 def _read_directory(directory):
     """A checkpoint directory with a tokenizer -> the arguments of Tokenizer."""
-    config, named, added = _read_config(directory)
-    prefix_space = bool(config.get("add_prefix_space"))
+    config, roles, added = _read_config(directory)
     if (path := directory / "tokenizer.json").exists():
-        content = read_object(path)
-        _check(path, content, ONLY_TOKENIZER)
-        with reading(path, "a byte-level BPE"):
-            vocab, merges = content["model"]["vocab"], content["model"]["merges"]
-            asked = bool(content["pre_tokenizer"].get("add_prefix_space"))
-            here = sorted((FLAGS | token for token in content.get("added_tokens", [])), key=lambda token: token["id"])
-        if config["tokenizer_class"] in FROM_JSON and "add_prefix_space" not in config:
-            prefix_space = asked
-        if prefix_space != asked:
-            raise UserError(f"{path}: add_prefix_space is {asked}, but {prefix_space} for tokenizer_config.json")
-        if "added_tokens_decoder" in config and [_seen(token) for token in added] != [_seen(token) for token in here]:
-            raise UserError(f"{path}: the added tokens are not those of tokenizer_config.json")
-        added = here
+        vocab, merges, tokens, prefix_space = _read_json(path, roles)
+        seen = lambda added: [token[: 3 if token.special else 4] for token in added]
+        same = seen(added) == seen(tokens) or "added_tokens_decoder" not in config
+        from_json = prefix_space and config["tokenizer_class"] in FROM_JSON
+        if not same or bool(config.get("add_prefix_space", from_json)) != prefix_space:
+            raise UserError(f"{path} and tokenizer_config.json differ in add_prefix_space or in their added tokens")
+        added = tokens
     else:
         vocab, lines = read_object(directory / "vocab.json"), read_text(path := directory / "merges.txt").splitlines()
-        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+        merges = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+        prefix_space = bool(config.get("add_prefix_space"))
     with reading(path, "a byte-level BPE"):
-        added = [token | {"special": token["special"] or token["content"] in named.values()} for token in added]
-        return *_build(vocab, merges, added, named.get("eos_token") or END_OF_TEXT), prefix_space
+        return *_build(vocab, merges, added, roles.get("eos_token") or END_OF_TEXT), added, prefix_space
 
 
 def _read_config(directory):
-    """tokenizer_config.json and the small files beside it -> (its settings, {role: special token}, added tokens)."""
+    """tokenizer_config.json and the small files beside it -> (its settings, {role: token}, list of Added)."""
     names = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    model, config, roles, more = (read_object(path) if (path := directory / n).exists() else {} for n in names)
+    model, config, more, ids = (read_object(path) if (path := directory / n).exists() else {} for n in names)
     config["tokenizer_class"] = config.get("tokenizer_class") or model.get("tokenizer_class")
-    path = directory / (names[1] if (directory / names[1]).exists() else names[0])
-    _check(path, config, ONLY_CONFIG)
+    _check(path := directory / "tokenizer_config.json", config, ONLY_CONFIG)
     with reading(path, "a tokenizer_config.json"):
-        if "added_tokens_decoder" in config:
-            added, roles = config["added_tokens_decoder"], config
-        else:
-            added, roles = {i: {"content": token} for token, i in more.items()}, config | roles
-        named = {role: value for role, value in roles.items() if role.endswith("_token")}
-        named = {role: value["content"] if isinstance(value, dict) else value for role, value in named.items()}
-        added = [FLAGS | token | {"id": int(i)} for i, token in added.items()]
-    return config, named, sorted(added, key=lambda token: token["id"])
+        tokens = [{"id": i, "content": content} for content, i in ids.items()]
+        if "added_tokens_decoder" in config:  # then transformers does not read the other two
+            tokens, more = [token | {"id": int(i)} for i, token in config["added_tokens_decoder"].items()], {}
+        roles = {role: token for role, token in (config | more).items() if role.endswith("_token")}
+        roles = {role: token["content"] if isinstance(token, dict) else token for role, token in roles.items()}
+        return config, roles, _added(path, tokens, roles)
 
 
-def _seen(token):
-    """What makes a difference of an added token: no text encodes to a special one."""
-    return (token["id"], token["content"]) if token["special"] else token
+def _read_json(path, roles):
+    """tokenizer.json, which is all that transformers 5 saves -> (vocab, merges, list of Added, prefix_space)."""
+    content = read_object(path)
+    _check(path, content, ONLY_TOKENIZER)
+    with reading(path, "a byte-level BPE"):
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
+        prefix_space = bool(content["pre_tokenizer"].get("add_prefix_space"))
+        return content["model"]["vocab"], merges, _added(path, content.get("added_tokens", []), roles), prefix_space
 
 
 def _check(path, content, only):
@@ -201,63 +179,46 @@ def _check(path, content, only):
             raise UserError(f"{path}: {name} = {value!r:.60} is not implemented")
 
 
+def _added(path, tokens, roles):
+    """The dicts in a file -> a list of Added, by id. A token that has a role is special."""
+    added = []
+    for token in tokens:
+        special = bool(token.get("special")) or token["content"] in roles.values()
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token.get(flag) and not special:
+                raise UserError(f"{path}: {flag} of the added token {token['content']!r:.60} is not implemented")
+        added.append(Added(token["id"], token["content"], special, bool(token.get("normalized", True))))
+    return sorted(added)
+
+
 def _build(vocab, merges, added, eos):
-    """-> (tiktoken's Encoding, ids, others, added): see Tokenizer. Raises ValueError."""
-    ranks = _rank(merges)
-    if missing := [token for token in ranks if token not in vocab]:
-        raise ValueError(f"its vocabulary lacks {len(missing)} bytes or merged tokens, the first {missing[0]!r}")
-    tokens, free = dict(vocab), len(vocab)
+    """-> (tiktoken's Encoding, ids, others): see Tokenizer. Raises ValueError, or KeyError for what vocab lacks."""
+    ranks, tokens, free = _rank(merges), dict(vocab), len(vocab)
     for token in added:  # transformers gives them the next free ids
-        if tokens.setdefault(token["content"], free) != token["id"]:
-            raise ValueError(f"added token {token['content']!r} has id {token['id']}, not {tokens[token['content']]}")
-        free = max(free, token["id"] + 1)
+        if tokens.setdefault(token.content, free) != token.id:
+            raise ValueError(f"added token {token.content!r} has id {token.id}, not {tokens[token.content]}")
+        free = max(free, token.id + 1)
     if any(type(i) is not int or i < 0 for i in tokens.values()) or len(set(tokens.values())) < len(tokens):
         raise ValueError("its ids are not whole numbers, each of one token")
-    if eos not in tokens or eos in ranks:
-        raise ValueError(f"its end-of-text token {eos!r} is {'made by merges' if eos in ranks else 'not in it'}")
-
-    ranked = {_spelled(token): rank for token, rank in ranks.items()}
-    special = {END_OF_TEXT: len(ranks)}
-    encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranked, special_tokens=special)
+    if eos in ranks:
+        raise ValueError(f"merges make its end-of-text token {eos!r}")
+    ranked, end = {_spelled(token): rank for token, rank in ranks.items()}, {END_OF_TEXT: len(ranks)}
+    encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranked, special_tokens=end)
     others = {i: _spelled(token) for token, i in tokens.items() if token not in ranks}
-    return encoding, [tokens[token] for token in [*ranks, eos]], others, added
+    return encoding, [vocab[token] for token in ranks] + [tokens[eos]], others
 
 
 def _rank(merges):
-    """{token: rank}: the 256 bytes, then what each merge makes of two tokens that are there before it."""
-    ranks, halves = {char: byte for byte, char in sorted(byte_characters().items())}, {}
-    for number, merge in enumerate(merges, 1):
-        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
-        if len(pair) != 2 or not all(token in ranks for token in pair):
-            raise ValueError(f"merge {number}: {merge!r:.60} is not two tokens that are there before it")
-        if "".join(pair) in ranks or _crossed(*pair, ranks, halves):
-            raise ValueError(f"merge {number}: {merge!r:.60} makes a token that other merges make")
-        ranks["".join(pair)] = len(ranks)
-        halves["".join(pair)] = pair
+    """{token: rank}: the 256 bytes, then what each merge makes. tiktoken knows no pairs and joins whatever makes a
+    token; so of each token, the merges before it must leave exactly its pair."""
+    ranks = dict(BYTE)
+    for number, pair in enumerate(merges, 1):
+        token = "".join(pair)
+        known = len(pair) == 2 and len(token) <= LONGEST_TOKEN and BYTE.keys() >= set(token)
+        if not known or bpe(token, ranks) != list(pair):
+            raise ValueError(f"merge {number}: {' '.join(pair)!r:.60} is not a pair that the merges before it leave")
+        ranks[token] = len(ranks)
     return ranks
-
-
-def _crossed(left, right, ranks, halves):
-    """Whether BPE joins parts of left and right before both are whole, so that it never joins these two. (tiktoken
-    would: it takes a word that is a token as it is.) The later one is taken apart until one byte of each is left."""
-    while left in halves or right in halves:
-        if right not in halves or (left in halves and ranks[left] > ranks[right]):
-            limit, left = ranks[left], halves[left][1]
-        else:
-            limit, right = ranks[right] + 1, halves[right][0]
-        if halves.get(left + right) == (left, right) and ranks[left + right] < limit:
-            return True
-    return False
-
-
-def byte_characters():
-    """byte -> the character that spells it: itself where it is printable, else the next free one from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-BYTE = {char: byte for byte, char in byte_characters().items()}
 
 
 def _spelled(token):

@@ -1,7 +1,8 @@
 """What each optimizer step sees.
 
-    all training examples, shuffled anew each epoch -> the next batch_size of them -> this process's share, sorted by length
-                                                    -> micro-batches of like length, packed, on the device
+    all training examples, shuffled anew each epoch
+        -> the next batch_size of them -> this process's share, sorted by length
+        -> micro-batches of like length, packed, on the device
 
 An example is a pair in one direction: (row, source column, target column) of the corpus. All directions are shuffled
 together. The examples of step s follow from the seed and s alone, so a run can go on exactly after any step.
@@ -32,7 +33,7 @@ class Batch:
     examples: list  # (source ids, target ids, source bank, target bank), the shortest first
     n_targets: int
     n_tokens: int
-    micro_batches: list = ()  # TrainingBatches, cut by micro_batch_tokens
+    micro_batches: list = ()  # TrainingBatches of at most micro_batch_tokens
     micro_batch_tokens: int = 0
 
 
@@ -79,36 +80,26 @@ class Batches:
         mine = distributed.shard(sorted(examples, key=n_tokens))
         return Batch(mine, n_targets, sum(map(n_tokens, examples)))
 
-    def micro_batches(self, batch):
-        """The packed micro-batches of a Batch, cut as they are now to be cut."""
-        if batch.micro_batch_tokens == self.micro_batch_tokens:
-            return batch.micro_batches
-        return self.pack(batch.examples, self.micro_batch_tokens)
-
     def fitting(self, batch, work, where):
-        """work(the micro-batches of a Batch) -> what it returns. If memory runs out, once more with micro-batches of half
-        the size, until they fit. Raises UserError where one example alone does not."""
+        """work(the micro-batches of a Batch) -> its result. If memory runs out, they are halved until they fit.
+        where: for messages. Raises UserError where one example alone does not fit."""
         too_many = None  # tokens
-
-        def tried(micro_batches):
-            for micro_batch in micro_batches:
-                sizes.append((len(micro_batch.ids), len(micro_batch.packed.lengths)))
-                yield micro_batch
-
         while True:
-            sizes = []  # (tokens, sentences)
+            if batch.micro_batch_tokens != (tokens := self.micro_batch_tokens):
+                batch.micro_batches, batch.micro_batch_tokens = list(self.pack(batch.examples, tokens)), tokens
             try:
-                result = work(tried(self.micro_batches(batch)))
+                result = work(batch.micro_batches)
                 break
             except (MemoryError, RuntimeError) as error:
-                if not (sizes and out_of_memory(error)):
+                if not out_of_memory(error):
                     raise
-            largest = max(sizes)[0]  # from here on the activations that the error held on to are free again
-            if sizes[-1][1] == 1:
+            # Behind the except clause the activations that the error held on to are free again.
+            largest = max((len(micro_batch.ids) for micro_batch in batch.micro_batches), default=0)
+            if all(len(micro_batch.packed.lengths) == 1 for micro_batch in batch.micro_batches):
                 even = f"out of memory, even with one pair of {largest:,} tokens at a time"
                 raise UserError(f"{where}: {even}: set --checkpoint-activations, or lower --max-tokens")
             too_many = too_many or largest
-            self.micro_batch_tokens = self.fitting_tokens = min(largest, self.micro_batch_tokens) // 2
+            self.micro_batch_tokens = self.fitting_tokens = min(largest, tokens) // 2
         if too_many:
             say = f"out of memory with micro-batches of {too_many:,} tokens; {self.micro_batch_tokens:,} fit"
             tqdm.write(f"{where}: {say}", file=sys.stderr)
@@ -116,15 +107,15 @@ class Batches:
 
     def pack(self, examples, tokens):
         """Yield TrainingBatches of at most so many tokens (a longer example stays alone). examples: by length."""
-        micro, total = [], 0
+        groups, total = [], 0
         for example in examples:
-            if micro and total + n_tokens(example) > tokens:
-                yield pack_pairs(micro, self.sep, self.eot, self.device)
-                micro, total = [], 0
-            micro.append(example)
+            if not groups or total + n_tokens(example) > tokens:
+                groups.append([])
+                total = 0
+            groups[-1].append(example)
             total += n_tokens(example)
-        if micro:
-            yield pack_pairs(micro, self.sep, self.eot, self.device)
+        for group in groups:
+            yield pack_pairs(group, self.sep, self.eot, self.device)
 
     def epoch_order(self, epoch):
         """The numbers of all training examples, shuffled: one epoch in memory, in the smallest type that holds them."""

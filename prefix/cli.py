@@ -19,23 +19,17 @@ from minigpt.quantize import prepack, quantize
 from prefix import prefix_file
 from prefix.banks import Banks
 from prefix.distributed import log
-from prefix.run import CHOICES, DEMO_PREFIX, DTYPES, newest_run
+from prefix.run import DEMO_PREFIX, newest_run
 
-MACHINE_HELP = {
-    "device": "where to compute; auto: a GPU if there is one",
-    "dtype": "what the frozen model computes in; auto: 16 bits on a GPU, else float32",
-    "attention": "fused: the fast kernels, or an error; plain: the formula, to compare with",
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MACHINE = {
+    "device": (["cpu", "cuda", "mps"], "where to compute (auto: a GPU if there is one)"),
+    "dtype": ([*DTYPES], "what the frozen model computes in (auto: 16 bits on a GPU, else float32)"),
+    "attention": (
+        ["fused", "plain"],
+        "fused: the fast kernels, or an error; plain: the formula, to compare with (auto)",
+    ),
 }
-
-
-class Help(argparse.HelpFormatter):
-    """Every option ends with its default, unless its text names it."""
-
-    def _get_help_string(self, action):
-        default = action.default
-        if default is None or default is False or default == argparse.SUPPRESS or "(" in action.help:
-            return action.help
-        return f"{action.help} ({' '.join(map(str, default)) if isinstance(default, list) else default})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     dash and are no options."""
 
     def __init__(self, *args, dash="", **settings):
-        super().__init__(*args, allow_abbrev=False, formatter_class=Help, **settings)
+        super().__init__(*args, allow_abbrev=False, **settings)
         self.dash = dash
         versions = f"{__version__}, torch {torch.__version__}"
         self.add_argument("--version", action="version", version=versions, help="print this project's and torch's")
@@ -51,14 +45,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(self._hint(next((text for text in unknown if text.startswith("-")), unknown[0])))
+            argument = next((text for text in unknown if text.startswith("-")), unknown[0])
+            name, options = argument.partition("=")[0], list(self._option_string_actions)
+            like = [option for option in options if option.startswith(name)] or difflib.get_close_matches(name, options)
+            meant = f": did you mean {like[0]}?" if like else ""
+            self.error(f"unrecognized argument {argument}{meant}{self.dash if argument.startswith('-') else ''}")
         return args
-
-    def _hint(self, argument):
-        name, options = argument.partition("=")[0], list(self._option_string_actions)
-        like = [option for option in options if option.startswith(name)] or difflib.get_close_matches(name, options)
-        meant = f": did you mean {like[0]}?" if like else ""
-        return f"unrecognized argument {argument}{meant}{self.dash if argument.startswith('-') else ''}"
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {escape_control(message)} (--help lists the options)\n")
@@ -75,11 +67,8 @@ def cli_errors():
     except BrokenPipeError:  # the reader of our output went away, and what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         print(f"error: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
@@ -90,36 +79,30 @@ def cli_errors():
 
 def add_machine_options(parser):
     group = parser.add_argument_group("machine")
-    for name, choices in CHOICES.items():
-        group.add_argument(f"--{name}", choices=choices, default="auto", help=MACHINE_HELP[name])
+    for name, (choices, text) in MACHINE.items():
+        group.add_argument(f"--{name}", choices=["auto", *choices], default="auto", help=text)
 
 
 def add_weights_option(parser):
-    parser.add_argument("--weights", choices=["int8"], help="8-bit weights: faster on a CPU, for a sentence or two")
+    text = "8-bit weights: faster on a CPU, for a sentence or two (as --dtype says)"
+    parser.add_argument("--weights", choices=["int8"], help=text)
 
 
 def add_prefix_option(parser):
-    parser.add_argument(
-        "--prefix",
-        action="append",
-        metavar="FILE_OR_RUN",
-        help="default: the newest run, else the demo prefix; given several times, the banks of all of them",
-    )
+    text = "given several times, the banks of all of them (the newest run, else the demo prefix)"
+    parser.add_argument("--prefix", action="append", metavar="FILE_OR_RUN", help=text)
 
 
 def int_at_least(least, most=2**63 - 1):
     """An argparse type: a whole number from `least` to `most`."""
 
     def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"{text} is too large: {most:,} at most")
-        return value
+        with suppress(ValueError):
+            if int(text) > most:
+                raise argparse.ArgumentTypeError(f"{text} is too large: {most:,} at most")
+            if int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
 
     return parse
 
@@ -128,60 +111,44 @@ def float_range(least, most, open_low=False):
     """An argparse type: a number from `least` to `most`, `least` itself left out if open_low."""
 
     def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value <= most or (open_low and value == least):
-            words = f"{'above' if open_low else 'from'} {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {words}")
-        return value
+        with suppress(ValueError):
+            if least <= float(text) <= most and not (open_low and float(text) == least):
+                return float(text)
+        words = f"{'above' if open_low else 'from'} {least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {words}")
 
     return parse
 
 
 def load_model(args, name):
     """The frozen model and its tokenizer, where and as the machine options say."""
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    elif device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: torch sees no MPS device here; use --device cpu")
-    if args.dtype != "auto":
-        dtype = DTYPES[args.dtype]
-    elif device == "cuda":
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(filter(there.get, there)) if args.device == "auto" else args.device
+    if not there[device]:
+        raise UserError(f"--device {device}: torch sees no {device.upper()} device here; use --device cpu")
+    dtype = DTYPES.get(args.dtype, torch.float32)
+    if args.dtype == "auto" and device == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    else:
-        dtype = torch.float32
     model = GPT.from_pretrained(name, device, dtype)
     model.attention = args.attention
     tokenizer = Tokenizer.from_pretrained(name)
     if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer's ids go up to {tokenizer.n_vocab - 1}, but config.json has vocab_size {model.config.vocab_size}"
-        )
+        ids = f"the tokenizer's ids go up to {tokenizer.n_vocab - 1}"
+        raise UserError(f"{name}: {ids}, but config.json has vocab_size {model.config.vocab_size}")
     return model, tokenizer
 
 
-def find_prefix(path, needs=()):
-    """The prefix file that `path` means: a file, a run directory, or by default the newest run that has the banks in
-    `needs`, else the demo's."""
-    if path is not None:
-        return prefix_file.find(path)
-    found = newest_run(needs) or DEMO_PREFIX
-    log(f"Using the prefix {found}")
-    return found
-
-
 def load_with_base(args):
-    """(model, tokenizer, banks, paths of the prefix files) for translate.py and evaluate.py. The banks of several
-    files are one Banks."""
+    """The options of a script that uses a prefix -> (model, tokenizer, banks, paths of the prefix files). The banks of
+    several files are one Banks. Without --prefix: the newest run with the banks that are named, else the demo's."""
     needs = {getattr(args, "source", None), getattr(args, "target", None), *(getattr(args, "columns", None) or [])}
-    paths = [find_prefix(path, needs - {None}) for path in args.prefix or [None]]
+    if args.prefix:
+        paths = [prefix_file.find(path) for path in args.prefix]
+    else:
+        paths = [newest_run(needs - {None}) or DEMO_PREFIX]
+        log(f"Using the prefix {paths[0]}")
     name = args.model or prefix_file.read_header(paths[0])["training"].get("model")
-    if not isinstance(name, str):
+    if not name:
         raise UserError(f"{paths[0]} does not say which model it was trained on: name it with --model")
     if not args.model and Path(name).is_absolute() and not Path(name).is_dir():
         raise UserError(f"{paths[0]} was trained on {name}, which is no longer there: say with --model where it is")
@@ -199,14 +166,11 @@ def direction(args, banks):
     """(source, target) bank names: --from and --to, by default the second bank to the first."""
     names = banks.names
     if len(names) < 2:
-        raise UserError(
-            f"this prefix has one bank, {names[0]}; translating takes two: name another file, --prefix, too"
-        )
+        one = f"this prefix has one bank, {names[0]}; translating takes two"
+        raise UserError(f"{one}: name another file, --prefix, too")
     target = args.target or next(name for name in names if name != args.source)
     source = args.source or next(name for name in [names[1], *names] if name != target)
-    for name in (source, target):
-        if name not in names:
-            raise UserError(f"no bank {name!r} in this prefix: it has {', '.join(names)}; --prefix names another")
+    banks.mask([source, target])  # both are there
     if source == target:
         raise UserError(f"--from {source} --to {target}: the same bank twice")
     return source, target

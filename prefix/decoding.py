@@ -1,7 +1,5 @@
 """How to decode, and the one place that does: it chooses the algorithm and keeps it within the free memory."""
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from minigpt.beam import beam_search
@@ -9,17 +7,14 @@ from minigpt.files import UserError
 from minigpt.generate import Sampler, generate
 from minigpt.memory import SHARE, free_memory, out_of_memory, row_bytes, rows_that_fit
 from minigpt.scoring import likeliest_answer, max_new_tokens
-from prefix.distributed import log
-
-log_once = functools.cache(log)
+from prefix.distributed import log_once
 
 
 @dataclass
 class Decoding:
     """How to decode. max_new: tokens of an answer at most; None: twice the source plus 16; never past the context.
     sampler: None takes the likeliest token. beams: 1 is no beam search. batch_size: sentences at a time; where memory
-    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken. on_finished(): called for
-    each sentence that is done."""
+    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken."""
 
     max_new: int | None = None
     sampler: Sampler | None = None
@@ -27,18 +22,17 @@ class Decoding:
     length_penalty: float = 1.0
     batch_size: int = 32
     choices: list | None = None
-    on_finished: Callable | None = None
 
     def check(self, config):
         """Raises UserError for more than a model of this config can use."""
-        top_k = self.sampler.top_k if self.sampler else 0
-        for name, value, most, what in (
-            ("--beam", self.beams, config.vocab_size, "tokens of this model's vocabulary"),
-            ("--top-k", top_k, config.vocab_size, "tokens of this model's vocabulary"),
-            ("--max-new-tokens", self.max_new or 0, config.n_positions, "positions of this model's context"),
+        vocabulary = config.vocab_size, "tokens of this model's vocabulary"
+        for option, value, (most, what) in (
+            ("--beam", self.beams, vocabulary),
+            ("--top-k", self.sampler.top_k if self.sampler else 0, vocabulary),
+            ("--max-new-tokens", self.max_new or 0, (config.n_positions, "positions of this model's context")),
         ):
             if value > most:
-                raise UserError(f"{name} {value:,} is more than the {most:,} {what}")
+                raise UserError(f"{option} {value:,} is more than the {most:,} {what}")
 
     def room_for_answer(self, n, room, answers):
         """New tokens that a source of n tokens may have where `room` positions are left for both and <sep>; 0 if that
@@ -53,54 +47,42 @@ def decode(model, prompts, stop, slots, position_offset, decoding, answers=(), o
     """Prompts -> a list of Generated, in the same order: the likeliest of `answers` (lists of ids), or by beams, or
     token by token. stop: ids that end an answer. Where memory runs out, rows are halved until they fit."""
 
-    def run(prompts, rows):
-        common = {"batch_size": rows, "on_finished": decoding.on_finished}
+    def work(prompts, rows):
+        common = {"slots": slots, "position_offset": position_offset, "batch_size": rows}
         if answers:
-            return likeliest_answer(model, prompts, answers, slots, position_offset, **common)
+            return likeliest_answer(model, prompts, answers, **common)
         if decoding.beams > 1:
             common |= {"beams": decoding.beams, "length_penalty": decoding.length_penalty}
-            return beam_search(model, prompts, stop, slots, position_offset, **common)
+            return beam_search(model, prompts, stop, **common)
         if decoding.sampler:
             decoding.sampler.streams.clear()  # also where an attempt has drawn from them
-        common |= {"sampler": decoding.sampler, "on_token": on_token}
-        return generate(model, prompts, stop, slots, position_offset, **common)
+        return generate(model, prompts, stop, **common, sampler=decoding.sampler, on_token=on_token)
 
-    results = [None] * len(prompts)
-    together = [(range(len(prompts)), min(decoding.batch_size, len(prompts) * len(answers)))]
-    for numbers, rows in together if answers and prompts else groups(model, prompts, decoding):
-        generated = halving(run, [prompts[i] for i in numbers], rows, decoding)
-        for i, result in zip(numbers, generated):
-            results[i] = result
-    return results
+    if not prompts:
+        return []
+    rows = min(decoding.batch_size, len(prompts) * max(1, len(answers)))
+    return halving(work, prompts, rows if answers else rows_in_memory(model, prompts, rows, decoding.beams), decoding)
 
 
-def groups(model, prompts, decoding):
-    """Yield (numbers of prompts, rows of the cache), to be decoded one after another.
-
-    A row is as long as the longest prompt needs. If memory has room for that, all prompts run together; else those
-    that need about the same, so that a short one does not take the row of a long one."""
-    need = [len(prompt.ids) + prompt.max_new * decoding.beams for prompt in prompts]
-    left = sorted(range(len(prompts)), key=lambda i: -need[i])
-    while left:
-        longest, numbers, wanted = need[left[0]], left, min(decoding.batch_size, len(left))
-        if (rows := rows_that_fit(model, longest, wanted, decoding.beams)) < wanted:
-            numbers = [i for i in left if 2 * need[i] > longest]
-        if not rows:
-            taken, free = row_bytes(model, longest, decoding.beams) / 1e9, SHARE * free_memory(model.device) / 1e9
-            one = f"one sentence takes {taken:,.1f} GB with --beam {decoding.beams}"
-            raise UserError(f"{one}, and there is memory for {free:,.1f}: lower --beam or --max-new-tokens")
-        if rows < min(wanted, len(numbers)):
-            log_once(f"Memory has room for {rows} sentences at a time, not {wanted}")
-        yield sorted(numbers), min(rows, len(numbers))
-        left = left[len(numbers) :]
+def rows_in_memory(model, prompts, rows, beams):
+    """`rows` of the cache, or as many as memory has room for. A row is as long as the longest prompt needs."""
+    longest = max(len(prompt.ids) + prompt.max_new * beams for prompt in prompts)
+    fitting = rows_that_fit(model, longest, rows, beams)
+    if not fitting:
+        taken, free = row_bytes(model, longest, beams) / 1e9, SHARE * free_memory(model.device) / 1e9
+        one = f"one sentence takes {taken:,.1f} GB with --beam {beams}"
+        raise UserError(f"{one}, and there is memory for {free:,.1f}: lower --beam or --max-new-tokens")
+    if fitting < rows:
+        log_once(f"Memory has room for {fitting} sentences at a time, not {rows}")
+    return fitting
 
 
-def halving(run, prompts, rows, decoding):
-    """run(prompts, rows), again with half the rows for as long as memory runs out."""
+def halving(work, prompts, rows, decoding):
+    """work(prompts, rows), again with half the rows for as long as memory runs out."""
     fitting = rows
     while True:
         try:
-            results = run(prompts, fitting)
+            results = work(prompts, fitting)
             break
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):

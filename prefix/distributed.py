@@ -2,12 +2,12 @@
 
     torchrun --nproc_per_node=8 train.py --prefix-len 10 --model gpt2-xl --data en-fr.csv
 
-Every process holds the whole frozen model and all slots, works on its share of each batch, and adds its slots'
-gradients to the others' in one all-reduce per step: a few megabytes, since nothing else is trained. Process 0 writes
-the run's files, reads them, and speaks. In a program that torchrun did not start there is one process, and all of this
-does nothing.
+Every process holds the whole frozen model and all slots, and works on its share of each batch. One all-reduce per step
+adds the gradients of the slots: a few megabytes, since nothing else is trained. Process 0 reads and writes the run's
+files, and prints. In a program that torchrun did not start there is one process, and all of this does nothing.
 """
 
+import functools
 import os
 import sys
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ INSTEAD = "start several processes with torchrun, or unset WORLD_SIZE for one"
 def start(device="auto"):
     """Join the other processes, if torchrun started any; each takes the GPU of its local number. device: as --device.
     Raises UserError where the environment is not torchrun's, or a machine has fewer GPUs than processes."""
-    if environment("WORLD_SIZE", "1") < 2 or dist.is_initialized():
+    if environment("WORLD_SIZE", "1") < 2:
         return
     for name in ("RANK", "MASTER_PORT"):
         environment(name)
@@ -35,8 +35,7 @@ def start(device="auto"):
         raise UserError(f"MASTER_ADDR is not set, though WORLD_SIZE is: {INSTEAD}")
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
-        here, gpus = environment("LOCAL_WORLD_SIZE"), torch.cuda.device_count()
-        if here > gpus:
+        if (here := environment("LOCAL_WORLD_SIZE")) > (gpus := torch.cuda.device_count()):
             raise UserError(f"{here} processes on a machine with {gpus} GPUs: give torchrun --nproc_per_node={gpus}")
         torch.cuda.set_device(environment("LOCAL_RANK"))
     with waiting():
@@ -55,7 +54,7 @@ def environment(name, default=""):
 def waiting():
     """Inside, this process may wait for others; if it takes long, it says so."""
     say = f"process {os.environ.get('RANK')} is waiting for the others"
-    timer = Timer(SAY_AFTER, lambda: print(say, file=sys.stderr))
+    timer = Timer(SAY_AFTER, print, [say], {"file": sys.stderr})
     timer.daemon = True
     timer.start()
     try:
@@ -96,11 +95,10 @@ def all_reduce_sum(tensors):
 
 def all_gather(parts):
     """The results of shard(items) from all processes -> those of all items, in order, in every process."""
-    if world_size() == 1:
-        return parts
-    everyone = [None] * world_size()
-    with waiting():
-        dist.all_gather_object(everyone, parts)
+    everyone = [parts] * world_size()
+    if world_size() > 1:
+        with waiting():
+            dist.all_gather_object(everyone, parts)
     results = [None] * sum(map(len, everyone))
     for number, part in enumerate(everyone):
         results[number :: world_size()] = part
@@ -118,10 +116,9 @@ def broadcast(value):
 
 def rank0_first(work):
     """work() in the first process of each machine, then in the others, which find its files made."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or world_size() == 1
-    if first:
-        result = work()
-    all_gather([None])  # all first ones are done
+    first = world_size() == 1 or environment("LOCAL_RANK", "0") == 0
+    result = work() if first else None
+    all_gather([])  # all first ones are done
     return result if first else work()
 
 
@@ -129,6 +126,9 @@ def log(text):
     """Print a line to standard error, from process 0 alone."""
     if rank() == 0:
         print(printable(text, sys.stderr), file=sys.stderr)
+
+
+log_once = functools.cache(log)
 
 
 def printable(text, stream=None):

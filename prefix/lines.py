@@ -1,25 +1,23 @@
 """Standard input, line by line, as it comes.
 
-A thread reads it: an answer can be given to the lines that are there while others are still to come, and not every
-system can ask a pipe whether it holds more.
+A thread reads it. So lines that are there are answered while others are still to come, on systems too that cannot ask a
+pipe whether it holds more.
 """
 
 import codecs
-import functools
 import queue
 import sys
 import threading
 
-from prefix.distributed import log
+from prefix.distributed import log_once
 
 LINES_AT_A_TIME = 32  # batches, at most, that are read before the first of them is answered
-say_once = functools.cache(log)
 
 
 def decode_line(line):
     """The bytes of a line -> (text, why there is none or None)."""
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 3 * line.count(0) > len(line) > 2:
-        say_once("This seems to be UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8")
+        log_once("This seems to be UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8")
     if b"\0" in line:
         return "", "it holds a NUL byte"
     try:
@@ -47,18 +45,13 @@ def lines_as_they_come(batch_size):
 
 def read_blocks(blocks):
     """Put lists of lines into the queue `blocks`; at the end None, or the OSError that ended it."""
-    begun = []  # the parts of a line that has not ended yet
+    rest = b""  # a line that has not ended yet
     try:
         with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as file:
-            while block := file.read(1 << 16):
-                *ended, rest = block.split(b"\n")
-                if ended:
-                    ended[0] = b"".join([*begun, ended[0]])
-                    begun = []
-                    blocks.put(ended)
-                begun.append(rest)
-        last = b"".join(begun)
-        blocks.put([last] if last not in (b"", b"\0") else [])  # the second byte of UTF-16's newline is no line
+            while block := file.read(1 << 20):
+                *lines, rest = (rest + block).split(b"\n")
+                blocks.put(lines)
+        blocks.put([rest] if rest not in (b"", b"\0") else [])  # the second byte of UTF-16's newline is no line
         blocks.put(None)
     except OSError as error:
         blocks.put(error)

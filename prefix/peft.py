@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import save_file
 
 from minigpt import GPT, UserError, checkpoint
-from minigpt.files import FLOATS, open_tensors, read_object, replacing
+from minigpt.files import FLOATS, open_tensors, read_object, reading, replacing
 from prefix import prefix_file
 from prefix.banks import Banks
 from prefix.distributed import log
+from prefix.prefix_file import check
 from prefix.run import model_name
 
 CONFIG, WEIGHTS, TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
@@ -51,14 +52,12 @@ def export_bank(banks, name, directory):
     if not prefix_len:
         raise UserError(f"bank {name!r} has no slots to export")
     base = banks.training_record.get("model")
-    if base == "demo":
-        base = str(checkpoint.DEMO)
-    elif known := checkpoint.published(base):
+    if known := checkpoint.published(base):
         base = checkpoint.repository(known)  # as transformers calls it
     config = {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(checkpoint.DEMO) if base == "demo" else base,
         "inference_mode": True,
         "num_virtual_tokens": prefix_len,
         "num_transformer_submodules": 1,
@@ -75,53 +74,40 @@ def export_bank(banks, name, directory):
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def import_bank(directory, name, model):
-    """The adapter in `directory` as a Banks with the one bank `name`, for `model`. Raises UserError if it is no adapter
+def import_bank(directory, bank, model):
+    """The adapter in `directory` as a Banks with the one bank `bank`, for `model`. Raises UserError if it is no adapter
     of prefix tuning, or not for a model of this shape."""
-    rows, offset = read_adapter(Path(directory), model.config)
-    return Banks({name: from_rows(rows, model.config)}, offset)
-
-
-def read_adapter(directory, config):
-    """-> (prompt_embeddings in float32, the position that text takes first)."""
-    adapter, path, width = read_object(directory / CONFIG), directory / WEIGHTS, 2 * config.n_layer * config.n_embd
-    if (kind := adapter.get("peft_type")) != "PREFIX_TUNING":
-        raise UserError(f"{directory}: peft_type is {kind!r}; only PREFIX_TUNING has slots")
-    shape = {"num_layers": config.n_layer, "num_attention_heads": config.n_head, "token_dim": config.n_embd}
-    for setting, ours in shape.items():
-        if adapter.get(setting) != ours:
-            raise UserError(f"{directory}: {setting} is {adapter.get(setting)!r}, but {ours} in this model")
-    if not path.exists() and path.with_suffix(".bin").exists():
-        raise UserError(
-            f"{path.with_suffix('.bin')} is a pickle, which could run code: save it as safetensors from peft"
-        )
-    with open_tensors(path) as file:
-        if TENSOR not in file.keys():
-            there = ", ".join(file.keys()) or "nothing"
-            raise UserError(f"{path}: expected {TENSOR}, as peft's save_pretrained writes them, found {there}")
-        info = file.get_slice(TENSOR)
+    path, c, expected = Path(directory) / WEIGHTS, model.config, "an adapter for this model"
+    shape = {"num_layers": c.n_layer, "num_attention_heads": c.n_head, "token_dim": c.n_embd}
+    adapter = read_object(path.with_name(CONFIG))
+    with reading(path.with_name(CONFIG), expected):
+        for name, ours in {"peft_type": "PREFIX_TUNING", **shape}.items():
+            check(adapter.get(name) == ours, f"{name} is {adapter.get(name)!r}, expected {ours!r}")
+    if not path.exists() and (pickle := path.with_suffix(".bin")).exists():
+        raise UserError(f"{pickle} is a pickle, which could run code: save it as safetensors from peft")
+    with open_tensors(path) as file, reading(path, expected):
+        check(TENSOR in file.keys(), f"expected {TENSOR}, found {', '.join(file.keys()) or 'nothing'}")
+        info, width = file.get_slice(TENSOR), 2 * c.n_layer * c.n_embd
         shape, dtype = info.get_shape(), info.get_dtype()
-        if len(shape) != 2 or shape[0] < 1 or shape[1] != width or dtype not in FLOATS:
-            expected = f"[prefix length, {width}] in one of {', '.join(FLOATS)}"
-            raise UserError(f"{path}: {TENSOR} is {shape} in {dtype}, expected {expected}")
-        rows, offset = file.get_tensor(TENSOR).float(), (file.metadata() or {}).get("position_offset", str(shape[0]))
+        sound = len(shape) == 2 and shape[0] and shape[1] == width and dtype in FLOATS
+        fitting = f"[prefix length, {width}] in one of {', '.join(FLOATS)}"
+        check(sound, f"{TENSOR} is {shape} in {dtype}, expected {fitting}")
+        rows, offset = file.get_tensor(TENSOR).float(), int((file.metadata() or {}).get("position_offset", shape[0]))
+        check(0 <= offset < c.n_positions, f"text would start at {offset}, not one of {c.n_positions} positions")
     checkpoint.check_finite(path, TENSOR, rows)
-    if not (offset.isdecimal() and len(offset) < 10 and int(offset) < config.n_positions):
-        raise UserError(f"{path}: text would start at {offset}, not one of the model's {config.n_positions} positions")
-    return rows, int(offset)
+    return Banks({bank: from_rows(rows, c)}, offset)
 
 
 def parse_arguments():
     from prefix import cli  # for the command alone
 
     parser = cli.Parser(prog="python -m prefix.peft", description="Banks to and from peft's prefix tuning.")
-    parser.add_argument("command", choices=["export", "import"], help="write a bank as an adapter, or read it back")
-    parser.add_argument("source", type=Path, metavar="RUN_OR_DIR", help="a run or prefix file; an adapter's folder")
-    parser.add_argument("--bank", required=True, metavar="NAME", help="the bank's name here")
-    parser.add_argument("--model", metavar="M", help="of an import: the base that the adapter was trained on")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR_OR_FILE", help="a new folder; a new prefix file"
-    )
+    add = parser.add_argument
+    add("command", choices=["export", "import"], help="write a bank as an adapter, or read it back")
+    add("source", type=Path, metavar="RUN_OR_DIR", help="a run or prefix file; an adapter's folder")
+    add("--bank", required=True, metavar="NAME", help="the bank's name here")
+    add("--model", metavar="M", help="of an import: the base that the adapter was trained on")
+    add("--out", type=Path, required=True, metavar="DIR_OR_FILE", help="a new folder; a new prefix file")
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"--out {args.out}: already there; name another")

@@ -14,14 +14,12 @@ python -m prefix.run lists the runs.
 import itertools
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
-
-import torch
 
 from minigpt import UserError, checkpoint
 from minigpt.files import TEMPORARY, read_object, replacing
 from prefix import distributed, prefix_file
-from prefix.banks import MAX_SLOTS
 from prefix.data import rows
 from prefix.distributed import log
 from prefix.state import METRICS
@@ -29,14 +27,7 @@ from prefix.trainer import Settings
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_CORPUS, DEMO_PREFIX = DEMO / "en-fr.csv", DEMO / "prefix.safetensors"
-RUNS = Path("runs")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHOICES = {
-    "device": ["auto", "cpu", "cuda", "mps"],
-    "dtype": ["auto", *DTYPES],
-    "attention": ["auto", "fused", "plain"],
-}
-MAX_BATCH = 1 << 20  # examples, whose list is in memory
+RUNS, PREFIX = Path("runs"), "prefix.safetensors"
 
 STEPS = {"demo": 300, "published": 2048}  # two minutes on a CPU; as the notebook
 # Learning rates count in each base's own units, so one serves all bases and starts (tests/benchmarks/rates.py).
@@ -44,49 +35,26 @@ LR, REPARAM_LR = 0.3, 0.003
 # Options that may be new when a run goes on.
 FREE = ("steps", "save_every")
 MACHINE = ("device", "dtype", "attention", "checkpoint_activations", "micro_batch_tokens")
-# The fields of config.json.
-FIELDS = ("model", "data", "columns", "pairs", "limit", "max_tokens", "init", "from_prefix", "train_banks", "reparam")
-FIELDS += ("prefix_len", "position_offset", "settings", "machine")
+# The fields of config.json: options as they were given, and those that `resolve` fills in.
+GIVEN = ("prefix_len", "pairs", "train_banks", "limit", "max_tokens", "init", "reparam")
+FIELDS = (*GIVEN, "model", "data", "columns", "from_prefix", "position_offset", "settings", "machine")
 
 
 def resolve(args):
     """The command with its defaults filled in: what config.json keeps and --resume reads."""
     if distributed.rank() == 0:
         check_unused(args.out)
-    if args.prefix_len > MAX_SLOTS:
-        raise UserError(f"--prefix-len {args.prefix_len:,}: a bank has {MAX_SLOTS:,} slots at most")
-    if args.batch_size > MAX_BATCH:
-        raise UserError(f"--batch-size {args.batch_size:,}: a step has {MAX_BATCH:,} pairs at most")
     name = args.model or checkpoint.default(log)
-    demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
-    if demo and not args.model and args.data not in (None, ["demo"]):
+    base = "demo" if checkpoint.find(name).resolve() == checkpoint.DEMO.resolve() else "published"
+    if base == "demo" and not args.model and args.data not in (None, ["demo"]):
         toy = "The demo is a toy that knows short English and French sentences. A real model learns your data better"
         log(f"{toy}: --model gpt2 (0.5 GB to download), or gpt2-xl on a GPU (6.4 GB)")
     if args.init == "zero-effect" and args.position_offset == "prefix":
-        log(
-            f"--position-offset prefix starts text at position {args.prefix_len}, behind nothing, where the base itself "
-            "is worse: --init text stands in those positions"
-        )
-    paths = data_paths(args.data)
-    resolved = {
-        "model": model_name(name),
-        "data": data_names(paths),
-        "columns": resolve_columns(paths, args.columns, args.pairs),
-        "position_offset": args.prefix_len if args.position_offset == "prefix" else 0,
-        "from_prefix": args.from_prefix and str(prefix_file.find(args.from_prefix).resolve()),
-        "settings": vars(resolve_settings(args, "demo" if demo else "published")),
-        "machine": {name: getattr(args, name) for name in MACHINE},
-    }
-    config = {name: resolved[name] if name in resolved else getattr(args, name) for name in FIELDS}
-    directions(config)  # is there something to train?
-    return config
-
-
-def resolve_settings(args, base):
-    """base: "demo" or "published"."""
+        behind = f"--position-offset prefix starts text at position {args.prefix_len}, behind nothing"
+        log(f"{behind}, where the base itself is worse: --init text stands in those positions")
     steps = args.steps or STEPS[base]
     rates = args.lr or [REPARAM_LR if args.reparam else LR]
-    return Settings(
+    settings = Settings(
         steps=steps,
         lr=rates if len(rates) > 1 else rates[0],
         batch_size=args.batch_size,
@@ -95,52 +63,58 @@ def resolve_settings(args, base):
         save_every=args.save_every or 50,
         seed=args.seed,
     )
-
-
-def resolve_columns(paths, columns, pairs):
-    """The names of the banks: those of --columns, else of --pairs, else the table's own."""
-    columns = columns or (pairs and list(dict.fromkeys(name for pair in pairs for name in pair.split(":"))))
-    resolved = list(rows.resolve_columns(paths, columns))
-    if not columns and (unused := rows.unused_columns(paths, resolved)):
+    paths = data_paths(args.data)
+    in_pairs = dict.fromkeys(name for pair in args.pairs or () for name in pair.split(":"))
+    named = args.columns or [*in_pairs] or None
+    columns = list(rows.resolve_columns(paths, named))
+    if not named and (unused := rows.unused_columns(paths, columns)):
         log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
-    return resolved
+    return {name: getattr(args, name) for name in GIVEN} | {
+        "model": model_name(name),
+        "data": data_names(paths),
+        "columns": columns,
+        "from_prefix": args.from_prefix and str(prefix_file.find(args.from_prefix).resolve()),
+        "position_offset": args.prefix_len if args.position_offset == "prefix" else 0,
+        "settings": vars(settings),
+        "machine": {name: getattr(args, name) for name in MACHINE},
+    }
 
 
 def directions(config):
     """The (source, target) columns to train, by number, or None for all: those of --pairs with a bank to train.
     Raises UserError for a pair or a bank that is not there, and for one that would start anew and never be trained."""
     columns, trained = config["columns"], config["train_banks"] or config["columns"]
-    known = {f"{s}:{t}": (columns.index(s), columns.index(t)) for s, t in itertools.permutations(columns, 2)}
-    if wrong := [name for name in trained if name not in columns]:
-        raise UserError(f"--train-banks {wrong[0]}: no such column; there are {', '.join(columns)}")
-    if wrong := [pair for pair in config["pairs"] or () if pair not in known]:
-        raise UserError(f"--pairs {wrong[0]}: not two of the columns {', '.join(columns)} with a colon between")
-    chosen = [known[pair] for pair in config["pairs"] or known]
-    moved = {columns.index(name) for name in trained}
-    chosen = [pair for pair in chosen if moved & set(pair)]
-    if idle := [columns[i] for i in moved.difference(*chosen)]:
-        raise UserError(f"--pairs has no pair with {idle[0]}: leave it out of --columns or --train-banks")
+    pairs = {f"{s}:{t}": (columns.index(s), columns.index(t)) for s, t in itertools.permutations(columns, 2)}
+    for name in sorted(set(trained) - set(columns)):
+        raise UserError(f"--train-banks {name}: no such column; there are {', '.join(columns)}")
+    for pair in sorted(set(config["pairs"] or ()) - set(pairs)):
+        raise UserError(f"--pairs {pair}: not two of the columns {', '.join(columns)} with a colon between")
+    chosen = [pairs[pair] for pair in config["pairs"] or pairs]
+    chosen = [(s, t) for s, t in chosen if columns[s] in trained or columns[t] in trained]
+    for name in sorted(set(trained) - {columns[i] for pair in chosen for i in pair}):
+        raise UserError(f"--pairs has no pair with {name}: leave it out of --columns or --train-banks")
     there = prefix_file.read_header(config["from_prefix"])["banks"] if config["from_prefix"] else []
-    if new := [name for name in columns if name not in (*trained, *there)]:
-        raise UserError(f"--train-banks leaves {new[0]} untrained: give a prefix that has this bank, --from-prefix")
-    return None if len(chosen) == len(known) else chosen
+    for name in sorted(set(columns) - {*trained, *there}):
+        raise UserError(f"--train-banks leaves {name} untrained: give a prefix that has this bank, --from-prefix")
+    return None if len(chosen) == len(pairs) else chosen
 
 
 def resume_config(args):
     """The config of the run that --resume names, read by process 0. What `args` does not say of the machine is as the
     run began. Raises UserError where there is no run, or its config is not of this version."""
-    config = distributed.broadcast(read_config(args.resume) if distributed.rank() == 0 else None)
+    path = args.resume / "config.json"
+    config = distributed.broadcast(read_config(path) if distributed.rank() == 0 else None)
     config["settings"] |= {name: value for name in FREE if (value := getattr(args, name))}
-    for name in set(MACHINE) - {"micro_batch_tokens"}:  # of which the saved state knows more
-        if getattr(args, name) in ("auto", False, None):
-            setattr(args, name, config["machine"].get(name))
+    for name, value in config["machine"].items():
+        if getattr(args, name) in ("auto", False):  # not of micro_batch_tokens, of which the saved state knows more
+            setattr(args, name, value)
     return config
 
 
-def read_config(out):
-    path = out / "config.json"
+def read_config(path):
+    """The config of a run. Raises UserError where there is none, or one that another version wrote."""
     if not path.is_file():
-        raise UserError(f"{out}: no run to go on with: {path} is not there (python -m prefix.run lists the runs)")
+        raise UserError(f"{path.parent}: no run to go on with: no {path} (python -m prefix.run lists the runs)")
     config = read_object(path)
     for part, fields in ((config, FIELDS), (config.get("settings", {}), Settings.__dataclass_fields__)):
         for name in sorted(part.keys() ^ set(fields)):
@@ -160,16 +134,14 @@ def check_unused(out):
 def make_directory(out):
     """`out`, or a new directory named by the time."""
     if out:
-        check_unused(out)
         out.mkdir(parents=True, exist_ok=True)
         return out
-    while True:
-        try:
-            out = RUNS / time.strftime("%Y%m%d-%H%M%S")
-            out.mkdir(parents=True)
-            return out
-        except FileExistsError:  # by a run of this same second
-            time.sleep(0.1)
+    with suppress(FileExistsError):  # by a run of this same second
+        out = RUNS / time.strftime("%Y%m%d-%H%M%S")
+        out.mkdir(parents=True)
+        return out
+    time.sleep(0.1)
+    return make_directory(None)
 
 
 def write_config(out, config):
@@ -177,19 +149,27 @@ def write_config(out, config):
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def each_run(file, read):
+    """Yield (path, read(path)) for this file of each run, the newest first. A file that is damaged, or that another
+    version wrote, is passed over with a notice."""
+    for path in sorted(RUNS.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            yield path, read(path)
+        except UserError as error:
+            log(f"Passing over {error}")
+
+
 def newest_run(needs=()):
-    """The prefix file of the newest run that has the banks `needs`, or None. A run that ended above its base's own
-    loss is passed over with a notice."""
-    for path in sorted(RUNS.glob("*/prefix.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True):
-        header = prefix_file.read_header(path)
+    """The prefix file of the newest run that has two banks or more, and those in `needs`; or None. A run that ended
+    above its base's own loss is passed over with a notice."""
+    for path, header in each_run(PREFIX, prefix_file.read_header):
         loss, base_loss = (header["training"].get(name) for name in ("val_loss", "base_loss"))
-        if not set(needs) <= set(header["banks"]):
+        if len(header["banks"]) < 2 or not set(needs) <= set(header["banks"]):
             continue
         if loss is None or base_loss is None or loss < base_loss:
             return path
-        log(
-            f"Passing over {path.parent}: its validation loss, {loss:.2f}, is not below the base's own, {base_loss:.2f}"
-        )
+        above = f"its validation loss, {loss:.2f}, is not below the base's own, {base_loss:.2f}"
+        log(f"Passing over {path.parent}: {above}")
     return None
 
 
@@ -209,14 +189,13 @@ def data_names(paths):
 
 
 def list_runs():
-    """A line for each run: name, base, columns, steps, validation loss, when."""
-    for path in sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime):
-        out, config = path.parent, read_config(path.parent)
-        prefix = out / "prefix.safetensors"
-        record = prefix_file.read_header(prefix)["training"] if prefix.is_file() else {}
-        loss = "-" if record.get("val_loss") is None else f"{record['val_loss']:.4f}"
-        steps, when = config["settings"]["steps"], time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-        yield str(out), config["model"], ",".join(config["columns"]), f"{steps:,} steps", f"loss {loss}", when
+    """A line for each run, the newest first: folder, base, columns, steps, validation loss, when."""
+    records = {path.parent: header["training"] for path, header in each_run(PREFIX, prefix_file.read_header)}
+    for path, config in each_run("config.json", read_config):
+        loss, steps = records.get(path.parent, {}).get("val_loss"), config["settings"]["steps"]
+        loss = "-" if loss is None else f"{loss:.4f}"
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        yield str(path.parent), config["model"], ",".join(config["columns"]), f"{steps:,} steps", f"loss {loss}", when
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ def separator(tokenizer):
 
 @dataclass
 class TrainingBatch:
-    """Packed sequences. ids: (N,); layout: their sentences and open banks; target_index: (M,) the tokens whose successor
-    counts; targets: (M,) those successors."""
+    """Packed sequences. ids: (N,); packed: where each starts and which banks each token sees; target_index: (M,) tokens
+    whose successor counts; targets: (M,) these successors."""
 
     ids: torch.Tensor
     packed: PackedBatch

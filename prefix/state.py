@@ -10,11 +10,13 @@ writes these files.
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 
 from safetensors.torch import save_file
 
-from minigpt.files import UserError, flush, open_tensors, replacing
+from minigpt.files import UserError, flush, open_tensors, reading, replacing
 
 METRICS = "metrics.jsonl"
 
@@ -44,6 +46,8 @@ def save(out, progress, banks, optimizer, identity):
     for i, adam in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{name}": value for name, value in adam.items()}
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    if not progress.step:
+        state_file(out).parent.mkdir(exist_ok=True)
     with replacing(state_file(out)) as temporary:
         if progress.step:
             flush(out / METRICS)  # a state is never newer than the lines of its steps
@@ -56,12 +60,9 @@ def read(out):
     path = state_file(out)
     if not path.exists() and not ((out / METRICS).exists() and (out / METRICS).stat().st_size):
         return None
-    with open_tensors(path) as file:
-        try:
-            progress, identity = (json.loads(file.metadata()[name]) for name in ("progress", "identity"))
-            return Progress(**progress), identity, {name: file.get_tensor(name) for name in file.keys()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not the state of a run of this version: {error}") from error
+    with open_tensors(path) as file, reading(path, "the state of a run of this version"):
+        progress, identity = (json.loads(file.metadata()[name]) for name in ("progress", "identity"))
+        return Progress(**progress), identity, {name: file.get_tensor(name) for name in file.keys()}
 
 
 def restore(tensors, banks, optimizer):
@@ -77,11 +78,9 @@ def restore(tensors, banks, optimizer):
 
 def check_identity(whose, theirs, ours):
     """Raises UserError that says in what two runs differ."""
-    differences = [
-        f"another {name} ({theirs.get(name)}, here {ours[name]})" for name in ours if theirs.get(name) != ours[name]
-    ]
-    if differences:
-        raise UserError(f"{whose} has {'; '.join(differences)}")
+    other = [name for name in ours if theirs.get(name) != ours[name]]
+    if other:
+        raise UserError(f"{whose} has " + "; ".join(f"another {n} ({theirs.get(n)}, here {ours[n]})" for n in other))
 
 
 def add_line(path, record):
@@ -97,11 +96,6 @@ def add_line(path, record):
 
 def cut_after(path, step):
     """Cut off the lines of later steps, and one without its end: what a killed run did after its last save."""
-    kept = 0
-    with open(path, "ab+") as file:
-        file.seek(0)
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            kept += len(line)
-        file.truncate(kept)
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = takewhile(lambda line: line.endswith(b"\n") and json.loads(line)["step"] <= step, lines)
+    os.truncate(path, sum(map(len, kept)))

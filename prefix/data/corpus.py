@@ -10,16 +10,14 @@ The cache of R rows in C columns, whose cell number row * C + column is the text
     tokens.bin    the ids of all cells, one after another: uint16, or int32 where there are more than 65,536 ids
     index.bin     (R * C + 1,) int64: where each cell begins in tokens.bin
     <split>.bin   (n, 3) int32 for each of splits.SPLITS: its examples, see Corpus.examples
-    meta.json     columns, what there is to report of the files, sizes and a checksum of the files above; written last
+    meta.json     columns, what there is to report, sizes and a checksum of the files above
 
 The ids spell their texts exactly, so the texts themselves are not kept.
 """
 
-import atexit
 import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
 import sys
@@ -34,44 +32,43 @@ from tqdm import tqdm
 
 from minigpt import checkpoint
 from minigpt.files import UserError
-from prefix.data.rows import read_rows, resolve_columns
+from prefix.data.rows import Skipped, read_rows, resolve_columns
 from prefix.data.splits import SPLITS, split_of
-from prefix.data.tables import Skipped, open_bytes
-from prefix.distributed import log
+from prefix.data.tables import open_bytes
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 FILES = ("tokens.bin", "index.bin", *(f"{split}.bin" for split in SPLITS))
-DAY = 24 * 60 * 60  # seconds
-EVICT = {".building-*": DAY, "[0-9a-f]" * 32: 30 * DAY}  # after which time a killed build, or a cache not opened, goes
-SHARE = 1 << 21  # rows among which repetitions are sought at a time
+MAX_SEEN = 1 << 20  # rows that are remembered, so that those that repeat one of them are counted
+UNUSED = 30 * 24 * 60 * 60  # seconds after which a cache that nobody opened goes, and what a killed build left
 
 
 def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
     """The Corpus of these files: from the cache if it was made before, else read, encoded and cached now.
 
-    limit: usable rows at most; no row is read beyond them. max_tokens: of the longest pair, with its separator.
+    limit: usable rows at most; no row is used beyond them. max_tokens: of the longest pair, with its separator.
     home: by default the checkpoints' own. Raises UserError where the files cannot be read or hold no usable row."""
-    columns, sources = resolve_columns(paths, columns), [signature(path) for path in paths]
-    folder, key = Path(home or checkpoint.home()) / "tokens", _key(sources, columns, tokenizer, limit, max_tokens)
-    corpus = open_if_valid(folder / key, tokenizer)
-    if corpus is not None:
+    columns, sources = resolve_columns(paths, columns), list(map(signature, paths))
+    key = json.dumps([CACHE_FORMAT, sources, columns, tokenizer.fingerprint, limit, max_tokens])
+    folder, name = Path(home or checkpoint.home()) / "tokens", hashlib.sha256(key.encode()).hexdigest()[:32]
+    if (corpus := open_if_valid(folder / name, tokenizer)) is not None:
         return corpus
-    folder = _writable(folder)
-    evict_old(folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        evict_old(folder)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
             built = Path(temporary) / "built"
             built.mkdir()
-            report, line = _build(built, paths, columns, tokenizer, limit, max_tokens)
-            changed = [path for path, source in zip(paths, sources) if not unchanged(path, source)]
-            report += [f"{path} changed while it was read, up to line {line}: rows may be missing" for path in changed]
+            report = _build(built, paths, columns, tokenizer, limit, max_tokens)
+            changed = [path for path, source in zip(paths, sources) if signature(path) != source]
+            report += [f"{path} changed while it was read: rows may be missing" for path in changed]
             meta = {"columns": columns, "report": report, "sizes": _sizes(built), "checksum": _checksum(built, columns)}
             (built / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            commit(built, folder / key)
-        return Corpus(folder / key, tokenizer)
+            with suppress(OSError):  # another process was first: both built the same
+                built.rename(folder / name)
+        return Corpus(folder / name, tokenizer)
     except OSError as error:
-        fault = f"{folder}: the token cache cannot be written: {error.strerror}"
-        raise UserError(f"{fault}; make room there, or let MINIGPT_HOME name another folder") from error
+        remedy = "make room there, or let MINIGPT_HOME name another folder"
+        raise UserError(f"{folder}: the token cache cannot be written: {error.strerror}; {remedy}") from error
 
 
 def signature(path):
@@ -79,20 +76,6 @@ def signature(path):
     with open_bytes(path) as file:
         stat, start = os.fstat(file.fileno()), hashlib.sha256(file.read(1 << 16)).hexdigest()
     return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, start]
-
-
-def unchanged(path, source):
-    """Does the file still have this signature?"""
-    try:
-        return signature(path) == source
-    except UserError:  # it is gone
-        return False
-
-
-def _key(sources, columns, tokenizer, limit, max_tokens):
-    """A name for everything that decides what a cache holds."""
-    key = hashlib.sha256(json.dumps([CACHE_FORMAT, sources, columns, tokenizer.fingerprint, limit, max_tokens]).encode())
-    return key.hexdigest()[:32]
 
 
 def _sizes(directory):
@@ -111,8 +94,6 @@ def _checksum(directory, columns):
 
 def open_if_valid(directory, tokenizer):
     """The Corpus in a directory, or None where there is none. One that is damaged is removed."""
-    if not directory.is_dir():
-        return None
     try:
         corpus = Corpus(directory, tokenizer)
     except (OSError, ValueError, KeyError, TypeError):
@@ -123,46 +104,21 @@ def open_if_valid(directory, tokenizer):
     return corpus
 
 
-def _writable(folder):
-    """`folder`, made where it is missing; where it cannot be written, a temporary one that goes with this process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        temporary = tempfile.mkdtemp(prefix="minigpt-")
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        log(f"{folder} cannot be written ({error.strerror}): caching tokens in {temporary} for now")
-        return Path(temporary)
-
-
 def evict_old(folder):
-    """Remove what killed builds left behind, and caches that were neither made nor opened for long."""
-    for pattern, age in EVICT.items():
-        for directory in folder.glob(pattern):
-            with suppress(OSError):  # another process may be at it too
-                newest = max(path.stat().st_mtime for path in [directory, *directory.rglob("*")])
-                if time.time() - newest > age:
-                    shutil.rmtree(directory, ignore_errors=True)
-
-
-def commit(built, directory):
-    """Rename a finished cache into its place. The first of several processes wins: all built the same."""
-    try:
-        built.rename(directory)
-    except OSError:
-        if not directory.is_dir():
-            raise
+    """Remove caches that were neither made nor opened for long, and what killed builds left behind."""
+    for directory in [*folder.glob("[0-9a-f]" * 32), *folder.glob(".building-*")]:
+        with suppress(OSError):  # another process may be at it too
+            if time.time() - directory.stat().st_mtime > UNUSED:
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _build(directory, paths, columns, tokenizer, limit, max_tokens):
-    """Write a cache's files, row by row. Returns (what there is to report, the line of the last row that is used)."""
-    skipped, n_rows, n_tokens, line = Skipped(), 0, 0, 0
+    """Write a cache's files, row by row. Returns a list: a line for each thing that there is to report."""
+    skipped, n_rows, n_tokens, seen, n_repeated, first = Skipped(), 0, 0, set(), 0, None
     directions, kind = list(itertools.permutations(range(len(columns)), 2)), _dtype(tokenizer).char
     bar = tqdm(total=limit, unit=" rows", desc="encoding", disable=not sys.stderr.isatty(), file=sys.stderr)
     with ExitStack() as stack, bar:
         tokens, index, *splits = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
-        hashes = stack.enter_context(tempfile.TemporaryFile(dir=directory))
         index.write(array("q", [0]))
         for line, texts in read_rows(paths, columns, skipped):
             ids = [tokenizer.encode(text) for text in texts]
@@ -176,32 +132,22 @@ def _build(directory, paths, columns, tokenizer, limit, max_tokens):
             examples = [(n_rows, source, target) for source, target in directions if ids[source] and ids[target]]
             split = split_of(next(filter(None, texts)))
             splits[SPLITS.index(split)].write(array("i", itertools.chain(*examples)))
-            hashes.write(array("q", [hash(texts), line]))
             n_rows += 1
+            if (code := hash(texts)) in seen:
+                n_repeated, first = n_repeated + 1, first or line
+            elif len(seen) < MAX_SEEN:
+                seen.add(code)
             bar.update()
             if n_rows == limit:
                 break
-        repeated = _repeated(hashes, n_rows)
     if not n_rows:
         faults = "; ".join(skipped.report()) or "there is none at all"
         raise UserError(f"{' '.join(map(str, paths))}: no row that can be used: {faults}")
-    return skipped.report() + repeated, line
-
-
-def _repeated(file, n_rows):
-    """The line to report, if any, of rows whose texts are those of an earlier row. They are used all the same.
-
-    file: (hash, line) of each row, int64. They are compared by shares of all hashes, one share in memory at a time."""
-    n, first, shares = 0, math.inf, n_rows // SHARE + 1
-    for share in range(shares):
-        file.seek(0)
-        parts = [np.empty((0, 2), np.int64)]
-        while len(part := np.frombuffer(file.read(1 << 20), np.int64).reshape(-1, 2)):
-            parts.append(part[part[:, 0] % shares == share])
-        hashes, lines = np.concatenate(parts).T
-        again = np.delete(lines, np.unique(hashes, return_index=True)[1])
-        n, first = n + len(again), min([first, *again[:1]])
-    return [f"{n:,} row{'s' * (n > 1)} repeat{'s' * (n == 1)} an earlier one (first at line {first})"] if n else []
+    if n_repeated:
+        skipped.notes.append(
+            f"rows that repeat an earlier one, used all the same: {n_repeated:,} (first at line {first})"
+        )
+    return skipped.report()
 
 
 def _dtype(tokenizer):

@@ -1,6 +1,6 @@
 """Rows of sentences: which columns there are, and which rows can be used.
 
-    files -> tables.py -> rows: one text in each column
+    files -> tables.records -> rows: one text in each column
 
 A column is what one bank stands for: a language, as a rule. The files are one table (CSV or TSV with a header, JSON
 lines, whose keys are the columns) or two or more aligned text files, one for each column. Columns are never guessed:
@@ -9,52 +9,88 @@ without --columns no row number, constant or id is read as text, and no text as 
 
 import json
 import re
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import NamedTuple
 
 from minigpt.files import UserError
 from prefix.banks import MAX_BANKS
 from prefix.data import tables
-from prefix.data.tables import MAX_FIELD, Skipped
+from prefix.data.tables import MAX_FIELD
 
-FIRST_LINES = 1000  # of JSON: among them a column must turn up
-MOST_KEYS = 100  # of JSON objects, besides those that were asked for
-MISSING = {"nan", "na", "n/a", "null", "none"}
+FIRST_ROWS = 100  # which tell what a column holds
 SAME = 3  # rows that make one value a constant
 
 # ISO 639 codes, and names in English and their own; without those that mostly mean another thing: id, mt, cat, may.
 LANGUAGES = set(
     """
-    ar ara arabic العربية  bg bul bulgarian български  bn ben bengali বাংলা  ca catalan català  cs ces cze czech čeština
-    da dan danish dansk  de deu ger german deutsch  el ell gre greek ελληνικά  en eng english  es spa spanish español
-    et est estonian eesti  eu eus baq basque euskara  fa fas farsi persian فارسی  fi fin finnish suomi
-    fr fra fre french français francais  ga gle irish gaeilge  gl glg galician galego  he heb hebrew עברית
-    hi hin hindi हिन्दी  hr hrv croatian hrvatski  hu hun hungarian magyar  hy hye armenian  ind indonesian
-    is isl ice icelandic íslenska  it ita italian italiano  ja jpn japanese 日本語
-    ka kat georgian  ko kor korean 한국어  la lat latin  lt lit lithuanian lietuvių  lv lav latvian latviešu
-    mk mkd macedonian  ms msa malay melayu  nl nld dut dutch nederlands  no nb nn nor nob nno norwegian norsk
-    pl pol polish polski  pt por portuguese português portugues  ro ron rum romanian română  ru rus russian русский
-    sk slk slovak slovenčina  sl slv slovenian slovenščina  sq sqi albanian shqip  sr srp serbian српски srpski
-    sv swe swedish svenska  sw swa swahili kiswahili  ta tam tamil தமிழ்  te telugu తెలుగు  th tha thai ไทย
-    tl fil tagalog  tr tur turkish türkçe  uk ukr ukrainian українська  ur urd urdu اردو  vi vie vietnamese
-    zh zho chi cmn chinese 中文
+    ar bg bn ca cs da de el en es et eu fa fi fr ga gl he hi hr hu hy is it ja ka ko la lt lv mk ms nb nl nn no pl pt
+    ro ru sk sl sq sr sv sw ta te th tl tr uk ur vi zh
+    ara bul ben ces cze dan deu ger ell gre eng spa est eus baq fas fin fra fre gle glg heb hin hrv hun hye ind isl ice
+    ita jpn kat kor lat lit lav mkd msa nld dut nor nob nno pol por ron rum rus slk slv sqi srp swe swa tam tha fil tur
+    ukr urd vie zho chi cmn
+    arabic bulgarian bengali catalan czech danish german greek english spanish estonian basque farsi persian finnish
+    french irish galician hebrew hindi croatian hungarian armenian icelandic indonesian italian japanese georgian korean
+    latin lithuanian latvian macedonian malay dutch norwegian polish portuguese romanian russian slovak slovenian
+    albanian serbian swedish swahili tamil telugu thai tagalog turkish ukrainian urdu vietnamese chinese
+    deutsch español français francais italiano nederlands polski português svenska türkçe русский 中文 日本語
     """.split()
 )
 REGION = "(?!id)[a-z]{2}|[0-9]{3}|latn|cyrl|arab|deva|hans|hant"  # en_US, es-419, zho_Hans
 SENTENCE = re.compile(r"[!?…;,\"«»¿¡'’。！？，]|\.(\s|$)")  # marks that no name of a column has
+NO_TEXT = re.compile(r"[\W\d_]+|(?=\S*(\d|://))\S+|(?i:nan|n/?a|null|none)")  # numbers, ids, addresses, missing values
 
 
-class Contents(NamedTuple):
-    """What the first lines of some files tell of their columns."""
+class Skipped:
+    """Counts the rows that cannot be used: how many for each reason, and the line of the first."""
 
-    layout: object  # of tables.layout_of
-    names: list  # of the columns of a table, or the texts in its first line
-    samples: list  # of each column: its first texts that are not empty
-    has_header: bool  # whether the names are names
+    def __init__(self):
+        self.counts, self.notes = {}, []  # reason: [rows, first line]; what else there is to tell
+
+    def add(self, reason, line):
+        self.counts.setdefault(reason, [0, line])[0] += 1
+
+    def report(self):
+        """The notes, and one line for each reason."""
+        told = "{:,} row{} skipped: {} (first at line {})"
+        return self.notes + [told.format(n, "s" * (n != 1), why, line) for why, (n, line) in self.counts.items()]
 
 
 # Columns: which there are, and which to read
+
+
+class Contents(NamedTuple):
+    """What the beginning of some files tells of their columns."""
+
+    names: list  # of the columns, or the texts in line 1
+    samples: list  # of each column: its first texts that are not empty
+    has_header: bool  # False: line 1 is a row
+
+
+def inspect(paths, columns=None):
+    """The Contents of these files. columns: names for text files, or for the columns of a table without a header."""
+    found, where = tables.records(paths), " ".join(map(str, paths))
+    line, names = next(found, (1, "the file is empty"))
+    if fault := names if isinstance(names, str) else damage(names):
+        _, start = next(tables.lines_of(paths[0]), (1, ""))
+        raise UserError(f"{where}: no table: expected names of columns, in UTF-8: {fault}; it begins {start!r:.60}")
+    if len(paths) > 1:
+        if len(columns or names) != len(paths):
+            raise UserError(f"{where}: {len(paths)} text files, but {len(columns)} columns: name one for each file")
+        return Contents(list(columns or names), [], True)
+    names = list(map(clean, names))
+    rows = [values for _, values in islice(found, FIRST_ROWS) if not isinstance(values, str)]
+    columns_of = zip(*(values for values in rows if len(values) == len(names)))
+    samples = [list(filter(None, map(_text, column))) for column in columns_of] or [[] for _ in names]
+    has_header = line == 0 or not _is_row(names, samples)
+    if columns and not has_header and not set(columns) & set(names):
+        places = range(len(names))
+        if len(columns) < len(names):  # the first that hold texts
+            places = [place for place in places if not _no_text("", samples[place])]
+        if len(columns) > len(places):
+            raise UserError(f"{where}: {len(columns)} columns, but line 1 has {len(places)} texts: {_listed(names)}")
+        named = dict(zip(places, columns))
+        names = [named.get(place, "") for place in range(len(names))]
+    return Contents(names, samples, has_header)
 
 
 def resolve_columns(paths, columns=None):
@@ -64,38 +100,30 @@ def resolve_columns(paths, columns=None):
     table that has two, the first two languages of one that has more, the extensions of text files. Raises UserError
     where that does not say which, where they are not there, or where the files cannot be read."""
     there, where = inspect(paths, columns), " ".join(map(str, paths))
-    if there.layout == tables.TEXT:
-        columns = columns or [Path(path).suffix[1:] for path in paths]
-        if len(columns) != len(paths):
-            raise UserError(f"{where}: {len(paths)} text files, but {len(columns)} columns: name one for each file")
-    elif columns:
-        _places(where, there, columns)
-    else:
-        columns = _default_columns(where, there)
+    columns = columns or (there.names if len(paths) > 1 else _default_columns(where, there))
     if not 2 <= len(columns) <= MAX_BANKS:
         raise UserError(f"{where}: 2 to {MAX_BANKS} columns are needed, not {len(columns)}: {_listed(columns)}")
-    for name in columns:
-        if not name or tables.damage(name) or list(columns).count(name) > 1:
-            raise UserError(f"{where}: columns need different names in UTF-8, not {_listed(columns)}: set --columns")
+    if not all(columns) or len(set(columns)) < len(columns) or damage(columns):
+        raise UserError(f"{where}: columns need different names in UTF-8, not {_listed(columns)}: set --columns")
+    _require(where, columns, there.names)
     return tuple(columns)
 
 
-def columns_for(paths, names, columns=None, header=None):
+def columns_for(paths, names, columns=None):
     """Which of the `names` these files have -> (paths, columns), both in the order of `names`: a row's split goes by
     its first text, so that columns must stand as they stood in training. columns: some that must be there.
 
     Text files are called by `columns`, if there is one for each, else by their extensions or, where those are others,
-    by `names`. A table without a header has the columns `header` (None: `columns`), in that order."""
-    there, where = inspect(paths, names), " ".join(map(str, paths))
-    if there.layout == tables.TEXT:
-        suffixes = [Path(path).suffix[1:] for path in paths]
-        named = columns and len(columns) == len(paths)
-        found = resolve_columns(paths, columns if named else suffixes if set(suffixes) <= set(names) else names)
+    by `names`. A table without a header has the columns `columns`, in that order."""
+    there, where = inspect(paths), " ".join(map(str, paths))
+    if len(paths) > 1:
+        named = columns if len(columns or ()) == len(paths) else None
+        found = resolve_columns(paths, named or (there.names if set(there.names) <= set(names) else names))
         _require(where, columns or [], found)
         pairs = sorted(zip(found, paths), key=lambda pair: names.index(pair[0]))
         return [path for _, path in pairs], [name for name, _ in pairs]
-    if _lacks_header(there, names):
-        return paths, list(resolve_columns(paths, header or columns))
+    if not there.has_header and not set(names) & set(there.names):
+        return paths, list(resolve_columns(paths, columns))
     found = [name for name in names if name in there.names]
     _require(where, columns or (names if len(found) < 2 else found), there.names)
     return paths, found
@@ -103,43 +131,7 @@ def columns_for(paths, names, columns=None, header=None):
 
 def unused_columns(paths, columns):
     """The columns that a table has beside these."""
-    return [name for name in inspect(paths, columns).names if name and name not in columns]
-
-
-def inspect(paths, wanted):
-    """The Contents of these files. wanted: keys of JSON objects that are looked for beyond the first lines."""
-    layout, lines = tables.layout_of(paths)
-    if layout == tables.TEXT:
-        return Contents(layout, [], [], True)
-    if layout == tables.JSON_LINES:
-        return Contents(layout, *_keys(paths[0], lines, set(wanted or ())), True)
-    skipped = Skipped()
-    found = tables.records(lines, layout, skipped)
-    names = [clean(name) for name in next(found, (0, []))[1]]
-    fault = tables.damage("".join(names)) or (None if names else "the file is empty")
-    if fault := next(iter(skipped.counts), fault):
-        raise UserError(f"{paths[0]}: line 1: expected a header that names the columns, in UTF-8: {fault}")
-    rows = [fields for _, fields in found if len(fields) == len(names)]
-    samples = [list(filter(None, map(clean, column))) for column in zip(*rows)] or [[] for _ in names]
-    return Contents(layout, names, samples, not _is_row(names, samples))
-
-
-def _keys(path, lines, wanted):
-    """(keys, samples) of the first JSON objects, and the wanted keys that are found in further ones. Of objects with
-    ever new keys, no more than MOST_KEYS of those that nobody asked for. A list or object is "" in a sample."""
-    keys = {}
-    for _, record in tables.objects(lines, Skipped()):
-        for key, value in record.items():
-            if key in keys or key in wanted or len(keys) < MOST_KEYS:
-                text = _as_text(value)
-                keys.setdefault(key, []).extend([""] if text is None else filter(None, [clean(text)]))
-    if wanted - keys.keys():
-        for _, record in tables.objects(islice(tables.lines_of(path), FIRST_LINES), Skipped()):
-            keys = {key: [] for key in record if key in wanted} | keys
-    if not keys:
-        example = '{"en": "...", "fr": "..."}'
-        raise UserError(f"{path}: expected JSON lines, an object such as {example} on each; the first are none")
-    return list(keys), list(keys.values())
+    return [name for name in inspect(paths).names if name and name not in columns and len(paths) == 1]
 
 
 def _default_columns(where, there):
@@ -170,18 +162,11 @@ def is_language(name):
 
 def _no_text(name, sample):
     """Why a column holds no texts to train on, by its first ones; None if it may hold some."""
-    found = [text for text in sample if text.casefold() not in MISSING]
-    if not found:
-        return None
-    if not any(found):
-        return "holds lists or objects"
-    if not any(c.isalpha() for text in found for c in text):
-        return f"holds only numbers ({found[0]} ...)"
     is_id = name.casefold().endswith("id")
-    if not any(" " in text for text in found) and all(is_id or re.search(r"\d|://", text) for text in found):
-        return f"holds only numbers, ids or addresses ({found[0]:.80} ...)"
-    if len(found) >= SAME and len(set(found)) == 1:
-        return f"is always {found[0]!r:.80}"
+    if sample and all(NO_TEXT.fullmatch(text) or is_id and " " not in text for text in sample):
+        return f"holds only numbers, ids or addresses ({sample[0]:.80} ...)"
+    if len(sample) >= SAME and len(set(sample)) == 1:
+        return f"is always {sample[0]!r:.80}"
 
 
 def _is_row(names, samples):
@@ -191,27 +176,9 @@ def _is_row(names, samples):
         return False
     if any(len(name.split()) > 3 or SENTENCE.search(name) for name in names):
         return True
-    if any(name and name in sample for name, sample in zip(names, samples)):
+    if any(name in sample for name, sample in zip(names, samples)):
         return True
     return all(sum(" " not in text for text in sample) > len(sample) / 2 for sample in samples)
-
-
-def _lacks_header(there, columns):
-    """Is line 1 a row of the table, so that `columns` name its columns?"""
-    return not there.has_header and not set(columns) & set(there.names)
-
-
-def _places(where, there, columns):
-    """Where in a row of a table these columns stand. Of one without a header they are all, or the first with texts."""
-    if not _lacks_header(there, columns):
-        _require(where, columns, there.names)
-        return list(map(there.names.index, columns))
-    places = range(len(there.names))
-    if len(columns) < len(places):
-        places = [i for i in places if not _no_text("", there.samples[i])]
-    if len(columns) > len(places):
-        raise UserError(f"{where}: {len(columns)} columns, but line 1 has {len(places)} texts: {_listed(there.names)}")
-    return places[: len(columns)]
 
 
 def _require(where, columns, there):
@@ -232,18 +199,35 @@ def read_rows(paths, columns, skipped):
     """Yield (line number, texts) for each row that can be used: one str per column, two of them or more not empty.
 
     The line is the row's first, from 1. Rows that cannot be used are added to `skipped`, a Skipped."""
-    columns, there = resolve_columns(paths, columns), inspect(paths, columns)
-    if there.layout == tables.TEXT:
-        rows = tables.aligned(paths, skipped)
-    else:
-        rows = (_json_rows if there.layout == tables.JSON_LINES else _table_rows)(paths[0], columns, there, skipped)
-    for line, fields in rows:
-        texts = tuple(map(clean, fields))
-        fault = _fault(texts)
-        if fault:
-            skipped.add(fault, line)
+    columns, found = resolve_columns(paths, columns), tables.records(paths)
+    names, (line, first) = inspect(paths, columns).names, next(found)
+    places = list(map(names.index, columns))
+    if line and names != list(map(clean, first)):
+        skipped.notes.append(f"{paths[0]} is read as a table without a header: line 1 is a row, {_listed(first)}")
+        found = chain([(line, first)], found)
+    for line, values in found:
+        texts = values if isinstance(values, str) else _row(values, places, len(names))
+        if isinstance(texts, str):
+            skipped.add(texts, line)
         else:
             yield line, texts
+
+
+def _row(values, places, width):
+    """The texts in these places of a record, or a str that says why they are no row to use."""
+    if len(values) != width:
+        return damage(values) or "wrong number of fields"
+    texts = tuple(_text(values[place]) for place in places)
+    if None in texts:
+        return "a list or object, not a text"
+    return damage(texts) or ("empty side" if sum(map(bool, texts)) < 2 else texts)
+
+
+def _text(value):
+    """A value of a table or of JSON as text: null is "", a number is written as JSON, a list or object is None."""
+    if isinstance(value, (list, dict)):
+        return None
+    return clean(value) if isinstance(value, str) else "" if value is None else json.dumps(value)
 
 
 def clean(text):
@@ -251,39 +235,13 @@ def clean(text):
     return " ".join(filter(None, text.splitlines())).strip()
 
 
-def _fault(texts):
-    """Why these texts are not a row to use; None if they are."""
+def damage(texts):
+    """Why one of these is no text; None if all are."""
     if max(map(len, texts)) > MAX_FIELD:
         return "field too long"
-    return tables.damage("".join(texts)) or ("empty side" if sum(map(bool, texts)) < 2 else None)
-
-
-def _table_rows(path, columns, there, skipped):
-    """Yield (line number, fields in the order of `columns`)."""
-    rows, places = tables.records(tables.lines_of(path), there.layout, skipped), _places(path, there, columns)
-    if _lacks_header(there, columns):
-        skipped.notes.append(f"{path} is read as a table without a header: line 1 is a row, {_listed(there.names)}")
-    else:
-        next(rows)
-    for line, fields in rows:
-        if len(fields) == len(there.names):
-            yield line, [fields[i] for i in places]
-        else:
-            skipped.add("wrong number of fields", line)
-
-
-def _json_rows(path, columns, there, skipped):
-    """Yield (line number, fields). A column that is missing or null is empty; a number is written as JSON."""
-    for line, record in tables.objects(tables.lines_of(path), skipped):
-        fields = [_as_text(record.get(name)) for name in columns]
-        if None in fields:
-            skipped.add("a list or object, not a text", line)
-        else:
-            yield line, fields
-
-
-def _as_text(value):
-    """A JSON value as text: null is "", a list or object has none (None)."""
-    if isinstance(value, (list, dict)):
-        return None
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+    if "\0" in "".join(texts):
+        return "NUL byte"
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:  # of the bytes that are not UTF-8, tables.py made lone surrogates
+        return "not UTF-8"

@@ -1,267 +1,177 @@
-"""Files of texts from strangers, read as a stream: the one door for them.
+"""Tables and texts from strangers, read as a stream: the one door for them.
 
-    file -> lines -> records: (line number, fields) of a table, or (line number, dict) of JSON lines
+    files -> lines -> records: (line number, values), one value for each column
 
-The first lines tell the format, more than the name does: the delimiter, whether quotes are quoting, JSON. A file of
-another kind (an archive, a workbook, a web page, UTF-16) is a UserError that says what it is and what to do. A record
-that cannot be read is counted by reason in `Skipped`; it stops nothing. Memory does not grow with the file.
+The first lines tell the format, more than the name does. A file of another kind is a UserError that says what it is.
+A record that cannot be read is a str, the reason, in place of its values. Memory does not grow with the file.
 """
 
 import codecs
 import csv
 import itertools
 import json
-import math
+import os
 import re
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-from minigpt.files import UserError
+from minigpt.files import UserError, reading
 
 MAX_FIELD = 100_000  # characters
-MAX_RECORD, MAX_LINES = 1 << 20, 100  # bytes and lines of one record; a quote still open after them was never closed
-HEAD_LINES = 100  # that tell the format
-JSON_LINES, JSON_NAMES = "json", (".jsonl", ".ndjson", ".json")
-TEXT = "text"  # aligned files, one for each column
+MAX_LINE = 1 << 20  # bytes
+TOO_LONG = b"x" * (MAX_FIELD + 1)  # stands for a longer line: too long a field in any format
+MAX_LINES = 100  # of one record: a quote still open after them was never closed; as many tell the format
+FIRST_LINES = 1000  # of JSON: among them a column must turn up
+JSON_NAMES = (".jsonl", ".ndjson", ".json")
+TABLE_NAMES = (".csv", ".tsv", *JSON_NAMES)
 
 OTHER_KINDS = {  # how they begin
     rb"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or save the sheet as CSV",
     rb"\x1f\x8b": "a gzip archive: unpack it with gunzip",
-    rb"(?s)BZh\d1AY|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!\x1a|.{257}ustar": "a compressed file: unpack it",
-    rb"PAR1|ARROW1|\x89HDF|Obj\x01": "a Parquet, Arrow, HDF5 or Avro file: save it as CSV or JSON lines",
-    rb"SQLite format 3": "an SQLite database: export a table with `sqlite3 -csv -header`",
-    rb"%PDF-|\{\\rtf|\xd0\xcf\x11\xe0": "a PDF, RTF or old Office document: save the table in it as CSV",
-    rb"(?i)<(!doctype|!--|(html|head|body|meta|script)\b)": "a web page in place of the file: download the file itself",
-    rb"(?i)<(\?xml|tmx|xliff)\b": "XML, perhaps TMX: save its sentences as CSV or TSV",
+    rb"PAR1": "a Parquet file: save it as CSV or JSON lines",
+    rb"(?i)<(!doctype|\?xml|!--|(html|head|body|meta|script|tmx)\b)": "a web page or XML: download or save the table",
     rb"version https://git-lfs": "a git LFS pointer in place of the file: fetch it with `git lfs pull`",
-    rb"\xff\xfe|\xfe\xff|[^\0\n]\0[^\0\n]\0|\0[^\0\n]\0[^\0\n]": "UTF-16 text: make it UTF-8 with "
-    "`iconv -f UTF-16 -t UTF-8`",
-    rb"[^\n]+\r[^\n]+\r[^\n]+\Z": "text with the line ends of old Macs: turn them by `tr '\\r' '\\n'`",
-    rb"\x80[\x02-\x05]|\x93NUMPY": "a pickle or a NumPy array, which are not read: save it as CSV or JSON lines",
+    rb"\xff\xfe|\xfe\xff": "UTF-16 text: make it UTF-8 with `iconv -f UTF-16 -t UTF-8`",
+    rb"[^\n]*\0": "no text: there are NUL bytes in its first line",
+    rb"\[\s*\{": "a JSON array: write one object a line, as `jq -c '.[]'` does",
 }
 
 
-class Skipped:
-    """Counts the rows that cannot be used: how many for each reason, and the line of the first."""
+def records(paths):
+    """Yield (line number, values) for each record of a table, of JSON lines or of aligned text files.
 
-    def __init__(self):
-        self.counts, self.notes = {}, []  # reason: [rows, first line]; what else there is to tell
-
-    def add(self, reason, line):
-        self.counts.setdefault(reason, [0, line])[0] += 1
-
-    def report(self):
-        """The notes, and one line for each reason."""
-        told = "{:,} row{} skipped: {} (first at line {})"
-        return self.notes + [told.format(n, "s" * (n != 1), why, line) for why, (n, line) in self.counts.items()]
-
-
-class Dialect(NamedTuple):
-    """How a table is written. Most .tsv files have no quoting: a quotation mark there is a character as any other."""
-
-    delimiter: str
-    quoting: bool = True
-
-
-# Which format
-
-
-def layout_of(paths):
-    """-> (layout, the first lines of the first file). The layout is TEXT, JSON_LINES or a Dialect. Raises UserError
-    where the files are none of these."""
-    lines, *_ = map(_head, paths)  # which opens each of them
+    The first is (line number, names of the columns): line 1 of a table, or 0 where no line holds them. The values are
+    str, or what JSON has. Of a record that cannot be read they are a str that says why."""
+    heads = [list(itertools.islice(lines_of(path), MAX_LINES)) for path in paths]  # opens each of them
+    first = next((line for _, line in heads[0] if line.strip()), "")
     suffixes = [Path(path).suffix.lower() for path in paths]
-    where, known = " ".join(map(str, paths)), (".csv", ".tsv", *JSON_NAMES)
-    if len(paths) > 1 and not set(suffixes) & set(known):
-        return TEXT, lines
-    first = next((line for _, line in lines if line and line.strip()), "")
-    if len(paths) == 1:
-        if suffixes[0] in JSON_NAMES and first.lstrip().startswith("["):
-            fix = "python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]'"
-            raise UserError(f"{where}: a JSON array; expected one object a line: `{fix} < array.json > lines.jsonl`")
-        if suffixes[0] in JSON_NAMES or parsed(first) is not None:
-            return JSON_LINES, lines
-        if suffixes[0] in known or "\t" in first:
-            return _dialect(lines, own="," if suffixes[0] == ".csv" else "\t"), lines
-    raise UserError(f"{where}: expected one table, named {', '.join(known)}, or two or more text files, one per column")
+    if len(paths) > 1 and not set(suffixes) & set(TABLE_NAMES):
+        return _aligned(paths)
+    if len(paths) == 1 and (suffixes[0] in JSON_NAMES or _object(first)):
+        return _objects(paths[0])
+    if len(paths) == 1 and (suffixes[0] in TABLE_NAMES or "\t" in first):
+        return _fields(lines_of(paths[0]), *_dialect(heads[0], comma=suffixes[0] == ".csv"))
+    expected = f"expected one table, named {', '.join(TABLE_NAMES)}, or two or more text files, one per column"
+    raise UserError(f"{' '.join(map(str, paths))}: {expected}")
 
 
-def _dialect(lines, own):
-    """The Dialect in which the most lines have as many fields as the first, at least two. own: the delimiter that the
-    file's name stands for; it wins a tie."""
-    text = "".join(line or "" for _, line in lines)
-    tabs, others = [Dialect("\t", False), Dialect("\t")], list(map(Dialect, ",;|"))
-    if text.startswith('"') or '""' in text:
-        tabs.reverse()
-
-    def agreement(dialect):
-        skipped = Skipped()
-        widths = [len(fields) for _, fields in records(lines, dialect, skipped)]
-        if not widths or widths[0] < 2:
-            return -math.inf
-        return 2 * widths.count(widths[0]) - len(widths) - sum(n for n, _ in skipped.counts.values())
-
-    return max(tabs + others if own == "\t" else others + tabs, key=agreement)
-
-
-# Records
-
-
-def records(lines, dialect, skipped):
-    """Yield (line number, fields) of a table, its header first, without blank lines. lines: as `lines_of` gives."""
-    if dialect.quoting:
-        found = _quoted(lines, dialect.delimiter, skipped)
-    else:
-        found = ((number, _split(line)) for number, line in _short(lines, skipped))
-    for line, fields in found:
-        if len(fields) > 1 or "".join(fields).strip():
-            yield line, fields
-
-
-def _split(line):
-    """The fields of a line without quoting. A field with doubled quotes inside quotes is quoted all the same."""
-    fields = line.split("\t")
-    if '""' in line:
-        for i, field in enumerate(fields):
-            inside = field[1:-1]
-            if field[:1] == field[-1:] == '"' and '""' in inside and '"' not in inside.replace('""', ""):
-                fields[i] = inside.replace('""', '"')
-    return fields
-
-
-def _quoted(lines, delimiter, skipped):
-    """A record takes as many lines as its quotes ask for. Where these do not match (text follows a closing quote, or
-    none closes within MAX_LINES), only the record's first line is given up: the next record starts below it."""
-    lines, again, taken = iter(lines), deque(), []
-    while True:
-        try:
-            source = _take(lines, again, taken)
-            for fields in csv.reader(source, delimiter=delimiter, skipinitialspace=True, strict=True):
-                yield taken[0][0], fields
-                taken.clear()
-            return
-        except csv.Error:
-            texts = [line for _, line in taken]
-            too_long = None in texts or sum(map(len, texts)) > MAX_FIELD
-            fault = "field too long" if too_long else damage("".join(texts)) or "quotes do not match"
-            skipped.add(fault, taken[0][0])
-            again.extendleft(reversed(taken[1:]))
-            taken.clear()
-
-
-def _take(lines, again, taken):
-    """Yield lines to csv.reader, those in `again` first. `taken` keeps those of the current record."""
-    for number, line in iter(lambda: again.popleft() if again else next(lines, None), None):
-        taken.append((number, line))
-        if line is None or len(taken) > MAX_LINES or sum(len(text) for _, text in taken) > MAX_RECORD:
-            raise csv.Error
-        yield line.replace("\r", "\v") + "\n"  # to csv a lone \r ends a record; to rows.clean both are line breaks
-
-
-def objects(lines, skipped):
-    """Yield (line number, dict) of JSON lines."""
-    for number, line in _short(lines, skipped):
-        if line.strip():
-            record = parsed(line)
-            if record is None:
-                skipped.add("not a JSON object", number)
-            else:
-                yield number, record
-
-
-def parsed(line):
-    """The dict in a line of JSON, or None. Of the hub's {"translation": {"en": ..., "fr": ...}} it is the inner one."""
-    try:
-        record = json.loads(line, strict=False)
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(record, dict) and isinstance(record.get("translation"), dict):
-        record = record["translation"]
-    return record if isinstance(record, dict) else None
-
-
-def aligned(paths, skipped):
-    """Yield (line number, lines) of text files, one for each column. Raises UserError where their lengths differ: after
-    a line that is missing in one of them, every pair would be wrong."""
+def _aligned(paths):
+    """After a line that is missing in one of the files every pair would be wrong: the lines are counted first."""
+    yield 0, [Path(path).suffix[1:] for path in paths]
     counts = [sum(1 for _ in lines_of(path)) for path in paths]
     if len(set(counts)) > 1:
         told = ", ".join(f"{path} has {n:,} line{'s' * (n != 1)}" for path, n in zip(paths, counts))
         raise UserError(f"{told}: line by line they must be translations of each other")
-    for number, row in enumerate(zip(*map(lines_of, paths)), 1):
-        lines = [line for _, line in row]
-        if None in lines:
-            skipped.add("field too long", number)
-        else:
-            yield number, lines
+    for row in zip(*map(lines_of, paths)):
+        yield row[0][0], [line for _, line in row]
 
 
-# Lines
-
-
-def _head(path):
-    """The first lines, as `lines_of` gives them."""
-    found, size = [], 0
+def _objects(path):
+    """Yield the records of JSON lines. The columns are all keys in the first lines."""
+    lines = itertools.islice(lines_of(path), FIRST_LINES)
+    names = list(dict.fromkeys(key for _, line in lines for key in _object(line) or ()))
+    if not names:
+        example = '{"en": "...", "fr": "..."}'
+        raise UserError(f"{path}: expected JSON lines, an object such as {example} on each; the first are none")
+    yield 0, names
     for number, line in lines_of(path):
-        found.append((number, line))
-        size += len(line or "")
-        if len(found) == HEAD_LINES or size > MAX_FIELD:
-            break
-    return found
+        if (found := _object(line)) is not None:
+            yield number, [found.get(name) for name in names]
+        elif line.strip():
+            yield number, "field too long" if len(line) > MAX_FIELD else "not a JSON object"
+
+
+def _object(line):
+    """The dict in a line of JSON, or None. Of the hub's {"translation": {"en": ..., "fr": ...}} it is the inner one."""
+    try:
+        found = json.loads(line, strict=False)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(found, dict) and isinstance(found.get("translation"), dict):
+        found = found["translation"]
+    return found if isinstance(found, dict) else None
+
+
+def _dialect(lines, comma):
+    """(delimiter, whether quotes are quoting): so that the most records have as many fields as the first, at least two.
+
+    A tie goes to the delimiter of the file's name. Most .tsv files have no quoting: a quote is a character there."""
+    tabs, others = [("\t", False), ("\t", True)], [(mark, True) for mark in ",;|"]
+    if lines and lines[0][1].startswith('"'):
+        tabs.reverse()
+
+    def agreement(dialect):
+        found = [fields for _, fields in _fields(lines, *dialect)]
+        widths = [0 if isinstance(fields, str) else len(fields) for fields in found]
+        return widths.count(widths[0]) / len(widths) if widths and widths[0] > 1 else 0
+
+    return max(others + tabs if comma else tabs + others, key=agreement)
+
+
+def _fields(lines, delimiter, quoting):
+    """Yield the records of a table, without blank lines."""
+    if quoting:
+        found = _quoted(lines, delimiter)
+    else:
+        found = ((number, list(map(_undoubled, line.split(delimiter)))) for number, line in lines)
+    for number, fields in found:
+        if len(fields) > 1 or "".join(fields).strip():
+            yield number, fields
+
+
+def _undoubled(field):
+    """A field of a table without quoting. One with doubled quotes inside quotes was quoted all the same."""
+    inside = field[1:-1]
+    if '""' in inside and field[0] == field[-1] == '"' and '"' not in inside.replace('""', ""):
+        return inside.replace('""', '"')
+    return field
+
+
+def _quoted(lines, delimiter):
+    """Yield records of as many lines as their quotes ask for. Where these do not match (text follows a closing quote,
+    or none closes in MAX_LINES), only the first line is given up: the next record starts below it."""
+    lines = iter(lines)
+    ahead = deque(itertools.islice(lines, MAX_LINES))
+    while ahead:
+        # To csv a lone \r ends a record; to rows.clean both are line breaks.
+        texts = (line.replace("\r", "\v") + "\n" for _, line in ahead)
+        reader, n_lines = csv.reader(texts, delimiter=delimiter, skipinitialspace=True, strict=True), 1
+        try:
+            fields = next(reader)
+            n_lines = reader.line_num
+        except csv.Error as error:
+            fields = "field too long" if "limit" in str(error) else "quotes do not match"
+        yield ahead[0][0], fields
+        for _ in range(n_lines):
+            ahead.popleft()
+        ahead.extend(itertools.islice(lines, n_lines))
 
 
 def lines_of(path):
     """Yield (line number, line without its end). Only "\\n" ends a line, or files with other breaks inside their
-    sentences would fall out of step. Bytes that are not UTF-8 become lone surrogates. A line of MAX_RECORD bytes or
-    more is None, and never wholly in memory."""
+    sentences would fall out of step. Bytes that are not UTF-8 become lone surrogates."""
     with open_bytes(path) as file:
         for number in itertools.count(1):
-            line = part = file.readline(MAX_RECORD)
+            line = part = file.readline(MAX_LINE)
             if not line:
                 return
-            while len(part) == MAX_RECORD:
-                part, line = file.readline(MAX_RECORD) if not part.endswith(b"\n") else b"", None
-            if line is not None:
-                line = line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
-                line = line.removeprefix("\ufeff") if number == 1 else line
-            yield number, line
-
-
-def _short(lines, skipped):
-    """The lines that are not None."""
-    for number, line in lines:
-        if line is None:
-            skipped.add("field too long", number)
-        else:
-            yield number, line
-
-
-def damage(text):
-    """Why a text is no text; None if it is one."""
-    if "\0" in text:
-        return "NUL byte"
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # lines_of made lone surrogates of the bytes that are not UTF-8
-        return "not UTF-8"
+            while len(part) == MAX_LINE and not part.endswith(b"\n"):
+                line, part = TOO_LONG, file.readline(MAX_LINE)
+            yield number, line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
 
 
 @contextmanager
 def open_bytes(path):
-    """The file, open for reading bytes. Raises UserError where it is missing, cannot be opened, or read inside the
-    block, or is of a kind that holds no plain text."""
-    try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise UserError(f"{path}: not a regular file")
-        with open(path, "rb") as file:
-            start = file.read(512).removeprefix(codecs.BOM_UTF8).lstrip()
-            for kind, what in OTHER_KINDS.items():
-                if re.match(kind, start):
-                    raise UserError(f"{path}: expected UTF-8 text; this is {what}")
-            file.seek(0)
-            yield file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    """The file, open for reading bytes, behind a byte-order mark. Raises UserError where that fails, or where it is of
+    a kind that holds no plain text."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file")
+    with reading(path, "UTF-8 text"), open(path, "rb") as file:
+        start = file.read(512)
+        text = start.removeprefix(codecs.BOM_UTF8)
+        for kind, what in OTHER_KINDS.items():
+            if re.match(kind, text.lstrip()):
+                raise UserError(f"{path}: expected UTF-8 text; this is {what}")
+        file.seek(len(codecs.BOM_UTF8) if text != start else 0)
+        yield file

@@ -1,76 +1,76 @@
-"""What the slots learned, to look at: where attention goes, and which tokens a slot resembles.
+"""What the slots learned: where attention goes, which tokens a slot is like, what closing some does to the output.
 
-python -m prefix.evaluation.attention_maps prefix/demo "Il pleut."                    as text
-python -m prefix.evaluation.attention_maps runs/x "Il pleut." --out attention.svg     and as a picture, by matplotlib
+python -m prefix.evaluation.attention_maps runs/x "Il pleut." --out attention.svg     as text and as a picture
 python -m prefix.evaluation.attention_maps runs/x "Il pleut." --ablate                and what closing slots does
 
-The sentence is followed by <sep> and the model's own translation, so that both banks are open in it.
+The sentence is followed by <sep> and the model's own translation, so both banks are open in it. In each layer and head
+a token's attention is one softmax over the slots that it sees and the text before it. A bank's mass is the sum over its
+slots; all masses of a token sum to one.
 
-Attention mass. In each layer and head a token's attention is one softmax over the slots that it sees and the text
-before it, so it sums to one. The mass of a bank is the sum over its slots.
-
-Nearest tokens. A slot has a key but no token, so we look for the tokens whose keys are like it: those that the frozen
-model itself computes, in that layer, for the tokens of the sequences that the slot's file learned from, with all banks
-closed. A token that comes several times counts where it is nearest. What all keys have in common moves all scores of a
-query alike, and a softmax does not see it; so the mean of the text's keys is subtracted first, from the text's and from
-the slots'. Heads attend apart from each other, so the similarity is the mean over heads of the cosine.
+A slot has a key but no token. Its nearest tokens are those with the most similar keys: the keys that the frozen model
+computes in that layer for training text, with all banks closed. A token that comes several times counts where it is
+nearest. The mean of the text's keys is subtracted first, from the text's and from the slots': it moves all scores of a
+query alike, and a softmax does not see it. The similarity is the mean over heads of the cosine.
 """
 
+import copy
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from minigpt.attention import attend
-from minigpt.files import UserError
+from minigpt.attention import Slots, attend
+from minigpt.files import UserError, escape_control
 from prefix import run
-from prefix.banks import Banks
 from prefix.data import corpus as data
 from prefix.data import rows
 from prefix.distributed import printable
-from prefix.evaluation.ablation import ablate
-from prefix.evaluation.compare import rows_to_read
-from prefix.evaluation.pictures import draw_ablation, draw_panels
+from prefix.evaluation.compare import Plan, rows_to_read, sentences
+from prefix.evaluation.metrics import METRICS
+from prefix.evaluation.pictures import draw_ablation, draw_attention
+from prefix.evaluation.report import aligned
 from prefix.sequences import pack_pairs, separator
 from prefix.translation import translate
 
-TEXT_TOKENS = 4096  # of the training data, at most: the text whose keys slots are compared with
+TEXT_PAIRS = 250  # of the training data: the text whose keys slots are compared with
+SENTENCES = 200  # of the test split, for the BLEU of an ablation
 
 
 @dataclass
 class Attention:
-    """Where the T tokens of one sequence look. tokens: their labels; banks: the names; seen: (T, n_banks) bool, True
-    where a bank is open; mass: (n_layer, n_head, T, n_banks + 1), on each bank and, last, on the text."""
+    """Attention of the T tokens of one sequence. tokens: their labels; banks: the names; seen: (T, n_banks) bool, where
+    a bank is open; mass: (n_layer, n_head, T, n_banks + 1), on each bank and, last, on the text."""
 
     tokens: list
     banks: list
     seen: torch.Tensor
     mass: torch.Tensor
 
-    def by_head(self, bank):
-        """(n_layer, n_head): the mean over the tokens at which this bank is open."""
-        return self.mass[:, :, self.seen[:, bank], bank].mean(dim=2)
-
-    def by_token(self, bank):
-        """(n_layer, tokens at which this bank is open): the mean over heads."""
-        return self.mass[:, :, self.seen[:, bank], bank].mean(dim=1)
-
-    @property
-    def open_banks(self):
-        """The numbers of the banks that are open anywhere."""
-        return self.seen.any(dim=0).nonzero()[:, 0].tolist()
+    def tables(self):
+        """[(title, rows of cells)], in per cent: layers and heads for each open bank, then token by token."""
+        found, shown = [], self.seen.any(dim=0).nonzero()[:, 0].tolist()
+        cells = lambda values: [f"{100 * x:.1f}" for x in values.tolist()]
+        for bank in shown:
+            by_head = self.mass[:, :, self.seen[:, bank], bank].mean(dim=2)  # (n_layer, n_head)
+            head = ["layer", *(f"h{i}" for i in range(by_head.size(1))), "mean"]
+            layers = [[str(i), *cells(torch.cat([row, row.mean()[None]]))] for i, row in enumerate(by_head)]
+            title = f"bank {self.banks[bank]}: % of attention, mean over the {int(self.seen[:, bank].sum())} tokens"
+            found.append((f"{title} at which it is open", [head, *layers]))
+        by_token = self.mass.mean(dim=(0, 1))[:, [*shown, -1]]
+        tokens = [[token, *cells(row)] for token, row in zip(self.tokens, by_token)]
+        head = ["token", *(self.banks[bank] for bank in shown), "text"]
+        return [*found, ("token by token: % of attention, mean over layers and heads", [head, *tokens])]
 
 
 @torch.no_grad()
 def attention_mass(model, banks, ids, bank_mask):
-    """ids (T,), opened (T,) bank masks -> (n_layer, n_head, T, n_banks + 1): the share of its attention that each token
-    gives to each bank, in order, and last to the text. A closed bank gets exactly 0. Raises UserError where the
-    sequence is longer than the context."""
+    """ids (T,), bank_mask (T,) -> (n_layer, n_head, T, n_banks + 1): the share of its attention that each token gives
+    to each bank, in order, and last to the text. A closed bank gets exactly 0."""
     c, T, n_banks = model.config, len(ids), len(banks.names)
-    if T + banks.position_offset > c.n_positions:
-        raise UserError(f"{T + banks.position_offset} positions are more than this model's context of {c.n_positions}")
     slots = banks.slots().to(model.dtype)
     bank_mask = torch.as_tensor(bank_mask, device=model.device)
     text = torch.ones(T, T, dtype=torch.bool, device=model.device).tril()
@@ -93,31 +93,27 @@ def attention_mass(model, banks, ids, bank_mask):
 
 
 def look_at(model, tokenizer, banks, text, ends, answer=None):
-    """The Attention of a translation: text <sep> answer. ends: (source, target) names of banks. answer: by default the
-    model's own."""
+    """The Attention of text <sep> answer. ends: (source, target) names of banks. answer: None: the model's own."""
     if answer is None:
-        result = translate(model, tokenizer, banks, [text], *ends)[0]
+        (result,) = translate(model, tokenizer, banks, [text], *ends)
         if result.fault:
             raise UserError(result.fault)
         answer = result.text
-    ids, answer = (tokenizer.encode(rows.clean(side)) for side in (text, answer))
+    room = model.config.n_positions - banks.position_offset - 1  # what does not fit is left out
+    ids = tokenizer.encode(rows.clean(text))[:room]
     if not ids:
         raise UserError("the sentence is empty: there is nothing to look at")
-    room = model.config.n_positions - banks.position_offset - len(ids) - 1
     numbers = [banks.names.index(name) for name in ends]
-    batch = pack_pairs([(ids, answer[: max(room, 0)], *numbers)], separator(tokenizer), tokenizer.eot)
+    pair = ids, tokenizer.encode(rows.clean(answer))[: room - len(ids)], *numbers
+    batch = pack_pairs([pair], separator(tokenizer), tokenizer.eot)
     seen = (batch.packed.bank_mask[:, None] >> torch.arange(len(banks.names))) & 1 == 1
     mass = attention_mass(model, banks, batch.ids, batch.packed.bank_mask)
     return Attention([label(tokenizer, i) for i in batch.ids], banks.names, seen, mass)
 
 
 def label(tokenizer, i):
-    """A token as it can be shown: a space as ␣, what does not print as its escape."""
-    text = tokenizer.decode([i]).replace(" ", "␣")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-# The nearest tokens
+    """A token as it can be shown: a space as ␣, a control character as its escape."""
+    return escape_control(tokenizer.decode([i])).replace(" ", "␣")
 
 
 @torch.no_grad()
@@ -140,46 +136,15 @@ def nearest_tokens(model, banks, ids, packed, n):
     return found
 
 
-def training_text(corpus, tokenizer, device):
-    """The first training sequences of a corpus, TEXT_TOKENS tokens at most, packed with all banks closed."""
-    examples, n_tokens = [], 0
-    for row, source, target in corpus.examples("train"):
-        sides = corpus.ids(row, source), corpus.ids(row, target)
-        n_tokens += sum(map(len, sides)) + 1
-        if examples and n_tokens > TEXT_TOKENS:
-            break
-        examples.append((*sides, int(source), int(target)))
-    if not examples:
+def nearest_lines(model, tokenizer, banks, corpus, n):
+    """Slot by slot, the n nearest tokens in each layer, of the first TEXT_PAIRS training pairs of a corpus."""
+    pairs = corpus.examples("train")[:TEXT_PAIRS]
+    if not len(pairs):
         raise UserError(f"none of the {len(corpus)} usable pairs falls into the training split: give more data")
-    return pack_pairs(examples, separator(tokenizer), tokenizer.eot, device)
-
-
-# As text
-
-
-def mass_lines(attention):
-    """The mass in per cent: layers and heads for each bank, then token by token."""
-    lines = []
-    for bank in attention.open_banks:
-        n, by_head = int(attention.seen[:, bank].sum()), attention.by_head(bank)
-        lines += [f"bank {attention.banks[bank]}: % of attention, mean over the {n} tokens at which it is open"]
-        lines += ["  layer |" + "".join(f"{f'h{head}':>5}" for head in range(by_head.size(1))) + " |  mean"]
-        for i, row in enumerate(by_head):
-            lines += [f"  {i:5} |" + "".join(f"{100 * x:5.0f}" for x in row) + f" |{100 * row.mean():6.1f}"]
-        lines.append("")
-    width = max(map(len, attention.tokens))
-    lines += ["token by token: % of attention, mean over layers and heads (-: closed)"]
-    names = [attention.banks[bank] for bank in attention.open_banks] + ["text"]
-    lines += [f"  {'':{width}}" + "".join(f"{name:>8}" for name in names)]
-    for token, row, seen in zip(attention.tokens, attention.mass.mean(dim=(0, 1)), attention.seen):
-        cells = [f"{100 * row[bank]:8.1f}" if seen[bank] else f"{'-':>8}" for bank in attention.open_banks]
-        lines += [f"  {token:{width}}" + "".join(cells) + f"{100 * row[-1]:8.1f}"]
-    return lines
-
-
-def nearest_lines(found, banks, tokenizer):
-    """What nearest_tokens found, slot by slot in each layer."""
-    slots = [(name, slot) for name, n in zip(banks.names, banks.prefix_len) for slot in range(n)]
+    examples = [(corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)) for row, s, t in pairs]
+    text = pack_pairs(examples, separator(tokenizer), tokenizer.eot, model.device)
+    found = nearest_tokens(model, banks, text.ids, text.packed, min(n, len(text.ids.unique())))
+    slots = [(name, slot) for name, n_slots in zip(banks.names, banks.prefix_len) for slot in range(n_slots)]
     lines = ["nearest token keys: mean over heads of the cosine, after the text's mean key has been subtracted"]
     for (name, slot), *layers in zip(slots, *(zip(cosine, ids) for cosine, ids in found)):
         lines.append(f"bank {name}, slot {slot}")
@@ -189,68 +154,65 @@ def nearest_lines(found, banks, tokenizer):
     return lines
 
 
-def ablation_lines(found, attention):
-    """What ablate found; beside each layer, the share of attention that goes to its slots in the one sentence."""
-    on_slots = (1 - attention.mass[..., -1]).mean(dim=(1, 2)).tolist()  # (n_layer,)
-    shares = [""] * (len(found) - len(on_slots)) + [f"{100 * share:.1f}" for share in on_slots]
-    lines = [f"what closing does: BLEU on {found[0].sentences} sentences; % of attention on the slots; the output"]
-    for ablation, share in zip(found, shares):
-        less = f"{ablation.bleu - found[0].bleu:+8.2f}" if ablation is not found[0] else " " * 8
-        lines.append(f"  {ablation.closed:10}{ablation.bleu:7.2f}{less}{share:>7}   {ablation.output}")
-    return lines
-
-
-# As cells
-
-
 @dataclass
-class Panel:
-    """A grid of shares between 0 and 1: values (rows, columns), with a label for each row and column."""
+class ClosedLayer(Slots):
+    """Slots that one layer does not see."""
 
-    title: str
-    rows: list
-    columns: list
-    values: torch.Tensor
+    closed: int = 0
 
-
-def panels(attention):
-    """Two Panels for each open bank, over the tokens at which it is open: layers and heads, layers and tokens."""
-    drawn, layers = [], [f"layer {i}" for i in range(len(attention.mass))]
-    for bank in attention.open_banks:
-        name, by_head = attention.banks[bank], attention.by_head(bank)
-        heads = [f"head {i}" for i in range(by_head.size(1))]
-        drawn.append(Panel(f"bank {name}, by head: % of attention", layers, heads, by_head))
-        tokens = [token for token, seen in zip(attention.tokens, attention.seen[:, bank]) if seen]
-        tokens = [token if len(token) <= 12 else f"{token[:11]}…" for token in tokens]
-        drawn.append(Panel(f"bank {name}, by token: % of attention", layers, tokens, attention.by_token(bank)))
-    return drawn
+    def layers(self):
+        layers = super().layers()
+        layers[self.closed] = None
+        return layers
 
 
-def most_of(panels):
-    """The largest share in any of these panels, which are all shaded by it."""
-    return max(panel.values.max().item() for panel in panels) or 1.0
+def without(banks, bank=None, layer=None):
+    """These banks with one of them closed, or with all slots of one layer closed."""
+    closed, slots = copy.copy(banks), banks.slots()
+    closed.mask = lambda names: banks.mask([name for name in names if name != bank])
+    if layer is not None:
+        closed.slots = lambda: ClosedLayer(slots.key, slots.value, slots.bank, layer)
+    return closed
 
 
-# The command
+def ablate(model, tokenizer, banks, texts, references, ends):
+    """Translate `texts` with nothing closed, without each bank of `ends`, without each layer's slots -> {name: (output
+    of the first text, BLEU of the others against `references`)}."""
+    closed = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in ends}
+    closed |= {f"layer {i}": without(banks, layer=i) for i in range(model.config.n_layer)}
+    for name, part in tqdm(closed.items(), desc="closing", disable=not sys.stderr.isatty()):
+        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, *ends))
+        closed[name] = output, METRICS["bleu"](outputs, references)
+    return closed
+
+
+def ablation_rows(found, attention):
+    """Rows of cells; for a layer, also the share of attention on its slots in the one sentence."""
+    on_slots = 100 * (1 - attention.mass[..., -1]).mean(dim=(1, 2))  # (n_layer,)
+    shares = {f"layer {i}": f"{share:.1f}" for i, share in enumerate(on_slots.tolist())}
+    whole = found["nothing"][1]
+    rows = [[name, f"{bleu:.2f}", f"{bleu - whole:+.2f}", shares.get(name, "")] for name, (_, bleu) in found.items()]
+    return [["closed", "BLEU", "change", "% on slots"], *rows]
 
 
 def parse_arguments():
     from prefix import cli
 
-    name = "python -m prefix.evaluation.attention_maps"
-    parser = cli.Parser(prog=name, description="Look at what the slots of a prefix learned.")
+    parser = cli.Parser(prog="python -m prefix.evaluation.attention_maps", description="Look at what slots learned.")
     option = parser.add_argument
     option("prefix", nargs="+", metavar="RUN", help="run or prefix file; of several, the banks of all")
     option("text", help="the sentence")
     option("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")
     option("--to", dest="target", metavar="BANK", help="target language (the prefix's first bank)")
-    option("--ablate", action="store_true", help="close each bank and layer: the output, BLEU on 200 sentences")
+    option(
+        "--ablate", action="store_true", help=f"close each bank and layer: the output, BLEU on {SENTENCES} sentences"
+    )
     option("--out", type=Path, metavar="FILE", help="draw the attention, or what closing does: .svg or .png")
     option("--nearest", type=cli.int_at_least(0), default=5, metavar="N", help="tokens to list for each slot (5)")
     option("--model", help="where the base lies, if not where the prefix file says")
     option("--data", nargs="+", metavar="FILE", help="text for nearest tokens and BLEU (what it learned from)")
     cli.add_machine_options(parser)
-    parser.set_defaults(weights=None)  # as they are: nobody waits for one sentence
+    parser.set_defaults(weights=None)  # as they are: quantizing takes longer than one sentence
     args = parser.parse_args()
     if args.out and (args.out.suffix.lower() not in (".svg", ".png") or not args.out.absolute().parent.is_dir()):
         parser.error(f"--out {args.out}: not an .svg or .png file in a folder that is there")
@@ -263,34 +225,27 @@ def main():
     args = parse_arguments()
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
     ends = cli.direction(args, banks)
-    parts = []  # banks, and the files that they learned from
-    if args.data:
-        parts = [(banks, args.data)]
-    elif args.nearest or args.ablate:
-        parts = [(Banks.load(path, model), cli.data_of([path])) for path in prefixes]
-    texts = [(part, load_head(files, part, model, tokenizer)) for part, files in parts]
+    if args.nearest or args.ablate:
+        paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names)
+        longest = min(384, model.config.n_positions - banks.position_offset)
+        corpus = data.load(paths, columns, tokenizer, rows_to_read("test", SENTENCES), longest)
     attention = look_at(model, tokenizer, banks, args.text, ends)
-    print(printable("\n".join([f"{' -> '.join(ends)}: {' '.join(attention.tokens)}", "", *mass_lines(attention)])))
+    tables, lines = attention.tables(), [f"{' -> '.join(ends)}: {' '.join(attention.tokens)}"]
+    for title, table in tables:
+        lines += ["", title, *aligned(table)]
     if args.nearest:
-        for part, corpus in texts:
-            text = training_text(corpus, tokenizer, model.device)
-            nearest = nearest_tokens(model, part, text.ids, text.packed, min(args.nearest, len(text.ids.unique())))
-            print(printable("\n".join(["", *nearest_lines(nearest, part, tokenizer)])))
+        lines += ["", *nearest_lines(model, tokenizer, banks, corpus, args.nearest)]
     if args.ablate:
-        corpus = next((corpus for _, corpus in texts if {*ends} <= {*corpus.columns}), None)
-        if not corpus:
-            raise UserError(f"no text has both {' and '.join(ends)}: name some with --data")
-        found = ablate(model, tokenizer, banks, args.text, corpus, ends)
-        print(printable("\n".join(["", *ablation_lines(found, attention)])))
+        if not {*ends} <= {*corpus.columns}:
+            raise UserError(f"{paths[0]} does not have both {' and '.join(ends)}: name some text with --data")
+        sources, references = sentences(corpus, Plan(limit=SENTENCES), *ends)
+        found = ablate(model, tokenizer, banks, [args.text, *sources], references, ends)
+        closed = ablation_rows(found, attention)
+        lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(closed), ""]
+        lines += [f"  {name:10}  {output}" for name, (output, _) in found.items()]
+    print(printable("\n".join(lines)))
     if args.out:
-        draw_ablation(found, args.out) if args.ablate else draw_panels(panels(attention), args.out)
-
-
-def load_head(files, banks, model, tokenizer):
-    """The Corpus of the head of these files, in the columns of these banks."""
-    paths, columns = rows.columns_for(run.data_paths(files), banks.names)
-    longest = min(384, model.config.n_positions - banks.position_offset)
-    return data.load(paths, columns, tokenizer, rows_to_read("test", 200), longest)
+        draw_ablation(closed, args.out) if args.ablate else draw_attention(tables, args.out)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,19 @@
 
     with names                       in bare lines
 
-    fr: Où est la gare ?             Où est la gare ?            k aligned pairs from the training split,
+    fr: Où est la gare ?             Où est la gare ?            k pairs from the training split,
     en: Where is the station?        Where is the station?       drawn by a seed
 
     fr: Il pleut.                    Il pleut.                   then the sentence to translate;
     en:                                                          the model's next line is the translation
 
-(The blank line between pairs is there in bare lines only.) Which form a model answers better in depends on what it was
-pretrained on, so both are tried on a few other training pairs. The examples are the same for every sentence: their keys
-and values are computed once, as a bank read off text, and shared by the whole batch.
+(The blank line between pairs is there in bare lines only.) A model answers better in the form that it met in
+pretraining, so both are tried on a few other training pairs. The examples are the same for every sentence: their keys
+and values are computed once, as a bank, and shared by the whole batch.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -48,7 +49,7 @@ class Shots:
         return "".join(f"{self.source}: {source}\n{self.target}: {target}\n" for source, target in pairs)
 
     def question(self, text):
-        """What follows the examples. The blank line of bare lines is its first token, as it is between examples."""
+        """The text behind the examples. In bare lines the blank line comes first, as it does between examples."""
         if self.form == "lines":
             return "\n" * bool(self.pairs) + f"{clean(text)}\n"
         return f"{self.source}: {clean(text)}\n{self.target}:"
@@ -57,31 +58,24 @@ class Shots:
         return f"{clean(text)}\n" if self.form == "lines" else f" {clean(text)}\n"
 
     def read(self, model, tokenizer):
-        """(Slots or None, position offset, bank masks of one token or None) of the examples, read by the model. Raises
-        UserError where they alone fill the context."""
+        """The examples as a bank -> (Slots or None, position offset, bank mask of a token or None). Raises UserError if
+        they alone fill the context."""
         ids, limit = tokenizer.encode(self.text), model.config.n_positions
         if len(ids) >= limit:
-            raise UserError(
-                f"{len(self.pairs)} shots of {len(ids)} tokens fill this model's context of {limit}: fewer --shots"
-            )
-        return (
-            (Banks.from_prompt(model, "shots", ids).slots().to(model.dtype), len(ids), [1]) if ids else (None, 0, None)
-        )
-
-
-def training_pairs(corpus, source, target, seed, avoid=()):
-    """Yield the pairs (source text, target text) of the training split in random order, but for those with a source
-    text in `avoid`. source, target: names of columns."""
-    examples, (s, t) = corpus.examples("train"), map(corpus.columns.index, (source, target))
-    rows = examples[(examples[:, 1] == s) & (examples[:, 2] == t), 0]
-    for row in np.random.default_rng((seed, 7)).permutation(rows):
-        if (text := corpus.text(row, s)) not in avoid:
-            yield text, corpus.text(row, t)
+            shots = f"{len(self.pairs)} shots of {len(ids)} tokens"
+            raise UserError(f"{shots} fill this model's context of {limit}: fewer --shots")
+        if not ids:
+            return None, 0, None
+        return Banks.from_prompt(model, "shots", ids).slots().to(model.dtype), len(ids), [1]
 
 
 def draw_shots(corpus, source, target, k, seed, avoid=()):
-    """-> (Shots of k training pairs, TRIALS other pairs or as many as are left). Raises UserError for too few."""
-    pairs = training_pairs(corpus, source, target, seed, avoid)
+    """-> (Shots of k training pairs, TRIALS other pairs or as many as are left), none with a source text in `avoid`.
+    source, target: names of columns. Raises UserError for too few pairs."""
+    examples, (s, t) = corpus.examples("train"), map(corpus.columns.index, (source, target))
+    rows = np.random.default_rng((seed, 7)).permutation(examples[(examples[:, 1] == s) & (examples[:, 2] == t), 0])
+    pairs = ((corpus.text(row, s), corpus.text(row, t)) for row in rows)
+    pairs = (pair for pair in pairs if pair[0] not in avoid)
     shots = list(islice(pairs, k))
     if len(shots) < k:
         raise UserError(f"{k} shots, but {len(shots)} training pairs to draw them from: fewer --shots, or --draws 0")
@@ -89,15 +83,15 @@ def draw_shots(corpus, source, target, k, seed, avoid=()):
 
 
 def form_log_p(model, tokenizer, shots, trials):
-    """For each form, the mean over `trials` of log p(target text | examples, source text) -> {form: float}; {} where no
-    trial fits into the context in both forms."""
+    """{form: the mean over `trials` of log p(target text | examples, source text)}, over the trials that fit into the
+    context in both forms; {} if none does."""
     scores = {form: trial_log_p(model, tokenizer, replace(shots, form=form), trials) for form in FORMS}
-    both = [i for i in range(len(trials)) if None not in (scores[form][i] for form in FORMS)]
-    return {form: sum(scores[form][i] for i in both) / len(both) for form in FORMS} if both else {}
+    both = [pair for pair in zip(*scores.values()) if None not in pair]
+    return {form: sum(values) / len(both) for form, values in zip(FORMS, zip(*both))}
 
 
 def trial_log_p(model, tokenizer, shots, trials):
-    """log p of each trial's target text, with the end of its line; None where it does not fit into the context."""
+    """log p of each trial's target text and the end of its line; None if it does not fit into the context."""
     slots, offset, mask = shots.read(model, tokenizer)
     scores, room = [], model.config.n_positions - offset
     for source, target in trials:
@@ -109,8 +103,8 @@ def trial_log_p(model, tokenizer, shots, trials):
 
 
 def few_shot(model, tokenizer, shots, texts, decoding=Decoding()):
-    """Texts -> a list of Translation, in the same order, greedy or the likeliest of decoding.choices. Raises UserError
-    where the examples alone fill the context."""
+    """Texts -> a list of Translation, in the same order: greedy, or the likeliest of decoding.choices. Raises UserError
+    if the examples alone fill the context."""
     slots, offset, mask = shots.read(model, tokenizer)
     answers = [tokenizer.encode(shots.answer(choice)) for choice in decoding.choices or []]
     prompts = {}
@@ -125,6 +119,7 @@ def few_shot(model, tokenizer, shots, texts, decoding=Decoding()):
     return answered([Translation() for _ in texts], prompts, answer, tokenizer)
 
 
+@cache
 def stop_ids(tokenizer):
     """<|endoftext|> and every token with a newline in it: the answer is one line."""
     return {tokenizer.eot} | {i for i in range(tokenizer.n_vocab) if "\n" in tokenizer.decode([i])}

@@ -44,7 +44,7 @@ from prefix.init import initial_banks, random_banks
 from prefix.reparam import Reparametrised
 from prefix.run import DEMO_CORPUS
 from prefix.trainer import Settings, Trainer
-from prefix.translation import translate
+from prefix.translation import Decoding, translate
 
 LONGEST = 60  # characters of either side, of the sentences that are reported on
 MIDDLE = {"slots": 1e-1, "network": 3e-3, "fine-tuning": 1e-4}  # of the first three learning rates, by what is trained
@@ -129,7 +129,7 @@ class Bench:
             trainer, result = Trainer(self.model, self.tokenizer, banks, self.held_out, Settings(1, 0.0), out), {}
         for name, trainer.batches.validation in self.validation.items():
             result[name] = trainer.validation_loss()
-        return result | self.scores(partial(translate, self.model, self.tokenizer, banks, batch_size=64))
+        return result | self.scores(partial(translate, self.model, self.tokenizer, banks, decoding=Decoding(batch_size=64)))
 
     def fine_tuned(self, spec):
         """All weights, in float32; the languages' names say what is wanted, so its loss is that of another text."""

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, which 
 from common import RATES
 
 from minigpt import GPT, Tokenizer
-from prefix import run
+from prefix import cli, run
 from prefix.data import corpus as data
 from prefix.init import INITS, initial_banks
 from prefix.trainer import Settings, Trainer
@@ -36,15 +36,15 @@ def parse_arguments():
     parser.add_argument("--rates", nargs="+", type=float, default=[0.03, 0.1, 0.3])
     parser.add_argument("--reparam", action="store_true")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--dtype", choices=list(run.DTYPES), default="float32")
-    parser.add_argument("--attention", choices=run.CHOICES["attention"], default="auto")
+    parser.add_argument("--dtype", choices=list(cli.DTYPES), default="float32")
+    parser.add_argument("--attention", choices=["auto", "fused", "plain"], default="auto")
     parser.add_argument("--results", type=Path, default=Path("rates.jsonl"))
     return parser.parse_args()
 
 
 def sweep(args, name):
     """All runs of one base that --results does not have."""
-    model, tokenizer = GPT.from_pretrained(name, dtype=run.DTYPES[args.dtype]), Tokenizer.from_pretrained(name)
+    model, tokenizer = GPT.from_pretrained(name, dtype=cli.DTYPES[args.dtype]), Tokenizer.from_pretrained(name)
     model.attention = args.attention
     corpus = data.load([run.DEMO_CORPUS], ("en", "fr"), tokenizer, max_tokens=model.config.n_positions)
     for steps, init, prefix_len in itertools.product(args.steps, args.inits, args.prefix_len):

@@ -5,11 +5,12 @@ import pickle
 import random
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -19,7 +20,9 @@ from minigpt.checkpoint import INDEX, WEIGHTS
 from minigpt.config import ACTIVATIONS, ALIASES, PUBLISHED
 
 CONFIG = GPTConfig(vocab_size=50, n_positions=8, n_embd=12, n_layer=2, n_head=3)
+NAMES = [name for name, _ in GPT(CONFIG).named_parameters()]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HEAD, WTE = "lm_head.weight", "wte.weight"
 
 
 @pytest.fixture
@@ -37,13 +40,9 @@ def assert_loads(directory, weights, dtype=torch.float32):
         assert torch.equal(loaded[name], tensor.to(dtype)), name
 
 
-def refusal(directory):
-    """The one line that says why the checkpoint does not load, less the directory that it begins with."""
-    with pytest.raises(UserError) as caught:
-        GPT.from_pretrained(directory)
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(str(directory))
-    return str(caught.value).removeprefix(f"{directory}").lstrip("/")
+def why_refused(directory):
+    """Why the checkpoint does not load, less the directory."""
+    return refusal(GPT.from_pretrained, directory).removeprefix(f"{directory}").lstrip("/: ")
 
 
 def save_shards(directory, *shards):
@@ -57,6 +56,12 @@ def save_shards(directory, *shards):
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def edit_config(directory, change):
+    config = json.loads((directory / "config.json").read_text())
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 # What loads.
 
 
@@ -68,29 +73,25 @@ def test_weights_of_any_float_type_load_into_any_other(stored, computed, weights
     assert_loads(tmp_path, weights, computed)
 
 
-@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("prefix", ["", "transformer.", "_orig_mod.", "_orig_mod.transformer.", "module.transformer."])
 @pytest.mark.parametrize("head", ["with a head", "without a head", "with nothing but a head"])
-@pytest.mark.parametrize("buffers", ["with mask buffers", "without"])
-def test_names_with_or_without_prefix_head_and_buffers_are_the_same_model(
-    prefix, head, buffers, weights, tmp_path, caplog
-):
-    tensors = {prefix + name: tensor for name, tensor in weights.items()}
-    if buffers == "with mask buffers":
-        tensors[f"{prefix}h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-        tensors[f"{prefix}h.1.attn.masked_bias"] = torch.tensor(-1e4)
+def test_names_with_or_without_prefix_head_and_buffers_are_the_same_model(prefix, head, weights, tmp_path, caplog):
+    tensors = {prefix + name.replace("h.1.", "h.1._orig_mod."): tensor for name, tensor in weights.items()}
+    tensors[f"{prefix}h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)  # the mask's buffers
+    tensors[f"{prefix}h.1.attn.masked_bias"] = torch.tensor(-1e4)
     if head != "without a head":
-        tensors["lm_head.weight"] = weights["wte.weight"].clone()
+        tensors[HEAD] = weights[WTE].clone()
     if head == "with nothing but a head":
-        del tensors[f"{prefix}wte.weight"]
+        del tensors[prefix + WTE]
     save_file(tensors, tmp_path / WEIGHTS, {"format": "pt", "made by": "somebody"})
     assert_loads(tmp_path, weights)
     assert not caplog.records
 
 
 def test_shards_are_the_same_model_however_the_tensors_fell(weights, tmp_path):
-    names = random.sample(list(weights), len(weights))
+    names = random.sample(NAMES, len(NAMES))
     parts = [{name: weights[name] for name in names[i::3]} for i in range(3)]
-    parts[0]["lm_head.weight"] = weights["wte.weight"].clone()
+    parts[0][HEAD] = weights[WTE].clone()
     save_shards(tmp_path, *parts)
     assert_loads(tmp_path, weights)
 
@@ -137,33 +138,16 @@ def rename(config, renamed):
         config[alias] = config[ALIASES[alias]] if both else config.pop(ALIASES[alias])
 
 
-def edit_config(directory, change):
-    config = json.loads((directory / "config.json").read_text())
-    change(config)
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    "wrapped", ["_orig_mod.{}", "_orig_mod.transformer.{}", "module.transformer.{}", "h.0._orig_mod."]
-)
-def test_names_of_compiled_and_wrapped_models_are_the_same_model(wrapped, weights, tmp_path):
-    new = lambda name: wrapped.format(name) if "{}" in wrapped else name.replace("h.0.", wrapped)  # noqa: E731
-    save_file({new(name): tensor for name, tensor in weights.items()}, tmp_path / WEIGHTS)
-    assert_loads(tmp_path, weights)
-
-
 @pytest.mark.parametrize(
     "heads",
     [["score.weight"], ["v_head.summary.weight", "v_head.summary.bias"], ["qa_outputs.bias"], ["\x1b[2J", *"abcdef"]],
 )
-def test_heads_of_other_tasks_are_passed_over_and_said_once(heads, weights, tmp_path, caplog, capsys):
+def test_heads_of_other_tasks_are_passed_over_and_said_once(heads, weights, tmp_path, caplog):
     save_file(weights | {name: torch.zeros(3, dtype=torch.int64) for name in heads}, tmp_path / WEIGHTS)
     assert_loads(tmp_path, weights)
     (record,) = caplog.records
-    said = ", ".join(sorted(heads)[:5]) + ", ..." * (len(heads) > 5)
-    assert record.getMessage() == (
-        f"{tmp_path}: passed over, no part of the language model: {said}".replace("\x1b", "\\x1b")
-    )
+    said = ", ".join(sorted(heads)[:5]).replace("\x1b", "\\x1b") + ", ..." * (len(heads) > 5)
+    assert record.getMessage() == f"{tmp_path}: passed over, no part of the language model: {said}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -177,19 +161,36 @@ def test_what_is_saved_is_read_back_here_and_by_transformers(dtype, weights, tmp
     assert all(torch.equal(theirs[name], tensor) for name, tensor in weights.items())
 
 
-def test_a_fingerprint_does_not_depend_on_the_type_computed_in(weights, tmp_path):
-    assert len({GPT.from_pretrained(tmp_path, dtype=dtype).fingerprint for dtype in DTYPES}) == 1
+def test_no_more_than_one_tensor_is_in_memory_beside_the_model(weights, tmp_path, monkeypatch):
+    alive, open_tensors = [], checkpoint.open_tensors
+
+    class Watched:
+        def __init__(self, path):
+            self.file = open_tensors(path)
+            self.keys, self.get_slice = self.file.keys, self.file.get_slice
+
+        def get_tensor(self, name):
+            assert sum(tensor() is not None for tensor in alive) <= 1  # the one before, which this one replaces
+            tensor = self.file.get_tensor(name)
+            alive.append(weakref.ref(tensor))
+            return tensor
+
+    monkeypatch.setattr(checkpoint, "open_tensors", Watched)
+    assert_loads(tmp_path, weights, torch.bfloat16)
+    assert len(alive) == len(NAMES)
 
 
-def test_a_fingerprint_does_not_depend_on_names_shards_and_heads(weights, tmp_path):
-    before = GPT.from_pretrained(tmp_path).fingerprint
+# Fingerprints.
+
+
+def test_a_fingerprint_does_not_depend_on_types_names_shards_and_heads(weights, tmp_path):
+    (before,) = {GPT.from_pretrained(tmp_path, dtype=dtype).fingerprint for dtype in DTYPES}
     renamed = {f"transformer.{name}": tensor for name, tensor in weights.items()}
-    renamed["lm_head.weight"] = weights["wte.weight"].clone()
-    save_shards(tmp_path, renamed)
+    save_shards(tmp_path, renamed | {HEAD: weights[WTE].clone()})
     assert GPT.from_pretrained(tmp_path).fingerprint == before
 
 
-@pytest.mark.parametrize("name", [name for name, _ in GPT(CONFIG).named_parameters()])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_fingerprint_changes_with_any_tensor(name, weights, tmp_path):
     before = GPT.from_pretrained(tmp_path).fingerprint
     save_file(weights | {name: torch.randn_like(weights[name])}, tmp_path / WEIGHTS)
@@ -199,106 +200,89 @@ def test_a_fingerprint_changes_with_any_tensor(name, weights, tmp_path):
 # What is refused, and what it is told.
 
 
-@pytest.mark.parametrize("name", [name for name, _ in GPT(CONFIG).named_parameters()])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_missing_tensor_is_an_error_that_names_it(name, weights, tmp_path):
     del weights[name]
     save_file(weights, tmp_path / WEIGHTS)
-    assert refusal(tmp_path) == f"{WEIGHTS}: 1 of 28 tensors missing, the first {name}"
+    assert why_refused(tmp_path) == f"1 of 28 tensors missing, the first {name}"
 
 
-def test_a_tensor_missing_from_shards_is_an_error_that_names_it_and_the_index(weights, tmp_path):
-    names = sorted(weights)
-    save_shards(tmp_path, {name: weights[name] for name in names[:9]}, {name: weights[name] for name in names[11:]})
-    assert refusal(tmp_path) == f"{INDEX}: 2 of 28 tensors missing, the first {names[9]}"
-
-
-def test_an_unexpected_tensor_is_an_error_that_names_it(weights, tmp_path):
-    save_file(weights | {"transformer.h.2.ln_1.bias": torch.zeros(12)}, tmp_path / WEIGHTS)
-    assert refusal(tmp_path) == f"{WEIGHTS}: unexpected tensor transformer.h.2.ln_1.bias"
-
-
-@pytest.mark.parametrize("name", [name for name, _ in GPT(CONFIG).named_parameters()] + ["lm_head.weight"])
+@pytest.mark.parametrize("name", [*NAMES, HEAD])
 def test_a_tensor_of_another_shape_is_an_error_with_both_shapes(name, weights, tmp_path):
-    shape = weights["wte.weight" if name == "lm_head.weight" else name].shape
+    shape = weights[WTE if name == HEAD else name].shape
     other = [*shape[:-1], shape[-1] + 1]
     save_file(weights | {name: torch.zeros(other)}, tmp_path / WEIGHTS)
-    assert refusal(tmp_path) == f"{WEIGHTS}: tensor {name} has shape {other}, config.json says {list(shape)}"
+    assert why_refused(tmp_path) == f"{WEIGHTS}: tensor {name} has shape {other}, config.json says {list(shape)}"
 
 
 @pytest.mark.parametrize(
-    "dtype, called",
-    [(torch.int64, "I64"), (torch.uint8, "U8"), (torch.float64, "F64"), (torch.float8_e4m3fn, "F8_E4M3")],
-    ids=str,
+    "name, tensor, why",
+    [
+        ("ln_f.bias", torch.zeros(12, dtype=torch.int64), "tensor ln_f.bias is I64, expected one of F32, F16, BF16"),
+        ("ln_f.bias", torch.zeros(12, dtype=torch.float64), "tensor ln_f.bias is F64, expected one of F32, F16, BF16"),
+        ("ln_f.bias", torch.zeros(12).to(torch.float8_e4m3fn), "tensor ln_f.bias is F8_E4M3, expected one of F32, F1"),
+        ("transformer.h.2.ln_1.bias", torch.zeros(12), "unexpected tensor transformer.h.2.ln_1.bias"),
+        ("transformer.wpe.weight", torch.zeros(8, 12), "tensor wpe.weight is there twice, also as transformer.wpe.we"),
+        (HEAD, torch.randn(50, 12), "lm_head.weight differs from wte.weight; only tied heads are implemented"),
+        (HEAD, torch.ones(50, 12).bfloat16(), "lm_head.weight differs from wte.weight; only tied heads are implem"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value.dtype),
 )
-def test_a_tensor_of_another_type_is_an_error_that_names_it(dtype, called, weights, tmp_path):
-    save_file(weights | {"ln_f.weight": weights["ln_f.weight"].to(dtype)}, tmp_path / WEIGHTS)
-    assert refusal(tmp_path) == f"{WEIGHTS}: tensor ln_f.weight is {called}, expected one of F32, F16, BF16"
+def test_a_tensor_of_another_model_is_an_error_that_names_it(name, tensor, why, weights, tmp_path):
+    save_file(weights | {name: tensor}, tmp_path / WEIGHTS)
+    assert why_refused(tmp_path).startswith(f"{WEIGHTS}: {why}")
 
 
-@pytest.mark.parametrize("where", ["in the same file", "in another shard"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_head_that_was_trained_apart_is_an_error(dtype, where, weights, tmp_path):
-    head = {"lm_head.weight": torch.randn(50, 12).to(dtype)}
-    if where == "in the same file":
-        save_file(weights | head, tmp_path / WEIGHTS)
-    else:
-        save_shards(tmp_path, head, weights)
-    told = "lm_head.weight differs from wte.weight; only tied heads are implemented"
-    assert refusal(tmp_path).endswith(f".safetensors: {told}")
+def test_a_head_in_another_shard_is_compared_too(weights, tmp_path):
+    save_shards(tmp_path, {HEAD: torch.randn(50, 12)}, weights)
+    assert why_refused(tmp_path).endswith("lm_head.weight differs from wte.weight; only tied heads are implemented")
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "wte.weight"])
+@pytest.mark.parametrize("name", [HEAD, WTE])
 def test_an_untied_model_with_one_of_the_two_matrices_is_an_error(name, weights, tmp_path):
     edit_config(tmp_path, lambda config: config.update(tie_word_embeddings=False))
-    save_file(
-        {name if other == "wte.weight" else other: tensor for other, tensor in weights.items()}, tmp_path / WEIGHTS
-    )
-    assert refusal(tmp_path).startswith(": tie_word_embeddings is False, but it holds only one of ")
-
-
-def test_a_tensor_under_two_names_is_an_error_that_says_both(weights, tmp_path):
-    save_file(weights | {"transformer.wpe.weight": torch.zeros(8, 12)}, tmp_path / WEIGHTS)
-    assert "is there twice" in refusal(tmp_path)
-    assert "transformer.wpe.weight" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_an_error_that_names_it(share, weights, tmp_path):
-    content = (tmp_path / WEIGHTS).read_bytes()
-    (tmp_path / WEIGHTS).write_bytes(content[: int(share * len(content))])
-    assert refusal(tmp_path).startswith(f"{WEIGHTS}: not a safetensors file: ")
+    save_file({name if other == WTE else other: tensor for other, tensor in weights.items()}, tmp_path / WEIGHTS)
+    assert why_refused(tmp_path).startswith("tie_word_embeddings is False, but it holds only one of ")
 
 
 @pytest.mark.parametrize(
     "content, what",
     [
-        (b"<!DOCTYPE html>\n<html><head><title>Not found</title></head></html>\n", " (a web page in place of "),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:248dfc\nsize 548105171\n", " (a git LFS pointer in "),
+        *((share, "") for share in (0.0, 0.001, 0.5, 0.999)),
+        (b"<!DOCTYPE html>\n<html><head><title>Not found</title></head></html>\n", " (a web page in place of the file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:248dfc\nsize 548105171\n", " (a git LFS pointer in"),
         (pickle.dumps(["weights"]), " (a pickle, which could run code: "),
-        (b"\0" * 1000, ": "),
-        (b"", ": "),
+        ("torch.save", "(a zip or a pickle of torch.save, which could run code: "),
+        (b"\0" * 1000, ""),
     ],
-    ids=["html", "lfs pointer", "pickle", "zeros", "empty"],
+    ids=lambda content: str(content)[:30],
 )
-def test_a_file_that_is_something_else_is_an_error_that_says_what(content, what, weights, tmp_path):
-    (tmp_path / WEIGHTS).write_bytes(content)
-    assert refusal(tmp_path).startswith(f"{WEIGHTS}: not a ")
-    assert what in refusal(tmp_path)
+def test_a_file_that_is_cut_or_something_else_is_an_error_that_says_what(content, what, weights, tmp_path):
+    """content: the bytes, or the share that is left of a sound file, or that it is torch's."""
+    sound = (tmp_path / WEIGHTS).read_bytes()
+    if content == "torch.save":
+        torch.save(weights, tmp_path / WEIGHTS)
+    else:
+        cut = isinstance(content, float)
+        (tmp_path / WEIGHTS).write_bytes(sound[: int(content * len(sound))] if cut else content)
+    assert why_refused(tmp_path).startswith(f"{WEIGHTS}: not a safetensors file: ") and what in why_refused(tmp_path)
 
 
-def test_what_torch_saved_is_refused_as_a_pickle(weights, tmp_path):
-    torch.save(weights, tmp_path / WEIGHTS)
-    assert "(a zip or a pickle of torch.save, which could run code: " in refusal(tmp_path)
+def test_a_refused_checkpoint_takes_no_memory(weights, tmp_path):
+    save_file(weights | {"ln_f.bias": torch.zeros(13)}, tmp_path / WEIGHTS)
+    with torch.device("meta"):
+        model = GPT(CONFIG)
+    assert "ln_f.bias has shape [13]" in refusal(checkpoint.load_weights, model, tmp_path, "cpu", torch.float32)
+    assert all(p.is_meta for p in model.parameters())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["wpe.weight", "h.1.mlp.c_proj.bias"])
-def test_a_weight_that_is_not_finite_is_an_error_that_names_its_tensor(name, dtype, value, weights, tmp_path):
-    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+def test_a_weight_that_is_not_finite_is_an_error_that_names_its_tensor(dtype, value, weights, tmp_path):
+    weights, name = {name: tensor.to(dtype) for name, tensor in weights.items()}, random.choice(NAMES)
     weights[name].view(-1)[-1] = value
     save_file(weights, tmp_path / WEIGHTS)
-    assert refusal(tmp_path) == f"{WEIGHTS}: tensor {name} has numbers that are not finite (NaN or infinity)"
+    assert why_refused(tmp_path) == f"{WEIGHTS}: tensor {name} has numbers that are not finite (NaN or infinity)"
 
 
 def test_a_weight_that_does_not_fit_into_float16_is_an_error_that_says_so(weights, tmp_path):
@@ -306,78 +290,61 @@ def test_a_weight_that_does_not_fit_into_float16_is_an_error_that_says_so(weight
     weights["ln_f.bias"][3] = 1e6
     save_file(weights, tmp_path / WEIGHTS)
     assert_loads(tmp_path, weights, torch.bfloat16)
-    with pytest.raises(
-        UserError, match=r"tensor ln_f.bias has numbers too large for torch.float16: use --dtype float32"
-    ):
+    with pytest.raises(UserError, match=r"tensor ln_f.bias has numbers too large for torch.float16: use --dtype float"):
         GPT.from_pretrained(tmp_path, dtype=torch.float16)
 
 
-@pytest.mark.parametrize(
-    "setting", [{"n_layer": 10**9}, {"n_embd": 3 * 10**8}, {"vocab_size": 2**31 - 1}, {"n_inner": 2**31 - 1}], ids=str
-)
+@pytest.mark.parametrize("setting", [{"n_layer": 10**9}, {"n_embd": 3 * 10**8}, {"n_inner": 2**31 - 1}], ids=str)
 def test_a_config_of_another_size_by_far_is_refused_before_a_model_is_made(setting, weights, tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict() | setting))
+    edit_config(tmp_path, lambda config: config.update(setting))
     monkeypatch.setattr(GPT, "__init__", lambda *_: pytest.fail("made a model"))
-    assert refusal(tmp_path).startswith(": config.json says ")
-    assert f"but the weights are 28 tensors in {(tmp_path / WEIGHTS).stat().st_size:,} bytes" in refusal(tmp_path)
+    says = f"config.json says {GPTConfig.from_file(tmp_path / 'config.json').n_params:,} parameters"
+    assert why_refused(tmp_path) == f"{says}, the weights are {(tmp_path / WEIGHTS).stat().st_size:,} bytes"
 
 
 def test_the_weights_of_another_architecture_are_an_error(weights, tmp_path):
-    tensors = {f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(50, 50) for i in range(3)}
-    save_file(tensors, tmp_path / WEIGHTS)
-    assert refusal(tmp_path) == f"{WEIGHTS}: 28 of 28 tensors missing, the first h.0.attn.c_attn.bias"
-
-
-def test_a_directory_without_weights_is_an_error_that_says_which_files_were_sought(weights, tmp_path):
-    (tmp_path / WEIGHTS).unlink()
-    assert refusal(tmp_path) == f": neither {WEIGHTS} nor {INDEX} is there"
+    save_file({f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(50, 50) for i in range(3)}, tmp_path / WEIGHTS)
+    assert why_refused(tmp_path) == "28 of 28 tensors missing, the first h.0.attn.c_attn.bias"
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_pickled_weights_alone_are_an_error_with_a_command_that_converts_them(shards, weights, tmp_path):
     (tmp_path / WEIGHTS).unlink()
-    head = {"lm_head.weight": weights["wte.weight"]}  # the same memory
-    for shard in range(shards):
-        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{shard + 1:05}-of-{shards:05}.bin"
-        torch.save(
-            {name: tensor.data for name, tensor in [*weights.items(), *head.items()][shard::shards]}, tmp_path / name
-        )
-    told, _, command = refusal(tmp_path).partition(" To convert it: ")
+    tensors = [(name, p.data) for name, p in [*weights.items(), (HEAD, weights[WTE])]]  # two names of the same memory
+    for i in range(shards):
+        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{i + 1:05}-of-{shards:05}.bin"
+        torch.save(dict(tensors[i::shards]), tmp_path / name)
+    told, _, command = why_refused(tmp_path).partition(" To convert it: ")
     assert told.endswith("is a pickle, which could run code: it is not read.")
     subprocess.run(["bash", "-c", command.replace("python -c", f"{sys.executable} -c")], check=True)
     assert_loads(tmp_path, weights)
 
 
-def test_a_directory_without_config_is_an_error(weights, tmp_path):
-    (tmp_path / "config.json").unlink()
-    assert refusal(tmp_path).endswith("no checkpoint: there is no config.json in it")
+@pytest.mark.parametrize(
+    "file, why",
+    [
+        ("config.json", "no checkpoint: there is no config.json in it"),
+        (WEIGHTS, f"neither {WEIGHTS} nor {INDEX} is there"),
+    ],
+)
+def test_a_directory_without_config_or_weights_is_an_error(file, why, weights, tmp_path):
+    (tmp_path / file).unlink()
+    assert why_refused(tmp_path) == why
+
+
+FOREIGN = ["model-00002.safetensors", "../model.safetensors", "/etc/passwd", "..", "", 3, "a\0", "\ud800", "a" * 300]
 
 
 @pytest.mark.parametrize(
-    "shard", ["model-00002.safetensors", "../model.safetensors", "/etc/passwd", "..", "", 3, "a\0", "\ud800", "a" * 300]
+    "content",
+    ["", "[]", "{}", '{"weight_map": ["a"]}', "<html>", *(json.dumps({"weight_map": {WTE: s}}) for s in FOREIGN)],
 )
-def test_an_index_that_names_a_file_that_is_not_beside_it_is_an_error(shard, weights, tmp_path):
+def test_an_index_that_is_something_else_or_names_no_file_beside_it_is_an_error(content, weights, tmp_path):
     inside = tmp_path / "inside"
     inside.mkdir()
     (tmp_path / "config.json").rename(inside / "config.json")
-    (inside / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": shard}}))
-    assert refusal(inside).startswith(f"{INDEX}: not an index of shards: ")
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": ["a"]}', "<html>"])
-def test_an_index_that_is_something_else_is_an_error(content, weights, tmp_path):
-    (tmp_path / WEIGHTS).unlink()
-    (tmp_path / INDEX).write_text(content)
-    assert refusal(tmp_path).startswith(f"{INDEX}: ")
-
-
-def test_a_refused_checkpoint_takes_no_memory(weights, tmp_path):
-    (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-1])
-    with torch.device("meta"):
-        model = GPT(CONFIG)
-    with pytest.raises(UserError):
-        checkpoint.load_weights(model, tmp_path, "cpu", torch.float32)
-    assert all(p.is_meta for p in model.parameters())
+    (inside / INDEX).write_text(content)
+    assert why_refused(inside).startswith(f"{INDEX}: ")
 
 
 # Where a checkpoint is looked for.
@@ -403,8 +370,7 @@ def put_hub(monkeypatch, snapshot_download):
 
 
 def test_a_directory_is_the_checkpoint_in_it(home):
-    assert checkpoint.find(str(home)) == home
-    assert checkpoint.find(home) == home
+    assert checkpoint.find(str(home)) == checkpoint.find(home) == home
 
 
 def test_the_demo_is_in_the_package_and_loads():
@@ -412,9 +378,10 @@ def test_the_demo_is_in_the_package_and_loads():
     assert GPT.from_pretrained("demo").config.vocab_size == 4096
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_name_is_sought_in_minigpt_home(name, home):
-    directory = place(home / name, "config.json", WEIGHTS)
+@pytest.mark.parametrize("name", [*PUBLISHED, "openai-community/gpt2", "distilbert/distilgpt2"])
+def test_a_published_name_is_sought_in_minigpt_home_before_the_hub(name, home, monkeypatch):
+    put_hub(monkeypatch, lambda *_, **__: pytest.fail("asked the hub"))
+    directory = place(home / name.split("/")[-1], "config.json", WEIGHTS)
     assert checkpoint.find(name) == directory
 
 
@@ -424,47 +391,25 @@ def test_minigpt_home_is_in_the_users_cache_by_default(monkeypatch, tmp_path):
     assert checkpoint.home() == tmp_path / ".cache/minigpt"
 
 
-@pytest.mark.parametrize("name", ["openai-community/gpt2", "distilbert/distilgpt2"])
-def test_the_hubs_name_of_a_published_checkpoint_means_the_same(name, home):
-    directory = place(home / name.split("/")[1], "config.json", WEIGHTS)
-    assert checkpoint.find(name) == directory
-
-
 def test_an_unknown_name_is_an_error_that_says_the_known_ones(home):
-    with pytest.raises(UserError) as caught:
-        checkpoint.find("gpt3")
-    assert str(caught.value) == f"--model gpt3: no such directory, and not one of demo, {', '.join(PUBLISHED)}"
+    told = f"--model gpt3: no such directory, and not one of demo, {', '.join(PUBLISHED)}"
+    assert refusal(checkpoint.find, "gpt3") == told
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_name_that_is_not_here_is_an_error_with_the_commands_that_fetch_it(name, home):
+    place(home / name, "config.json", "vocab.json")  # a download that was cut short
     owner = "distilbert" if name == "distilgpt2" else "openai-community"
-    with pytest.raises(UserError) as caught:
-        checkpoint.find(name)
-    assert str(caught.value) == (
+    assert refusal(checkpoint.find, name) == (
         f"{name} is not on this machine. To fetch it: pip install huggingface_hub && hf download {owner}/{name} "
         f"config.json model.safetensors vocab.json merges.txt --local-dir {home / name}"
     )
 
 
-def test_a_download_that_was_cut_short_does_not_count(home):
-    place(home / "gpt2", "config.json", "vocab.json")
-    with pytest.raises(UserError, match="gpt2 is not on this machine"):
-        checkpoint.find("gpt2")
-
-
-def test_minigpt_home_goes_before_the_hub(home, monkeypatch):
-    directory = place(home / "gpt2", "config.json", WEIGHTS)
-    put_hub(monkeypatch, lambda *_, **__: pytest.fail("asked the hub"))
-    assert checkpoint.find("gpt2") == directory
-
-
 def test_what_the_hubs_cache_has_is_not_downloaded(home, monkeypatch):
-    cache = place(home / "cache", "config.json", WEIGHTS)
-    asked = []
+    cache, asked = place(home / "cache", "config.json", WEIGHTS), []
     put_hub(monkeypatch, lambda repository, local_files_only, **_: asked.append(local_files_only) or str(cache))
-    assert checkpoint.find("gpt2-large") == cache
-    assert asked == [True]
+    assert checkpoint.find("gpt2-large") == cache and asked == [True]
 
 
 def test_a_hub_cache_without_weights_is_completed(home, monkeypatch):
@@ -477,30 +422,22 @@ def test_a_hub_cache_without_weights_is_completed(home, monkeypatch):
 
     put_hub(monkeypatch, snapshot_download)
     assert checkpoint.on_disk("gpt2-xl") is None
-    assert checkpoint.find("gpt2-xl") == cache
-    assert checkpoint.on_disk("gpt2-xl") == cache
+    assert checkpoint.find("gpt2-xl") == checkpoint.on_disk("gpt2-xl") == cache
 
 
-@pytest.mark.parametrize("reason", ["", "no network\nmore about it"])
-def test_a_failed_download_is_an_error_of_one_line(reason, home, monkeypatch):
+@pytest.mark.parametrize("reason, told", [("", "ConnectionError"), ("no network\nmore about it", "no network")])
+def test_a_failed_download_is_an_error_of_one_line(reason, told, home, monkeypatch):
     def snapshot_download(*_, **__):
         raise ConnectionError(reason)
 
     put_hub(monkeypatch, snapshot_download)
-    with pytest.raises(UserError) as caught:
-        checkpoint.find("gpt2")
-    told = reason.partition("\n")[0] or "ConnectionError"
-    assert str(caught.value) == f"gpt2: huggingface_hub could not download it: {told}"
+    assert refusal(checkpoint.find, "gpt2") == f"gpt2: huggingface_hub could not download it: {told}"
 
 
-def test_without_a_name_gpt2_xl_is_used_where_it_is_and_nothing_is_said(home):
-    place(home / "gpt2-xl", "config.json", WEIGHTS)
+def test_without_a_name_gpt2_xl_is_used_or_else_the_demo_and_one_line_says_how_to_get_it(home):
     said = []
-    assert checkpoint.default(said.append) == "gpt2-xl" and said == []
-
-
-def test_without_gpt2_xl_the_demo_is_used_and_one_line_says_how_to_get_it(home, capsys):
-    said = []
-    assert checkpoint.default(said.append) == "demo" and capsys.readouterr() == ("", "")
+    assert checkpoint.default(said.append) == "demo"
     (line,) = said
     assert "\n" not in line and f"hf download openai-community/gpt2-xl config.json {WEIGHTS}" in line
+    place(home / "gpt2-xl", "config.json", WEIGHTS)
+    assert checkpoint.default(said.append) == "gpt2-xl" and said == [line]

@@ -1,9 +1,7 @@
 """Data parallel training: any number of processes, on any number of machines, give the gradient of one."""
 
-import csv
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_rows, save_random_checkpoint, write_table
+from conftest import random_text, write_table
 
 import train
 from minigpt import UserError
@@ -86,31 +84,25 @@ distributed.finish()
 """
 
 
-def run(folder, processes, fail=False):
+def launch(folder, processes, fail=False):
     program = folder / "program.py"
     program.write_text(PROGRAM.format(root=str(ROOT), out=str(folder), fail=fail))
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, str(program)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.run([sys.executable, *torchrun, program], capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A folder with the table pairs.csv."""
+    """A folder with the table pairs.csv: so many pairs that each split has some."""
     folder = tmp_path_factory.mktemp("pairs")
-    words = "le la chat chien maison mange dort dans avec et une petite grande the cat dog sleeps".split()
-    sentence = lambda: " ".join(random.choices(words, k=random.randint(1, 9)))
-    rows = [(sentence(), sentence()) for _ in range(800)]  # so many that each split has some
-    with open(folder / "pairs.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("en", "fr"), *rows])
+    write_table(folder / "pairs.csv", [("en", "fr"), *([random_text(), random_text()] for _ in range(800))])
     return folder
 
 
 def test_any_number_of_processes_gives_the_gradient_of_one_on_ragged_data_even_if_one_runs_out_of_memory(pairs):
     found = {}
     for processes in (1, 2, 3):
-        done = run(pairs, processes)
+        done = launch(pairs, processes)
         assert done.returncode == 0, done.stderr
         found[processes] = torch.load(pairs / f"{processes}.pt")
     for processes in (2, 3):
@@ -122,52 +114,41 @@ def test_any_number_of_processes_gives_the_gradient_of_one_on_ragged_data_even_i
 
 
 def test_a_process_that_fails_ends_all_and_its_message_is_shown(pairs):
-    done = run(pairs, 2, fail=True)
+    done = launch(pairs, 2, fail=True)
     assert done.returncode != 0
     assert "rank 1 has had enough" in done.stderr
 
 
-def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_has(tmp_path, monkeypatch):
-    save_random_checkpoint(tmp_path / "base")
-    table = write_table(tmp_path / "t.csv", [("en", "fr"), *random_rows("train", 12), *random_rows("validation", 3)])
+def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_has(run, place, tmp_path, monkeypatch):
     for machine in ("0", "1"):
         (tmp_path / machine).mkdir()
     monkeypatch.chdir(tmp_path / "0")
     monkeypatch.setenv("MINIGPT_HOME", str(tmp_path / "0" / "home"))
-    options = f"--prefix-len 2 --batch-size 4 --micro-batch-tokens 40 --model {tmp_path}/base --data {table} --lr 0.1"
-
-    def killed(trainer, batch):
-        return step(trainer, batch) if trainer.progress.step < 2 else sys.exit(9)
-
-    for out in ("whole", "run"):
-        monkeypatch.setattr("sys.argv", f"train.py --out {out} --steps 4 --save-every 2 {options}".split())
-        if out == "run":
-            step = Trainer.optimizer_step
-            monkeypatch.setattr(Trainer, "optimizer_step", killed)
-            with pytest.raises(SystemExit):
-                train.main()
-        else:
-            train.main()
+    options = (
+        f"--prefix-len 2 --batch-size 4 --micro-batch-tokens 40 --lr 0.1 --steps 4 --save-every 2 --model {place}/base"
+    )
+    options = [*options.split(), "--data", place / "en-fr.csv"]
+    assert run(train, *options, "--out", "whole")[0] == 0
+    step = Trainer.optimizer_step
+    killed = lambda trainer, batch: step(trainer, batch) if trainer.progress.step < 2 else sys.exit(9)
+    monkeypatch.setattr(Trainer, "optimizer_step", killed)
+    assert run(train, *options, "--out", "run")[0] == 9
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
 
     def agent(machine):
         words = f"-m torch.distributed.run --nnodes 2 --node_rank {machine} --nproc_per_node 1 --master_addr 127.0.0.1"
-        words += f" --master_port {port} {ROOT}/train.py --resume run"
-        home = {"MINIGPT_HOME": str(tmp_path / machine / "home"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        return subprocess.Popen(
-            [sys.executable, *words.split()], cwd=tmp_path / machine, env=os.environ | home, stderr=subprocess.PIPE
-        )
+        words = [sys.executable, *f"{words} --master_port {port} {ROOT}/train.py --resume run".split()]
+        home = {"MINIGPT_HOME": str(tmp_path / machine / "home"), "GLOO_SOCKET_IFNAME": "lo"}
+        return subprocess.Popen(words, cwd=tmp_path / machine, env=os.environ | home, stderr=subprocess.PIPE, text=True)
 
     agents = [agent("0"), agent("1")]
-    said = [one.communicate(timeout=300)[1].decode() for one in agents]
+    said = [one.communicate(timeout=300)[1] for one in agents]
     assert [one.returncode for one in agents] == [0, 0], said
-    losses = {}
-    for out in ("run", "whole"):
-        lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-        losses[out] = [line["loss"] for line in lines if "loss" in line]
-    assert losses["run"] == pytest.approx(losses["whole"], rel=1e-5) and len(losses["run"]) == 4
+    lines = [Path(out, "metrics.jsonl").read_text().splitlines() for out in ("run", "whole")]
+    losses, expected = ([x["loss"] for x in map(json.loads, one) if "loss" in x] for one in lines)
+    assert losses == pytest.approx(expected, rel=1e-5) and len(losses) == 4
     assert [path.name for path in (tmp_path / "1").iterdir()] == ["home"]  # its own token cache, and nothing else
     assert "Trained" in said[0] and "Trained" not in said[1]
 
@@ -175,34 +156,28 @@ def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_ha
 # The environment
 
 
+TORCHRUN = dict(
+    WORLD_SIZE="4", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="4", MASTER_PORT="1", MASTER_ADDR="localhost"
+)
+
+
 @pytest.mark.parametrize(
-    "environment, message",
+    "change, message",
     [
         ({"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment, not a number.*torchrun"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, not a number"),
-        ({"WORLD_SIZE": "2"}, "RANK is '' in the environment"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT is ''"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR is not set"),
+        ({"RANK": ""}, "RANK is '' in the environment"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT is ''"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        ({}, "4 processes on a machine with 2 GPUs: give torchrun --nproc_per_node=2"),
     ],
 )
-def test_an_environment_that_is_not_torchruns_is_one_line(monkeypatch, environment, message):
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message):
-        distributed.start()
-
-
-def test_more_processes_than_gpus_are_one_line(monkeypatch):
+def test_an_environment_that_is_not_torchruns_or_has_too_few_gpus_is_one_line(monkeypatch, change, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    names = dict(
-        WORLD_SIZE="4", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1", LOCAL_WORLD_SIZE="4", LOCAL_RANK="0"
-    )
-    for name, value in names.items():
+    for name, value in (TORCHRUN | change).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="4 processes on a machine with 2 GPUs: give torchrun --nproc_per_node=2"):
+    with pytest.raises(UserError, match=message):
         distributed.start()
 
 

@@ -21,14 +21,12 @@ from prefix.trainer import MAX_SKIPPED
 
 
 def metrics(trainer):
-    """(lines of optimizer steps, lines of validations)"""
+    """(lines of optimizer steps without their seconds, lines of validations)"""
     lines = [json.loads(line, parse_constant=pytest.fail) for line in open(trainer.out / "metrics.jsonl")]
-    return [line for line in lines if "loss" in line], [line for line in lines if "val_loss" in line]
-
-
-def without_seconds(trainer):
-    lines = [json.loads(line) for line in open(trainer.out / "metrics.jsonl")]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    steps = [line for line in lines if "loss" in line]
+    seconds = [line.pop("seconds") for line in steps]
+    assert seconds == sorted(seconds)
+    return steps, [line for line in lines if "val_loss" in line]
 
 
 def sentences(corpus, tokenizer, split):
@@ -52,22 +50,19 @@ def mean_loss(model, tokenizer, slots, examples):
     return torch.cat(losses).mean()
 
 
-def seen_by_the_model(trainer):
-    """Lists that fill, while the trainer runs, with what each step shows the model: (ids, open banks) per sentence."""
-    steps, current = [], []
+def seen_in(trainer):
+    """What each step of a whole run shows the model: Counters of (ids, open banks) per sentence."""
+    steps = [Counter()]
 
-    def note_micro_batch(arguments, _):
-        batch = arguments[0]
-        parts = zip(batch.ids.split(batch.packed.lengths), batch.packed.bank_mask.split(batch.packed.lengths))
-        current.extend((tuple(ids.tolist()), tuple(bank_mask.tolist())) for ids, bank_mask in parts)
+    def note(arguments, _):
+        ids, packed = arguments[0].ids, arguments[0].packed
+        parts = zip(ids.split(packed.lengths), packed.bank_mask.split(packed.lengths))
+        steps[-1].update((tuple(ids.tolist()), tuple(bank_mask.tolist())) for ids, bank_mask in parts)
 
-    def note_step(*_):
-        steps.append(list(current))
-        current.clear()
-
-    watch(trainer, "loss", note_micro_batch)
-    watch(trainer, "optimizer_step", note_step)
-    return steps
+    watch(trainer, "loss", note)
+    watch(trainer, "optimizer_step", lambda *_: steps.append(Counter()))
+    trainer.run()
+    return steps[:-1]
 
 
 def gradients_of_a_step(trainer):
@@ -95,15 +90,12 @@ def test_training_moves_all_slots_and_nothing_else(model, trainer):
         assert (now != start[name]).any(dim=-1).all()
 
 
-def test_a_base_model_that_is_not_frozen_is_refused(model, trainer):
+def test_what_cannot_be_trained_is_refused(model, load, trainer):
+    with pytest.raises(UserError, match="none of the 3 usable pairs falls into the training split"):
+        trainer(corpus=load(random_rows("test", 3)))
     model.ln_f.weight.requires_grad_(True)
     with pytest.raises(AssertionError, match="ln_f.weight"):
         trainer()
-
-
-def test_without_training_pairs_there_is_an_error(load, trainer):
-    with pytest.raises(UserError, match="none of the 3 usable pairs falls into the training split"):
-        trainer(corpus=load(random_rows("test", 3)))
 
 
 # The gradient
@@ -120,6 +112,7 @@ def test_loss_and_gradient_are_of_the_mean_over_all_targets_however_a_batch_is_c
     record, gradients = gradients_of_a_step(t)
     assert {1: len(cuts) == len(examples), 60: 1 < len(cuts) < len(examples), 1 << 20: len(cuts) == 1}[tokens]
     assert record["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert record["tokens"] == sum(cuts) == sum(len(ids) for ids, _, _ in examples)
     for ours, theirs in zip(gradients.values(), expected_gradients):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
 
@@ -142,11 +135,11 @@ def test_the_loss_falls(trainer):
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_a_line_to_zero(trainer):
-    warmed, cold = trainer(steps=10, warmup=4, lr=0.2), trainer("cold", steps=4, warmup=0, lr=0.2)
-    warmed.run(), cold.run()
-    rates = [line["lr"] for line in metrics(warmed)[0]]
-    assert rates == pytest.approx([0.05, 0.1, 0.15, 0.2] + [0.2 * left / 6 for left in (6, 5, 4, 3, 2, 1)])
-    assert [line["lr"] for line in metrics(cold)[0]] == pytest.approx([0.2, 0.15, 0.1, 0.05])
+    falling = [0.2 * left / 6 for left in (6, 5, 4, 3, 2, 1)]
+    for steps, warmup, expected in ((10, 4, [0.05, 0.1, 0.15, 0.2, *falling]), (4, 0, [0.2, 0.15, 0.1, 0.05])):
+        t = trainer(f"{steps}", steps=steps, warmup=warmup, lr=0.2)
+        t.run()
+        assert [line["lr"] for line in metrics(t)[0]] == pytest.approx(expected)
 
 
 def spoil(trainer, steps):
@@ -185,18 +178,17 @@ OUT_OF_MEMORY = [
 ]
 
 
-def short_of_memory(trainer, error, is_too_much):
+def short_of_memory(trainer, is_too_much, error=OUT_OF_MEMORY[0]):
     """Have memory run out at the end of the work on some micro-batches: is_too_much(its sentences, how manieth), where
     the count starts at 1. Returns a list that fills with the tokens of these."""
-    loss, failed, seen = trainer.loss, [], []
+    loss, failed, count = trainer.loss, [], itertools.count(1)
 
     def raise_it(_):
         raise error
 
     def loss_in_little_memory(batch, slots):
         value = loss(batch, slots)
-        seen.append(len(batch.ids))
-        if is_too_much(len(batch.packed.lengths), len(seen)):
+        if is_too_much(len(batch.packed.lengths), next(count)):
             failed.append(len(batch.ids))
             value.register_hook(raise_it) if value.requires_grad else raise_it(None)
         return value
@@ -208,28 +200,24 @@ def short_of_memory(trainer, error, is_too_much):
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_where_memory_runs_out_micro_batches_are_halved_until_they_fit(trainer, error, capsys):
     start = slots_of(trainer())
-    t, quartered, undisturbed = (trainer(out, start, batch_size=20) for out in ("t", "quartered", "undisturbed"))
-    largest = len(undisturbed.batches.step(0).micro_batches[0].ids)
-    assert len(undisturbed.batches.step(0).micro_batches) == 1
-    failed = short_of_memory(t, error, lambda sentences, _: sentences > 5)
-    assert one_step(undisturbed)
+    t, quartered = (trainer(out, start, batch_size=20) for out in ("t", "quartered"))
+    (largest,) = (len(micro_batch.ids) for micro_batch in t.batches.step(0).micro_batches)
+    failed = short_of_memory(t, lambda sentences, _: sentences > 5, error)
     assert t.run() and failed[0] == largest and len(failed) >= 2
     fits = t.batches.micro_batch_tokens
     assert fits <= largest // 4 and t.progress.fitting_tokens == fits
-    said = f"step 1: out of memory with micro-batches of {largest} tokens; {fits} fit"
-    said_in_all = capsys.readouterr().err
-    assert said in said_in_all and said_in_all.count("out of memory") == 1
+    said = capsys.readouterr().err
+    assert f"step 1: out of memory with micro-batches of {largest} tokens; {fits} fit" in said
+    assert said.count("out of memory") == 1
     quartered.batches.micro_batch_tokens = fits
-    assert quartered.run() and without_seconds(t) == without_seconds(quartered)
-    assert same(slots_of(t), slots_of(quartered))
+    assert quartered.run() and metrics(t) == metrics(quartered) and same(slots_of(t), slots_of(quartered))
 
 
 def test_gradients_of_the_attempt_that_ran_out_of_memory_do_not_count(trainer):
     start = slots_of(trainer())
-    _, expected = gradients_of_a_step(trainer("a", start, batch_size=20, micro=200))
-    t = trainer("b", start, batch_size=20, micro=200)
-    failed = short_of_memory(t, OUT_OF_MEMORY[0], lambda _, number: number == 2)  # the first is done
-    _, found = gradients_of_a_step(t)
+    t, undisturbed = (trainer(out, start, batch_size=20, micro=200) for out in "ab")
+    failed = short_of_memory(t, lambda _, number: number == 2)  # the first is done
+    (_, found), (_, expected) = gradients_of_a_step(t), gradients_of_a_step(undisturbed)
     assert len(failed) == 1
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
@@ -238,7 +226,7 @@ def test_gradients_of_the_attempt_that_ran_out_of_memory_do_not_count(trainer):
 def test_memory_that_is_too_small_for_one_pair_is_an_error_that_says_what_to_do(trainer):
     t = trainer(batch_size=20)
     start = slots_of(t)
-    short_of_memory(t, OUT_OF_MEMORY[1], lambda *_: True)
+    short_of_memory(t, lambda *_: True)
     with pytest.raises(UserError, match="step 1: out of memory, even with one pair.*--checkpoint-activations"):
         t.run()
     assert same(slots_of(t), start)
@@ -247,7 +235,7 @@ def test_memory_that_is_too_small_for_one_pair_is_an_error_that_says_what_to_do(
 def test_a_validation_that_ran_out_of_memory_is_repeated_in_smaller_micro_batches(trainer, capsys):
     start = slots_of(trainer())
     t, undisturbed = (trainer(out, start, eval_every=3, batch_size=20) for out in ("t", "undisturbed"))
-    failed = short_of_memory(t, OUT_OF_MEMORY[0], lambda sentences, _: not torch.is_grad_enabled() and sentences > 2)
+    failed = short_of_memory(t, lambda sentences, _: not torch.is_grad_enabled() and sentences > 2)
     assert t.run() and undisturbed.run() and failed
     assert "validation after step 3: out of memory with micro-batches of" in capsys.readouterr().err
     for ours, theirs in zip(metrics(t)[1], metrics(undisturbed)[1]):
@@ -258,7 +246,7 @@ def test_a_run_that_goes_on_keeps_the_micro_batches_that_fitted_unless_told_othe
     start, settings = slots_of(trainer()), dict(steps=6, batch_size=20)
     whole, stopped = trainer("whole", start, **settings), trainer("stopped", start, **settings)
     for t in (whole, stopped):
-        short_of_memory(t, OUT_OF_MEMORY[0], lambda _, number: number == 1)
+        short_of_memory(t, lambda _, number: number == 1)
     stop_after(stopped, 3)
     assert whole.run() and not stopped.run()
     told, resumed = trainer("stopped", **settings), trainer("stopped", **settings)
@@ -267,13 +255,12 @@ def test_a_run_that_goes_on_keeps_the_micro_batches_that_fitted_unless_told_othe
     default = resumed.batches.micro_batch_tokens
     resumed.resume()
     assert resumed.batches.micro_batch_tokens == whole.batches.micro_batch_tokens < default
-    assert resumed.run()
-    assert same(slots_of(resumed), slots_of(whole)) and without_seconds(resumed) == without_seconds(whole)
+    assert resumed.run() and same(slots_of(resumed), slots_of(whole)) and metrics(resumed) == metrics(whole)
 
 
 def test_another_error_in_a_step_is_not_taken_for_too_little_memory(trainer):
     t = trainer()
-    short_of_memory(t, RuntimeError("shapes do not match"), lambda *_: True)
+    short_of_memory(t, lambda *_: True, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         t.run()
 
@@ -283,29 +270,20 @@ def test_another_error_in_a_step_is_not_taken_for_too_little_memory(trainer):
 
 @pytest.mark.parametrize("size, epochs", [(8, 2), (7, 7), (40, 3), (80, 2)])
 def test_every_epoch_sees_every_pair_in_both_directions_once(tokenizer, corpus, trainer, size, epochs):
-    t = trainer(steps=40 * epochs // size, batch_size=size)
-    steps = seen_by_the_model(t)
-    t.run()
+    seen = seen_in(trainer(steps=40 * epochs // size, batch_size=size))
     everything = Counter((ids, bank_mask) for ids, bank_mask, _ in sentences(corpus, tokenizer, "train"))
     assert everything.total() == 40
-    seen = [Counter(step) for step in steps]
     assert sum(seen, Counter()) == Counter({example: n * epochs for example, n in everything.items()})
     if size == 8:
         assert sum(seen[:5], Counter()) == sum(seen[5:], Counter()) == everything
         assert seen[:5] != seen[5:]
-        assert any({bank_mask[0] for _, bank_mask in step} == {1, 2} for step in steps)  # both directions in a batch
+        assert any({bank_mask[0] for _, bank_mask in step} == {1, 2} for step in seen)  # both directions in a batch
 
 
 def test_the_order_follows_from_the_seed_alone(trainer):
-    def order(out, **settings):
-        t = trainer(out, steps=7, **settings)
-        steps = seen_by_the_model(t)
-        t.run()
-        return [Counter(step) for step in steps]
-
-    first = order("a", seed=5)
-    assert order("b", seed=5, lr=0.3, warmup=5, micro=30) == first
-    assert order("c", seed=6) != first
+    first = seen_in(trainer("a", seed=5))
+    assert seen_in(trainer("b", seed=5, lr=0.3, warmup=5, micro=30)) == first
+    assert seen_in(trainer("c", seed=6)) != first
 
 
 def test_an_epoch_is_numpys_permutation_and_one_of_them_is_in_memory(trainer):
@@ -323,9 +301,7 @@ def test_three_columns_are_three_banks_and_six_directions_unless_fewer_are_named
     for directions, expected in ((None, everything), ([(0, 1), (2, 1)], {(1, 3): 5, (4, 6): 4})):
         t = trainer(corpus=corpus, steps=1, batch_size=sum(expected.values()), directions=directions)
         assert t.banks.names == ["en", "fr", "de"]
-        steps = seen_by_the_model(t)
-        t.run()
-        assert Counter((bank_mask[0], bank_mask[-1]) for _, bank_mask in steps[0]) == expected
+        assert Counter((bank_mask[0], bank_mask[-1]) for _, bank_mask in seen_in(t)[0].elements()) == expected
 
 
 # What is written down
@@ -335,16 +311,10 @@ def test_metrics_have_a_line_for_each_step_and_for_each_validation(trainer):
     t = trainer(steps=5, eval_every=2)
     t.run()
     steps, validations = metrics(t)
-    assert [set(line) for line in steps] == [{"step", "loss", "lr", "grad_norm", "tokens", "seconds"}] * 5
+    assert [set(line) for line in steps] == [{"step", "loss", "lr", "grad_norm", "tokens"}] * 5
     assert [set(line) - {"base_loss"} for line in validations] == [{"step", "val_loss"}] * 3
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
     assert [line["step"] for line in validations] == [2, 4, 5]  # the last step, too
-    assert all(a["seconds"] <= b["seconds"] for a, b in zip(steps, steps[1:]))
-
-
-def test_tokens_are_the_real_ones(tokenizer, corpus, trainer):
-    examples = sentences(corpus, tokenizer, "train")
-    assert one_step(trainer(batch_size=len(examples)))["tokens"] == sum(len(ids) for ids, _, _ in examples)
 
 
 def test_the_validation_loss_is_the_mean_over_all_validation_targets_and_the_bases_own_is_told_once(
@@ -401,8 +371,7 @@ def test_a_finished_run_goes_on_with_more_steps_other_saves_and_other_micro_batc
     trainer(steps=4).run()
     more = trainer(steps=6, save_every="1s", micro=40)
     more.resume()
-    assert more.run()
-    assert [line["step"] for line in metrics(more)[0]] == [1, 2, 3, 4, 5, 6]
+    assert more.run() and [line["step"] for line in metrics(more)[0]] == [1, 2, 3, 4, 5, 6]
     assert same(saved_prefix(more), slots_of(more))
     with pytest.raises(UserError, match="6 steps are done already, more than --steps 3"):
         trainer(steps=3).resume()
@@ -431,14 +400,18 @@ def test_a_state_that_is_cut_or_missing_is_an_error_that_names_it(trainer, size)
         trainer().resume()
 
 
-def test_a_run_does_not_go_on_with_another_base_other_data_or_more_slots(model, tokenizer, load, corpus, trainer):
+def test_a_run_does_not_go_on_with_another_base_other_data_or_more_slots(model, tokenizer, load, trainer):
     trainer().run()
-    with pytest.raises(UserError, match="another model"):
-        trainer(model=small_model(tokenizer)).resume()
-    with pytest.raises(UserError, match="another data"):
-        trainer(corpus=load(random_rows("train", 20))).resume()
-    with pytest.raises(UserError, match=r"this run has another prefix_len \(\[3, 3\], here \[4, 4\]\)$"):
-        trainer(banks=random_banks(model.config, ["en", "fr"], 4)).resume()
+    for other, words in (
+        ({"model": small_model(tokenizer)}, "another model"),
+        ({"corpus": load(random_rows("train", 20))}, "another data"),
+        (
+            {"banks": random_banks(model.config, ["en", "fr"], 4)},
+            r"this run has another prefix_len \(\[3, 3\], here \[4, 4\]\)$",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            trainer(**other).resume()
 
 
 SETTINGS = [("lr", 0.07), ("batch_size", 9), ("seed", 3), ("warmup", 0), ("eval_every", 2)]

@@ -7,14 +7,9 @@ from minigpt import UserError, memory
 from minigpt.cache import Cache
 from minigpt.generate import Sampler
 from prefix import decoding as algorithms
-from prefix.translation import Decoding, divide, translate
+from prefix.translation import SENTENCE_END, Decoding, translate
 
 TEXTS = ["Il pleut.", "Merci.", "Où est la gare ?", "Je suis là.", "Tom est parti hier soir avec ses amis."]
-
-
-@pytest.fixture(autouse=True)
-def notices_are_new():
-    algorithms.log_once.cache_clear()
 
 
 def written(demo, texts=TEXTS, decoding=None, **options):
@@ -33,20 +28,20 @@ def test_text_grows_by_whole_characters(demo):
     assert not any("\ufffd" in text for text in texts)
 
 
-def test_the_end_of_text_token_in_a_sentence_is_ordinary_text(demo, monkeypatch):
+def test_the_end_of_text_token_is_ordinary_text_and_the_target_bank_is_open_from_the_separator_on(demo, monkeypatch):
     asked, generate = [], algorithms.generate
     note = lambda model, prompts, *rest, **named: asked.extend(prompts) or generate(model, prompts, *rest, **named)
     monkeypatch.setattr(algorithms, "generate", note)
     written(demo, ["a <|endoftext|> b"])
     assert demo[1].eot not in asked[0].ids
     assert demo[1].decode(asked[0].ids) == "a <|endoftext|> b\n"
+    assert asked[0].bank_mask == [0b10] * (len(asked[0].ids) - 1) + [0b11]  # of en and fr
 
 
 def test_a_text_that_does_not_fit_is_cut_at_the_ends_of_its_sentences():
     text = "Un deux. « Trois ! » Quatre ? Cinq... six. (Sept.) 8.5 Huit"
     sentences = ["Un deux.", "« Trois ! »", "Quatre ?", "Cinq...", "six.", "(Sept.)", "8.5 Huit"]
-    assert divide(text, lambda piece: False) == sentences
-    assert divide(text, lambda piece: True) == [text]
+    assert SENTENCE_END.split(text) == sentences
 
 
 def test_a_sample_follows_from_its_texts_number_and_the_same_sampler_gives_it_again(demo):
@@ -104,16 +99,6 @@ def test_rows_are_lowered_to_what_memory_has_room_for_and_the_texts_are_the_same
         assert written(demo, decoding=Decoding(beams=beams)) == before
     assert max(rows for rows, _ in caches[1:]) == 2
     assert capsys.readouterr().err == "Memory has room for 2 sentences at a time, not 5\n"
-
-
-def test_where_memory_is_short_a_short_text_does_not_take_the_row_of_a_long_one(demo, caches, monkeypatch):
-    texts = [*TEXTS, "et puis " * 30]
-    before = written(demo, texts)
-    ((_, longest),) = caches
-    limit_memory(monkeypatch, 1.5 * memory.row_bytes(demo[0], longest))
-    assert written(demo, texts) == before
-    assert caches[1] == (1, longest) and len(caches) > 2
-    assert all(2 * capacity <= longest for _, capacity in caches[2:])
 
 
 def test_a_beam_for_which_there_is_no_memory_is_one_line_before_any_is_taken(demo, caches, monkeypatch):

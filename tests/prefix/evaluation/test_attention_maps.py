@@ -1,46 +1,52 @@
-"""What the slots learned: where attention goes, and which tokens a slot is like."""
+"""What the slots learned: where attention goes, which tokens a slot is like, what closing does."""
 
+import csv
 import math
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, write_table
 
-from minigpt import GPT, GPTConfig, Tokenizer
-from minigpt.attention import PackedBatch
+from minigpt import GPTConfig
+from minigpt.attention import PackedBatch, attend
+from minigpt.generate import Prompt, generate
 from prefix.banks import Banks
+from prefix.data.splits import split_of
 from prefix.evaluation import attention_maps
+from prefix.evaluation.attention_maps import without
+from prefix.evaluation.metrics import METRICS
 from prefix.init import from_text, random_banks
-from prefix.run import DEMO, DEMO_PREFIX
+from prefix.run import DEMO, DEMO_CORPUS, DEMO_PREFIX
+from prefix.translation import translate
 
 ROOT = Path(__file__).parents[3]
-SIZES = dict(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=2)
-OPENED = [1, 1, 1, 3, 3, 2, 0]  # of the banks a, b, c
+CONFIG = GPTConfig(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=2)
+MASKS = [1, 1, 1, 3, 3, 2, 0]  # of the banks a, b, c
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIGPT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def model():
-    return random_model(GPTConfig(**SIZES), std=0.5)
+    return random_model(CONFIG, std=0.5)
 
 
 @pytest.fixture
 def banks(model):
-    return random_banks(model.config, ["a", "b", "c"], prefix_len=4, seed=int(torch.randint(1000, ())))
-
-
-@pytest.fixture(scope="module")
-def demo():
-    """The demo's model, tokenizer and banks."""
-    model = GPT.from_pretrained("demo")
-    return model, Tokenizer.from_pretrained("demo"), Banks.load(DEMO_PREFIX, model)
+    return random_banks(CONFIG, ["a", "b", "c"], prefix_len=4, seed=int(torch.randint(1000, ())))
 
 
 @pytest.fixture
 def ids():
-    return torch.randperm(50)[: len(OPENED)]
+    return torch.randperm(50)[: len(MASKS)]
 
 
 def recorded(model, compute):
@@ -54,54 +60,33 @@ def recorded(model, compute):
 
 
 def test_the_mass_is_what_the_softmax_written_out_gives(model, banks, ids):
-    packed = PackedBatch([len(ids)], torch.tensor(OPENED))
+    packed = PackedBatch([len(ids)], torch.tensor(MASKS))
     activations = recorded(model, lambda: model.hidden(ids, packed, banks.slots()))
-    mass = attention_maps.attention_mass(model, banks, ids, OPENED)
+    mass = attention_maps.attention_mass(model, banks, ids, MASKS)
     assert mass.shape == (3, 2, len(ids), 4)
     for i, qkv in enumerate(activations):
         q, k, _ = qkv.double().view(len(ids), 3, 2, 12).unbind(1)
         for head in range(2):
-            for t, mask in enumerate(OPENED):
+            for t, mask in enumerate(MASKS):
                 exp = lambda keys: float((keys.detach().double() @ q[t, head] / math.sqrt(12)).exp().sum())
                 expected = [exp(banks.key[bank][i, head]) if mask >> bank & 1 else 0.0 for bank in range(3)]
                 expected = torch.tensor([*expected, exp(k[: t + 1, head])])
                 expected /= expected.sum()
+                assert (mass[i, head, t][expected == 0] == 0).all()  # of closed banks
                 torch.testing.assert_close(mass[i, head, t], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_what_is_looked_at_is_what_the_model_computes(model, banks, ids):
-    packed = PackedBatch([len(ids)], torch.tensor(OPENED))
-    own = recorded(model, lambda: model.hidden(ids, packed, banks.slots()))
-    looked_at = recorded(model, lambda: attention_maps.attention_mass(model, banks, ids, OPENED))
-    torch.testing.assert_close(looked_at, own, atol=1e-4, rtol=1e-4)
-
-
-def test_the_mass_of_a_token_sums_to_one_and_closed_banks_have_exactly_none(model, banks, ids):
-    mass = attention_maps.attention_mass(model, banks, ids, OPENED)
-    torch.testing.assert_close(mass.sum(dim=-1), torch.ones(3, 2, len(ids)))
-    open_ = torch.tensor([[mask >> bank & 1 for bank in range(3)] for mask in OPENED]).bool()
-    assert (mass[..., :3][:, :, open_] > 0).all() and (mass[..., :3][:, :, ~open_] == 0).all()
-
-
-def test_means_are_over_the_tokens_at_which_a_bank_is_open():
-    seen = torch.tensor([[True, False], [True, True], [True, False]])
-    mass = torch.tensor([[[[0.2, 0.0, 0.8], [0.4, 0.1, 0.5], [0.6, 0.0, 0.4]]]])  # one layer, one head
-    attention = attention_maps.Attention(["x", "y", "z"], ["a", "b"], seen, mass)
-    torch.testing.assert_close(attention.by_head(0), torch.tensor([[0.4]]))
-    torch.testing.assert_close(attention.by_head(1), torch.tensor([[0.1]]))
-    torch.testing.assert_close(attention.by_token(0), torch.tensor([[0.2, 0.4, 0.6]]))
-    torch.testing.assert_close(attention.by_token(1), torch.tensor([[0.1]]))
-    assert [panel.columns for panel in attention_maps.panels(attention)] == [
-        ["head 0"],
-        ["x", "y", "z"],
-        ["head 0"],
-        ["y"],
+def test_the_tables_are_means_over_the_tokens_at_which_a_bank_is_open_and_over_heads():
+    seen = torch.tensor([[True, False, False], [True, True, False], [True, False, False]])
+    mass = torch.tensor([[[[0.2, 0.0, 0.0, 0.8], [0.4, 0.1, 0.0, 0.5], [0.6, 0.0, 0.0, 0.4]]]])
+    mass = torch.cat([mass, torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(1, 1, 3, 4)], dim=1)  # one layer, two heads
+    tables = attention_maps.Attention(["x", "y", "z"], ["a", "b", "c"], seen, mass).tables()
+    assert [title[:6] for title, _ in tables] == ["bank a", "bank b", "token "]
+    assert [[" ".join(row) for row in rows] for _, rows in tables] == [
+        ["layer h0 h1 mean", "0 40.0 0.0 20.0"],
+        ["layer h0 h1 mean", "0 10.0 0.0 5.0"],
+        ["token a b text", "x 10.0 0.0 90.0", "y 20.0 5.0 75.0", "z 30.0 0.0 70.0"],
     ]
-
-
-def test_a_sequence_longer_than_the_context_is_refused(model, banks):
-    with pytest.raises(ValueError, match="33 positions are more than this model's context of 32"):
-        attention_maps.attention_mass(model, banks, torch.zeros(33, dtype=torch.int64), [1] * 33)
 
 
 def test_slots_read_off_a_text_are_nearest_to_that_texts_own_tokens(model):
@@ -125,7 +110,7 @@ def test_a_token_counts_once_where_it_is_nearest(model, banks):
 
 def test_what_all_keys_share_changes_neither_the_mass_nor_the_nearest_tokens(model, banks, ids):
     attn_fn = lambda: (
-        attention_maps.attention_mass(model, banks, ids, OPENED),
+        attention_maps.attention_mass(model, banks, ids, MASKS),
         attention_maps.nearest_tokens(model, banks, ids, PackedBatch([7]), n=3),
     )
     before = attn_fn()
@@ -140,15 +125,6 @@ def test_what_all_keys_share_changes_neither_the_mass_nor_the_nearest_tokens(mod
         torch.testing.assert_close(cosine, cosine_before, atol=1e-4, rtol=1e-3)
 
 
-# The command
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIGPT_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-
-
 def looked(run, *options):
     code, out, err = run(attention_maps, DEMO, *options)
     assert code == 0, err
@@ -161,20 +137,14 @@ def test_the_command_shows_the_mass_of_the_sentence_and_of_its_translation(run, 
     sep = attention.tokens.index("\\n")
     assert attention.seen.tolist() == [[i >= sep, True] for i in range(len(attention.tokens))]
     assert len(attention.tokens) > sep + 2  # there is a translation
-    heads, tokens = out.split("token by token")
-    for bank in (0, 1):
-        for row in attention.by_head(bank):
-            assert "".join(f"{100 * x:5.0f}" for x in row) in heads
-    rows = tokens.splitlines()[-len(attention.tokens) :]
-    for token, row, mass in zip(attention.tokens, rows, attention.mass.mean(dim=(0, 1)), strict=True):
-        shares = [0.0 if share == "-" else float(share) for share in row.rsplit(maxsplit=3)[1:]]
-        assert row.strip().startswith(token) and shares == pytest.approx((100 * mass).tolist(), abs=0.051)
-        assert sum(shares) == pytest.approx(100, abs=0.2)
+    for title, rows in attention.tables():
+        shown = out.split(title + "\n")[1].splitlines()
+        assert [line.split() for line in shown[: len(rows)]] == rows
 
 
-def test_the_direction_is_what_the_options_say(run):
-    out = looked(run, "It rains.", "--from", "en", "--to", "fr", "--nearest", 0)
-    assert out.splitlines()[0].replace(" ", "").startswith("en->fr:It␣rains.\\nIl␣pleut")
+def test_of_a_sentence_longer_than_the_context_the_beginning_is_looked_at(demo):
+    attention = attention_maps.look_at(*demo, "mot " * 500, ("fr", "en"), "word")
+    assert len(attention.tokens) == demo[0].config.n_positions
 
 
 def test_each_slot_of_each_bank_has_its_nearest_tokens_in_every_layer(run):
@@ -186,18 +156,13 @@ def test_each_slot_of_each_bank_has_its_nearest_tokens_in_every_layer(run):
     assert line[:2] == ["layer", "0"] and -1 <= float(line[5]) <= float(line[3]) <= 1
 
 
-@pytest.mark.parametrize("suffix", ["svg", "png"])
-def test_attention_is_drawn_with_its_numbers(run, demo, suffix):
-    image = pytest.importorskip("matplotlib.image")
-    looked(run, "<b> & co", "--nearest", 0, "--out", f"picture.{suffix}")
-    if suffix == "png":
-        pixels = image.imread("picture.png")
-        assert pixels.shape[0] > 400 and pixels.shape[1] > 300 and pixels.std() > 0.05
-    else:
-        attention = attention_maps.look_at(*demo, "<b> & co", ("fr", "en"))
-        drawn = Path("picture.svg").read_text(encoding="utf-8")
-        cells = sum(panel.values.numel() + sum(panel.values.shape) + 1 for panel in attention_maps.panels(attention))
-        assert drawn.count("<!-- ") == cells  # matplotlib writes each text in a comment beside its shape
+def test_attention_is_drawn_with_its_numbers(run, demo):
+    pytest.importorskip("matplotlib")
+    out = looked(run, "<b> & co", "--from", "en", "--to", "fr", "--nearest", 0, "--out", "picture.svg")
+    tables = attention_maps.look_at(*demo, "<b> & co", ("en", "fr")).tables()
+    drawn = Path("picture.svg").read_text(encoding="utf-8")  # matplotlib writes each text as a comment by its shape
+    assert drawn.count("<!-- ") == sum(len(rows) * len(rows[0]) for _, rows in tables)
+    assert out.startswith("en -> fr: < b >")
 
 
 def test_without_matplotlib_the_text_is_there_and_one_notice(run, monkeypatch):
@@ -207,57 +172,29 @@ def test_without_matplotlib_the_text_is_there_and_one_notice(run, monkeypatch):
     assert not Path("picture.png").exists()
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["Bonjour", "--out", "picture.jpg"], ["--out picture.jpg", ".svg"]),
-        (["Bonjour", "--out", "nowhere/picture.svg"], ["--out nowhere/picture.svg"]),
-        (["Bonjour", "--from", "de"], ["no bank 'de'"]),
-        (["\n "], ["the sentence is empty"]),
-        (["mot " * 300], ["leave no room"]),
-        (["Bonjour", "--data", "nothing.csv"], ["nothing.csv: no such file"]),
-    ],
-)
+@pytest.mark.parametrize("options, words", [
+    (["Bonjour", "--out", "picture.jpg"], "--out picture.jpg: not an .svg or .png"),
+    (["Bonjour", "--out", "nowhere/picture.svg"], "--out nowhere/picture.svg"),
+    (["Bonjour", "--from", "de"], "no bank 'de'"),
+    (["\n "], "the sentence is empty"),
+    (["mot " * 300], "leave no room"),
+    (["Bonjour", "--data", "nothing.csv"], "nothing.csv: no such file"),
+])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(run, options, words):
     code, _, err = run(attention_maps, DEMO, *options)
-    assert (code, err.count("\n")) == (2, 1), err
-    assert all(word in err for word in words), err
+    assert (code, err.count("\n")) == (2, 1) and words in err, err
 
 
-@pytest.fixture
-def silent(tmp_path):
-    """A prefix file with the demo's banks, but no record of what they learned from."""
-    model, banks = GPT.from_pretrained("demo"), Banks.read(DEMO_PREFIX)
+def test_text_for_nearest_tokens_must_be_named_where_the_prefix_has_no_record_of_any(run, demo):
+    banks = Banks.read(DEMO_PREFIX)
     banks.training_record = {}
-    banks.save(tmp_path / "silent.safetensors", model)
-    return tmp_path / "silent.safetensors"
-
-
-def test_text_for_nearest_tokens_must_be_named_where_the_prefix_has_no_record_of_any(run, silent):
-    options = ["--model", "demo", silent, "Il pleut."]
+    banks.save("silent.safetensors", demo[0])
+    options = ["--model", "demo", "silent.safetensors", "Il pleut."]
     code, out, err = run(attention_maps, *options)
     assert (code, out, err.count("\n")) == (2, "", 1) and "trained on: name the text with --data" in err
-    code, out, err = run(attention_maps, *options, "--nearest", 0)
-    assert code == 0 and "nearest token keys" not in out
-    code, out, err = run(attention_maps, *options, "--data", "demo", "--nearest", 1)
-    assert code == 0 and "nearest token keys" in out, err
-
-
-def test_the_banks_of_each_of_several_files_have_the_nearest_tokens_that_they_have_alone(run, write):
-    model, files = GPT.from_pretrained("demo"), ["en.safetensors", "de.safetensors"]
-    for file, names, word in zip(files, (["en", "fr"], ["de", "es"]), ("cat", "Hund")):
-        table = write(f"{names[0]}.csv", "\n".join([",".join(names), *(f"{word} {i},{word}" for i in range(9))]))
-        banks = random_banks(model.config, names, prefix_len=2)
-        banks.training_record = {"model": "demo", "data": [str(table)]}
-        banks.save(file, model)
-
-    def nearest(*files):
-        code, out, err = run(attention_maps, *files, "Il pleut.", "--nearest", 3)
-        assert code == 0, err
-        return [part.strip() for part in out.split("nearest token keys")[1:]]
-
-    (one,), (other,) = map(nearest, files)
-    assert nearest(*files) == [one, other]
+    for more, lists in ((["--nearest", 0], False), (["--nearest", 1, "--data", "demo"], True)):
+        code, out, _ = run(attention_maps, *options, *more)
+        assert (code, "nearest token keys" in out) == (0, lists)
 
 
 def test_the_module_runs_by_its_name_and_hides_nothing_of_pythons():
@@ -266,7 +203,68 @@ def test_the_module_runs_by_its_name_and_hides_nothing_of_pythons():
     assert done.returncode == 0 and done.stdout.decode().startswith("fr -> en: "), done.stderr
 
 
-def test_a_token_is_shown_without_what_does_not_print(demo):
+def test_a_token_is_shown_without_control_characters(demo):
     _, tokenizer, _ = demo
-    shown = [attention_maps.label(tokenizer, i) for i in tokenizer.encode(" le\n\x1b\t\u202e")]
-    assert "".join(shown).startswith("␣le\\n\\x1b\\t") and all(char.isprintable() for text in shown for char in text)
+    shown = "".join(attention_maps.label(tokenizer, i) for i in tokenizer.encode(" le\n\x1b\t\u202e"))
+    assert shown.startswith("␣le\\n\\x1b\\t") and shown.isprintable()
+
+
+def layer_by_layer(model, banks, ids, bank_mask, closed):
+    """The logits of a model whose layer `closed` is given no slots."""
+    packed, slots = PackedBatch([len(ids)], torch.tensor(bank_mask)), banks.slots().layers()
+    attn_fn = lambda i, qkv: attend(qkv, 2, packed, None if i == closed else slots[i])
+    return model.logits(model.blocks(model.embed(ids, packed.position), attn_fn))
+
+
+@pytest.mark.parametrize("backend", ["auto", "plain"])
+@pytest.mark.parametrize("layer", range(3))
+def test_a_closed_layer_is_one_without_slots_in_a_forward_pass_and_in_decoding(model, banks, ids, layer, backend):
+    model.attention, slots = backend, without(banks, layer=layer).slots()
+    hidden = model.hidden(ids, PackedBatch([len(ids)], torch.tensor(MASKS)), slots)
+    expected = layer_by_layer(model, banks, ids, MASKS, layer)
+    torch.testing.assert_close(model.logits(hidden), expected, atol=1e-4, rtol=1e-4)
+    prompt, tokens, masks = ids[:4].tolist(), ids[:4].tolist(), [2, 2, 2, 6]  # the first bank stays closed
+    for _ in range(6):
+        mask = masks + [6] * (len(tokens) - 4)
+        tokens.append(int(layer_by_layer(model, banks, torch.tensor(tokens), mask, layer)[-1].argmax()))
+    (found,) = generate(model, [Prompt(prompt, 6, masks)], [], slots)
+    assert prompt + found.ids == tokens
+    assert not torch.allclose(expected, layer_by_layer(model, banks, ids, MASKS, None), atol=1e-2)
+
+
+def test_a_closed_bank_is_one_that_is_never_opened_and_the_others_stay(model, banks, ids):
+    ours = without(banks, bank="a").logits(model, ids[None], open=("a", "c"))
+    assert torch.equal(ours, banks.logits(model, ids[None], open=("c",)))
+    assert banks.mask(["a", "c"]) == 5  # the banks themselves are as they were
+
+
+@pytest.fixture
+def held_out():
+    """A table of 6 test pairs of the sample corpus."""
+    with open(DEMO_CORPUS, encoding="utf-8") as file:
+        pairs = list(islice((row for row in csv.reader(file) if split_of(row[0]) == "test" and row[0] != "en"), 6))
+    return write_table("held-out.csv", [["en", "fr"], *pairs]), pairs
+
+
+def test_closing_says_what_becomes_of_the_sentence_and_of_bleu(run, demo, held_out):
+    table, pairs = held_out
+    figure, heights = pytest.importorskip("matplotlib.figure").Figure, []
+    bars = lambda self, file, **_: heights.extend(bar.get_height() for bar in self.axes[0].patches) or file.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, "savefig", bars)
+        out = looked(run, "Il pleut.", "--nearest", 0, "--ablate", "--data", table, "--out", "bars.svg")
+    head, _, *lines = out.split("what closing does: ")[1].splitlines()
+    model, tokenizer, banks = demo
+    closed = {"nothing": banks, "bank fr": without(banks, bank="fr"), "bank en": without(banks, bank="en")}
+    closed |= {f"layer {i}": without(banks, layer=i) for i in range(6)}
+    mass = attention_maps.look_at(model, tokenizer, banks, "Il pleut.", ("fr", "en")).mass
+    scores = []
+    for row, line, (name, part) in zip(lines[:9], lines[10:], closed.items(), strict=True):
+        texts = ["Il pleut.", *(fr for _, fr in pairs)]
+        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, "fr", "en"))
+        scores.append(METRICS["bleu"](outputs, [[en] for en, _ in pairs]))
+        share = [f"{100 * (1 - mass[int(name[-1]), ..., -1].mean()):.1f}"] if "layer" in name else []
+        assert row.split() == [*name.split(), f"{scores[-1]:.2f}", f"{scores[-1] - scores[0]:+.2f}", *share]
+        assert line.split() == [*name.split(), *output.split()]
+    assert head.startswith("BLEU on 6 sentences") and len({*scores}) > 3
+    assert heights == pytest.approx(scores, abs=0.005)

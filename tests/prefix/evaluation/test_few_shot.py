@@ -3,18 +3,11 @@
 import pytest
 import torch
 
-from minigpt import GPT, Tokenizer, UserError
+from minigpt import UserError
 from minigpt.generate import Prompt, generate
 from prefix.data import corpus as data
 from prefix.data.rows import clean
-from prefix.evaluation.few_shot import (
-    FORMS,
-    Shots,
-    draw_shots,
-    few_shot,
-    form_log_p,
-    stop_ids,
-)
+from prefix.evaluation.few_shot import FORMS, Shots, draw_shots, few_shot, form_log_p, stop_ids
 from prefix.translation import Decoding
 
 PAIRS = [("Il pleut.", "It's raining."), ("Où est-il ?", "Where is he?"), ("Merci.", "Thank you.")]
@@ -25,14 +18,9 @@ WRITTEN = {
 }
 
 
-@pytest.fixture(scope="module")
-def model():
-    return GPT.from_pretrained("demo")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_pretrained("demo")
+@pytest.fixture
+def model(demo):
+    return demo[0]
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +41,9 @@ def test_a_prompt_reads_as_it_should_in_both_forms(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k", [0, 2])
 def test_examples_in_a_shared_bank_give_the_output_of_plain_prompting(model, tokenizer, form, k):
-    shots, done = Shots(PAIRS[:k], "fr", "en", form), []
-    ours = few_shot(model, tokenizer, shots, ASKED, Decoding(batch_size=2, on_finished=lambda: done.append(1)))
-    assert len(done) == len(ASKED) and any(answer.text for answer in ours)
+    shots = Shots(PAIRS[:k], "fr", "en", form)
+    ours = few_shot(model, tokenizer, shots, ASKED, Decoding(batch_size=2))
+    assert any(answer.text for answer in ours)
     for text, answer in zip(ASKED, ours):
         ids, own = tokenizer.encode(shots.text + shots.question(text)), tokenizer.encode(shots.question(text))
         assert ids == tokenizer.encode(shots.text) + own  # cutting the prompt in two changes no token

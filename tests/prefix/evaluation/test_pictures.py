@@ -27,9 +27,9 @@ def test_the_loss_is_drawn_whatever_was_logged(lines, tmp_path, capsys):
 
 
 def test_the_curve_is_of_the_logged_numbers():
-    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
-    pictures.draw_curves(axes, LINES)
-    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    pictures.loss_curves(figure, LINES)
+    curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert curves == {"training": [[1, 3], [3, 2]], "mean of 20 steps": [[1, 3], [3, 2.5]], "validation": [[2, 2.5]]}
 
 

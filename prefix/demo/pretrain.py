@@ -1,0 +1,166 @@
+"""How minigpt/demo was made: a small bilingual GPT-2, pretrained from nothing on plain text.
+
+    python -m prefix.demo.pretrain --data tatoeba.en-fr.tsv:1 tatoeba.fr.txt:1.5 novels.en-fr.tsv:0.15 ... --out DIR
+
+A file is a table of sentences and translations (.tsv or .csv, with a header) or a list of sentences (.txt); behind it
+stands how often one of its sentences is drawn. documents.py says what is made of them. A run goes on exactly from
+DIR/state.pt. So it may end at any time: stop it, and start it again with fewer --tokens. It needs the `tokenizers`
+package (it comes with transformers). On a CPU, set MALLOC_MMAP_THRESHOLD_=4294967296 and
+MALLOC_TRIM_THRESHOLD_=8589934592: steps that keep their memory are three times as fast.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
+from minigpt.attention import PackedBatch, attend
+from minigpt.files import replacing
+from minigpt.tokenizer import END_OF_TEXT
+from prefix.demo.documents import draw_documents, read_sources
+
+# "gelu" is three times as fast as GPT-2's "gelu_new" in bfloat16 on a CPU, and nearly the same function.
+CONFIG = GPTConfig(4096, n_positions=256, n_embd=256, n_layer=6, n_head=4, activation_function="gelu")
+ENDS = [0.02, 0.5, 1.0]  # of the stages of a run, as shares of all tokens
+RATES = [1.0, 1.0, 0.0]  # the learning rate there, as a share of PEAK; in between it is linear
+ALONE = [0.2, 0.2, 0.05]  # the share of a stage's documents that are runs in one language
+FACTS = [0.06, 0.06, 0.06]  # and that are facts with a text; all others are translations
+PEAK, BATCH_TOKENS, BLOCK, LOG_EVERY, SEED = 2e-3, 4096, 4096, 100, 1  # a block of documents is sorted by length
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Pretrain the demo checkpoint.")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE:WEIGHT", help="held-out loss: on the first")
+    parser.add_argument("--tokens", type=float, default=150e6, help="to train on, all in all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.manual_seed(SEED)
+    model = Pretraining(CONFIG).to(args.device)
+    hidden = [p for p in model.h.parameters() if p.dim() == 2]
+    rest = [p for name, p in model.named_parameters() if p.dim() == 1 or not name.startswith("h.")]
+    muon = torch.optim.Muon(hidden, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    parts = {"model": model, "muon": muon, "adamw": torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0)}
+    at = {"step": 0, "tokens": 0, "seconds": 0.0, "block": 0, "batch": 0}
+    sources, held_out = read_sources(args.data)
+    if (args.out / "state.pt").exists():
+        state = torch.load(args.out / "state.pt", map_location=args.device, weights_only=True)
+        at = state.pop("at")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    else:
+        build_vocabulary([row for rows, _ in sources for row in rows if len(row) == 2], args.out)
+    train(parts, sources, held_out, at, args)
+
+
+def build_vocabulary(pairs, directory):
+    """Learn the byte-level BPE merges and write vocab.json and merges.txt, <|endoftext|> last as in GPT-2."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    texts = (" " * (i % 2) + text for i, pair in enumerate(pairs) for text in pair)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=CONFIG.vocab_size - 1, min_frequency=0, show_progress=False)
+    directory.mkdir(parents=True, exist_ok=True)
+    bpe.save_model(str(directory))
+    vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+    vocab = json.dumps(vocab | {END_OF_TEXT: len(vocab)}, ensure_ascii=False)
+    (directory / "vocab.json").write_text(vocab, encoding="utf-8")
+
+
+def train(parts, sources, held_out, at, args):
+    """From where `at` stands to args.tokens; every LOG_EVERY steps a line of log.jsonl, the state and the weights."""
+    (model, *optimizers), tokenizer = parts.values(), Tokenizer.from_pretrained(args.out)
+    validation = batches((f"{a}\n{b}" for pair in held_out for a, b in (pair, pair[::-1])), tokenizer)
+    losses, start = [], time.monotonic()
+    for batch in training_batches(sources, tokenizer, at, args.tokens):
+        loss = model.loss(*batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = float(np.interp(at["tokens"] / args.tokens, [0, *ENDS], [0, *RATES]))
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = PEAK * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+        at |= {"step": at["step"] + 1, "tokens": at["tokens"] + len(batch[0])}
+        if at["step"] % LOG_EVERY == 0 or at["tokens"] >= args.tokens:
+            at["seconds"], start = at["seconds"] + time.monotonic() - start, time.monotonic()
+            with torch.no_grad():
+                held_out_loss = sum(model.loss(*batch).item() for batch in validation) / len(validation)
+            with open(args.out / "log.jsonl", "a") as log:
+                print(
+                    json.dumps({**at, "loss": torch.stack(losses).mean().item(), "val_loss": held_out_loss}), file=log
+                )
+            losses = []
+            with replacing(args.out / "state.pt") as temporary:
+                torch.save({"at": at} | {name: part.state_dict() for name, part in parts.items()}, temporary)
+            checkpoint.save(model, args.out, torch.float16)
+
+
+def training_batches(sources, tokenizer, at, tokens):
+    """Yield batches from where `at` stands, and move its block, batch and stage, until `tokens` are done."""
+    while at["tokens"] < tokens:
+        if at["batch"] == 0:
+            at["stage"] = int(np.searchsorted(ENDS, at["tokens"] / tokens, side="right"))
+        rng = random.Random(f"{SEED} {at['block']}")
+        block = batches(draw_documents(sources, BLOCK, ALONE[at["stage"]], FACTS[at["stage"]], rng), tokenizer)
+        rng.shuffle(block)
+        for batch in block[at["batch"] :]:
+            if at["tokens"] < tokens:
+                at["batch"] += 1
+                yield batch
+        at |= {"block": at["block"] + 1, "batch": 0}
+
+
+def batches(texts, tokenizer):
+    """-> [(ids (N,), targets (N,), lengths)]: texts of like length together, N at most BATCH_TOKENS."""
+    rows = sorted(([*tokenizer.encode(text)[: CONFIG.n_positions - 1], tokenizer.eot] for text in texts), key=len)
+    ends = np.cumsum([len(row) for row in rows])
+    result = []
+    while rows:
+        n = int(np.searchsorted(ends, BATCH_TOKENS, side="right"))
+        ids = torch.tensor([i for row in rows[:n] for i in row])
+        targets = torch.tensor([i for row in rows[:n] for i in [*row[1:], -100]])
+        result.append((ids, targets, [len(row) for row in rows[:n]]))
+        rows, ends = rows[n:], ends[n:] - ends[n - 1]
+    return result
+
+
+class Pretraining(GPT):
+    """A GPT with random float32 weights, whose blocks compute in bfloat16."""
+
+    def __init__(self, config):
+        """As GPT-2 was: normal(0, 0.02), and smaller where a projection adds to the residual stream (section 2.3)."""
+        super().__init__(config)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.zeros_(p)
+            elif p.dim() == 2:
+                scale = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                torch.nn.init.normal_(p, std=0.02 / scale)
+
+    def loss(self, ids, targets, lengths):
+        """The mean over all tokens that have a next one in their document."""
+        low = {name: p.bfloat16() for name, p in self.named_parameters() if name.startswith(("h.", "ln_f."))}
+        inputs = ids.to(self.device), targets.to(self.device), PackedBatch(lengths, device=self.device)
+        return torch.func.functional_call(self, low, inputs)
+
+    def forward(self, ids, targets, packed):
+        backend = "plain" if self.device.type == "cpu" else "auto"  # the faster one for short texts
+        x = self.embed(ids, packed.position).bfloat16()
+        x = self.blocks(x, lambda i, qkv: attend(qkv, self.config.n_head, packed, backend=backend))  # (N, n_embd)
+        counted = (targets >= 0).nonzero()[:, 0]
+        logits = x[counted] @ self.wte.weight.bfloat16().T  # (M, vocab_size)
+        logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        return -logp.gather(1, targets[counted, None]).mean()
+
+
+if __name__ == "__main__":
+    main()

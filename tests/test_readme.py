@@ -1,0 +1,108 @@
+"""What the READMEs name is there: files, folders and headings, modules, and the options of the commands."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train
+import translate
+from prefix import peft
+from prefix.evaluation import attention_maps
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", ROOT / "minigpt/README.md", ROOT / "prefix/README.md"]
+COMMANDS = {
+    "train.py": train,
+    "translate.py": translate,
+    "evaluate.py": evaluate,
+    "-m prefix.peft": peft,
+    "-m prefix.evaluation.attention_maps": attention_maps,
+}
+COMMAND = re.compile(r"python ((?:-m )?[\w./]+)")
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+TORCHRUN = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr"}
+
+every_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """{command: the names of its options}, as its --help lists them."""
+    monkeypatch.setenv("COLUMNS", "500")  # no name is cut at its hyphen
+
+    def listed(module):
+        monkeypatch.setattr("sys.argv", ["command", "--help"])
+        with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
+            module.parse_arguments()
+        return set(re.findall(r"^ +(?:-h, )?(--[\w-]+)", output.getvalue(), re.MULTILINE))
+
+    return {name: listed(module) for name, module in COMMANDS.items()}
+
+
+def commands(text):
+    """(command, the rest of its part of the line) for each python that is run in a README."""
+    for line in text.splitlines():
+        for part in re.split(r"&&|`", line):
+            if found := COMMAND.search(part):
+                yield found[1], part[found.end() :]
+
+
+def headings(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@every_readme
+def test_a_readme_has_at_most_200_lines(readme):
+    assert len(readme.read_text(encoding="utf-8").splitlines()) <= 200
+
+
+@every_readme
+def test_a_link_of_a_readme_leads_to_a_file_and_its_heading(readme):
+    for path, anchor in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", readme.read_text(encoding="utf-8")):
+        target = readme.parent / path
+        assert target.exists(), path
+        assert not anchor or anchor in headings(target), f"{path}#{anchor}"
+
+
+@every_readme
+def test_a_path_that_a_readme_names_exists(readme):
+    """Of modules and pages; in a README a module's name may stand for any folder below."""
+    for path in set(re.findall(r"(?<![\w./])[\w./-]+\.(?:py|md)\b", readme.read_text(encoding="utf-8"))):
+        there = any((folder / path).exists() for folder in (ROOT, readme.parent))
+        assert there or ("/" not in path and [*readme.parent.glob(f"**/{path}")]), path
+
+
+@every_readme
+def test_a_folder_that_a_readme_names_exists(readme):
+    """Of the project's own: runs/ and what begins with / or $ are the reader's."""
+    for path in set(re.findall(r"(?<![\w./$-])(?:minigpt|prefix|tests)/[\w/]*", readme.read_text(encoding="utf-8"))):
+        assert (ROOT / path).exists() or [*ROOT.glob(f"{path}.*")], path
+
+
+def test_the_first_readme_names_every_module():
+    text = READMES[0].read_text(encoding="utf-8")
+    for path in [*ROOT.glob("minigpt/*.py"), *ROOT.glob("prefix/*.py"), *ROOT.glob("prefix/data/*.py")]:
+        assert path.name == "__init__.py" or path.name in text, path
+
+
+@every_readme
+def test_a_command_in_a_readme_has_the_options_that_it_is_given(readme, options):
+    for name, rest in commands(readme.read_text(encoding="utf-8")):
+        if name in options:
+            assert {*OPTION.findall(rest)} <= options[name], f"{name}{rest}"
+        else:
+            module = name.removeprefix("-m ")
+            where = f"{module.replace('.', '/')}.py" if name != module else name
+            assert module in ("pytest", "venv") or (ROOT / where).exists(), name
+
+
+@every_readme
+def test_an_option_that_a_readme_names_is_one_of_some_command(readme, options):
+    named = {*OPTION.findall(readme.read_text(encoding="utf-8"))}
+    assert named - TORCHRUN <= set().union(*options.values())
