@@ -23,10 +23,12 @@ from prefix.distributed import log
 from prefix.dry_run import dry_run
 from prefix.evaluation.pictures import draw_loss
 from prefix.init import INITS, initial_banks
+from prefix.rates import try_rates
 from prefix.state import METRICS
 from prefix.trainer import Settings, Trainer
 
 MAX_BATCH = 1 << 20  # pairs, whose list is in memory
+FAR = 30  # units: at the best rate of each base slots moved by 1 to 17, and where they moved by more it was worse
 
 
 def parse_arguments():
@@ -64,8 +66,8 @@ def add_options(parser):
     add = parser.add_argument_group("how it is learned").add_argument
     add("--steps", **n(1), help="optimizer steps (demo: 300, else 2048)")
     add("--batch-size", **n(1, MAX_BATCH), default=64, help="pairs per optimizer step (64)")
-    text = "peak learning rate (demo: 0.1; else 0.01 from text, 0.03 from other starts; about 0.001 with --reparam)"
-    add("--lr", type=float_range(0, 100, open_low=True), metavar="X", help=text)
+    text = "peak learning rate (0.3; 0.003 with --reparam); of several, the best after a tenth of the steps goes on"
+    add("--lr", nargs="+", type=float_range(0, 100, open_low=True), metavar="X", help=text)
     add("--warmup", **n(0), help="steps of linear warm-up (a twentieth of the steps)")
     add("--reparam", action="store_true", help="train slots through Li and Liang's MLP, for the training only (off)")
     add("--seed", **n(0), default=0, help="of the order and of random starts (0)")
@@ -93,30 +95,39 @@ def main():
     args = parse_arguments()
     distributed.start(args.device)
     config = run.resume_config(args) if args.resume else run.resolve(args)
-    directions, settings = run.directions(config), Settings(**config["settings"])
+    rates, directions = config["settings"]["lr"], run.directions(config)
+    rates = rates if isinstance(rates, list) else [rates]
     model, tokenizer = cli.load_model(args, config["model"])
     model.checkpoint_activations = args.checkpoint_activations
     corpus = load_corpus(config, model, tokenizer)
-    banks = make_banks(config, model, tokenizer, corpus)
     first, out = distributed.rank() == 0, args.resume
     micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
-    trainer = Trainer(model, tokenizer, banks, corpus, settings, out, micro_batch_tokens, directions)
+
+    def make_trainer(lr, out):
+        banks, settings = make_banks(config, model, tokenizer, corpus), Settings(**config["settings"] | {"lr": lr})
+        return Trainer(model, tokenizer, banks, corpus, settings, out, micro_batch_tokens, directions)
+
+    trainer = make_trainer(rates[0], out)
     if args.dry_run:
         dry_run(trainer, len(corpus))
         return distributed.finish()
     out = trainer.out = out or distributed.broadcast(run.make_directory(args.out) if first else None)
     with locked(out / METRICS) if first else nullcontext():
-        if args.resume:
+        if args.resume and len(rates) == 1:
             trainer.resume(args.micro_batch_tokens)
-        elif first:
+        elif first and not args.resume:
             run.check_unused(out)  # again: another run may have been faster
         if first:
             for folder in (out, out / "last"):
                 remove_leftovers(folder)
             run.write_config(out, config)
-        names, n = ", ".join(config["train_banks"] or banks.names), len(trainer.batches.train)
+        names, n = ", ".join(config["train_banks"] or config["columns"]), len(trainer.batches.train)
         log(f"Training {names} on {n:,} examples, {model.device}, {model.dtype}, {out}")
-        finished = train(trainer)
+        if len(rates) > 1:
+            trainer, config["settings"]["lr"] = try_rates(rates, make_trainer, out)
+            if first and not trainer.stopped:
+                run.write_config(out, config)
+        finished = not trainer.stopped and train(trainer)
     log(closing_line(trainer, model) if finished else f"stopped after step {trainer.progress.step}; {to_go_on(out)}")
     distributed.finish()
     if not finished:
@@ -139,11 +150,6 @@ def load_corpus(config, model, tokenizer):
 def make_banks(config, model, tokenizer, corpus):
     """The banks where they start, with the record that their file keeps; those not to be trained are frozen."""
     banks = initial_banks(config, model, tokenizer, corpus)
-    banks.position_offset = config["position_offset"]
-    for name, *pair in zip(banks.names, banks.key, banks.value):
-        if config["train_banks"] and name not in config["train_banks"]:
-            for p in pair:
-                p.requires_grad_(False)
     names = ("model", "data", "columns", "limit", "init", "reparam", "pairs", "from_prefix", "train_banks")
     banks.training_record = {name: config[name] for name in names}
     banks.training_record["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0]}
@@ -167,6 +173,18 @@ def to_go_on(out):
     return f"to go on: python train.py --resume {shlex.quote(str(out))}"
 
 
+def advice(progress, moved):
+    """What to try where a run went wrong: a line of its own, or nothing. moved: units, of the slot that moved most."""
+    base, best = progress.base_loss, progress.best
+    if base is not None and not best < base:
+        wrong = f"validation loss {best:.2f} is not below the {base:.2f} of the base without a prefix"
+        return f"Warning: {wrong}. Try --lr 0.03 0.1 0.3, or more --steps\n"
+    if moved > FAR:
+        wrong = f"a slot moved by {moved:.0f} units of the base's own keys and values, more than {FAR}"
+        return f"Warning: {wrong}. Try a third of --lr, or --lr 0.03 0.1 0.3\n"
+    return ""
+
+
 def closing_line(trainer, model):
     p, out = trainer.progress, trainer.out
     trained = sum(parameter.numel() for parameter in trainer.unfrozen)
@@ -179,7 +197,8 @@ def closing_line(trainer, model):
     reads_french = trainer.banks.names[1:2] == ["fr"]  # translate.py does, unless told otherwise
     to_try = f'translate.py --prefix {where} "Bonjour"' if reads_french else f"evaluate.py --prefix {where}"
     trained = f"Trained {trained:,} parameters ({share:.2%} of the model) {pace}"
-    return f"{trained}: {good}; {out}/prefix.safetensors. Try: python {to_try}"
+    warning = advice(p, trainer.banks.moved()["moved_max"])
+    return f"{warning}{trained}: {good}; {out}/prefix.safetensors. Try: python {to_try}"
 
 
 if __name__ == "__main__":

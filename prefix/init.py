@@ -1,7 +1,8 @@
 """Where slots start. Prefix-tuning learns little from a bad start (Li & Liang 2021, section 7.4).
 
-text          keys and values that the model itself computes for real sentences of the bank's language (the default)
-random        normal noise
+text          keys and values that the model itself computes for real sentences of the bank's language (the default):
+              TEXT_SLOTS of them, and any further slots as in zero-effect
+random        normal noise, in units of the base's keys and values
 zero-effect   values of zero and keys that next to no query looks at: the model begins unchanged
 """
 
@@ -11,28 +12,35 @@ import torch
 
 from minigpt.attention import attend
 from minigpt.files import UserError
-from prefix.banks import Banks, compute_kv
+from prefix.banks import Banks, TrainableBanks, compute_kv
 from prefix.reparam import Reparametrised
 from prefix.sequences import n_tokens, pack_pairs, separator
 
 INITS = ("text", "random", "zero-effect")
-NOISE_STD = 0.5
+NOISE, QUIET_NOISE = 0.5, 0.15  # standard deviations of the noise of random and zero-effect, in units
 QUIET_MARGIN = 6.0  # exp(QUIET_MARGIN): how many times more attention text gets than all slots together
 QUERY_TOKENS = 8192  # that zero-effect reads
+UNIT_TOKENS = 512  # that units are measured on
+# Slots of text share the attention with the text that the base is to read: the more there are, the worse it starts
+# (demo, loss 1.71 without slots: 2.9 with 10, 6.0 with 100), and the more of the training goes into mending that.
+TEXT_SLOTS = 10
 
 
 def initial_banks(config, model, tokenizer, corpus):
     """The Banks before the first step. config: of the run (run.py)."""
     names, prefix_len, seed = corpus.columns, config["prefix_len"], config["settings"]["seed"]
-    n = min(prefix_len, model.config.n_positions)
-    ids = {name: first_tokens(corpus, column, n) for column, name in enumerate(names)}
+    ids = {name: first_tokens(corpus, column, TEXT_SLOTS) for column, name in enumerate(names)}
+    units = units_of(model, corpus)
     if config["init"] == "random":
-        banks = random_banks(model.config, names, prefix_len, seed)
-    elif config["init"] == "zero-effect":
-        batch = first_pairs(model, tokenizer, corpus)
-        banks = zero_effect(model, batch, names, prefix_len, seed, config["position_offset"])
+        banks = random_banks(model.config, names, prefix_len, seed, units)
     else:
-        banks = from_text(model, ids, prefix_len)
+        n = min(prefix_len, TEXT_SLOTS) if config["init"] == "text" else 0  # slots of text
+        banks = from_text(model, ids, n)
+        if n < prefix_len:
+            batch = first_pairs(model, tokenizer, corpus)
+            quiet = zero_effect(model, batch, names, prefix_len - n, seed, config["position_offset"], units)
+            both = zip(names, banks.pairs(), quiet.pairs())
+            banks = Banks({name: [torch.cat(side, dim=2) for side in zip(*pairs)] for name, *pairs in both})
     if config.get("from_prefix"):
         there = Banks.load(config["from_prefix"], model)
         if there.position_offset != config["position_offset"]:
@@ -40,15 +48,28 @@ def initial_banks(config, model, tokenizer, corpus):
             raise UserError(f"{config['from_prefix']}: its text starts at {starts} (--position-offset)")
         trained = dict(zip(there.names, there.pairs()))
         banks = Banks({name: trained.get(name, new) for name, new in zip(names, banks.pairs())})
-    return (Reparametrised(banks, seed) if config.get("reparam") else banks).to(model.device)
+    banks.position_offset, banks = config["position_offset"], banks.to(model.device)
+    if config.get("reparam"):
+        return Reparametrised(banks, units, seed).to(model.device)
+    return TrainableBanks(banks, units, config.get("train_banks"))
 
 
-def random_banks(config, names, prefix_len, seed=0):
-    """Normal keys and values with standard deviation NOISE_STD. config: a GPTConfig."""
+def units_of(model, corpus):
+    """The standard deviations, about their mean over tokens, of the keys and of the values that the base computes for
+    training text -> two (n_layer, n_head, 1, 1). See TrainableBanks."""
+    n = min(UNIT_TOKENS, model.config.n_positions) // len(corpus.columns)
+    ids = sum((first_tokens(corpus, column, n) for column in range(len(corpus.columns))), [])
+    spread = [x - x.mean(dim=2, keepdim=True) for x in compute_kv(model, ids)]  # (n_layer, n_head, T, head_dim)
+    return [x.square().mean(dim=(2, 3), keepdim=True).sqrt() for x in spread]
+
+
+def random_banks(config, names, prefix_len, seed=0, units=(1.0, 1.0), std=NOISE):
+    """Normal keys and values with a standard deviation of `std` units. config: a GPTConfig."""
     generator = torch.Generator().manual_seed(seed)
     shape = (config.n_layer, config.n_head, prefix_len, config.head_dim)
-    draw = lambda: NOISE_STD * torch.randn(shape, generator=generator)
-    return Banks({name: (draw(), draw()) for name in names})
+    draw = lambda unit: std * unit * torch.randn(shape, generator=generator).to(device)
+    device = units[0].device if torch.is_tensor(units[0]) else "cpu"
+    return Banks({name: (draw(units[0]), draw(units[1])) for name in names})
 
 
 def from_text(model, ids, prefix_len):
@@ -61,22 +82,21 @@ def from_text(model, ids, prefix_len):
     return Banks(banks).to(model.device)
 
 
-def zero_effect(model, batch, names, prefix_len, seed=0, position_offset=0):
+def zero_effect(model, batch, names, prefix_len, seed, position_offset, units):
     """Slots that leave the model nearly as it is: values of zero, and keys that hardly any query of the sentences in
     `batch` (a TrainingBatch) scores high, with noise that tells the slots apart. A wider margin is quieter but learns
     more slowly: at 10, gradients sink below AdamW's epsilon."""
     margin = QUIET_MARGIN + math.log(max(1, len(names) * prefix_len))
-    keys = quiet_keys(model, batch.ids, batch.packed, margin, position_offset).cpu()  # (n_layer, n_head, head_dim)
-    generator = torch.Generator().manual_seed(seed)
-    shape = (*keys.shape[:2], prefix_len, keys.size(-1))
-    draw = lambda: keys[:, :, None] + NOISE_STD * torch.randn(shape, generator=generator)
-    return Banks({name: (draw(), torch.zeros(shape)) for name in names}).to(model.device)
+    unit = units[0]  # (n_layer, n_head, 1, 1)
+    keys = quiet_keys(model, batch.ids, batch.packed, margin, unit, position_offset)[:, :, None]
+    noise = random_banks(model.config, names, prefix_len, seed, (unit, 0.0), QUIET_NOISE)
+    return Banks({name: (keys + key, value) for name, (key, value) in zip(names, noise.pairs())})
 
 
 @torch.no_grad()
-def quiet_keys(model, ids, packed, margin, position_offset=0):
+def quiet_keys(model, ids, packed, margin, unit, position_offset=0):
     """For every layer and head, a key that its queries score at least `margin` below the log of the sum of exp(score)
-    of their text, as far as one key can -> (n_layer, n_head, head_dim), float32."""
+    of their text, as far as one key of few units can -> (n_layer, n_head, head_dim), float32."""
     keys, n_head = [], model.config.n_head
     future = torch.ones(packed.longest, packed.longest, dtype=torch.bool, device=ids.device).triu(1)
 
@@ -87,7 +107,7 @@ def quiet_keys(model, ids, packed, margin, position_offset=0):
             T = one_q.size(1)
             scores = (one_q @ one_k.transpose(-2, -1)).masked_fill(future[:T, :T], -torch.inf)  # (n_head, T, T)
             text.append(scores.logsumexp(dim=-1))
-        keys.append(smallest_below(q, torch.cat(text, 1) - margin))
+        keys.append(unit[i, :, 0] * smallest_below(unit[i] * q, torch.cat(text, 1) - margin))
         return attend(qkv, n_head, packed, backend=model.attention)
 
     model.blocks(model.embed(ids, packed.position + position_offset), attn_fn)

@@ -68,14 +68,15 @@ class Trainer:
         self.identity = identity(model, banks, corpus, settings)
         state.check_identity(f"process {distributed.rank()}", self.identity, distributed.broadcast(self.identity))
 
-    def run(self):
-        """Train to settings.steps, validating and saving on the way. Returns False if a signal ended it early."""
-        s, p = self.settings, self.progress
+    def run(self, end=None):
+        """Train to the step `end` (None: settings.steps), validating and saving on the way. Returns False if a signal
+        ended it early."""
+        s, p, end = self.settings, self.progress, end or self.settings.steps
         began = time.monotonic() - p.seconds
         with stop_signals() as self.stop, self.progress_bar() as bar:
             if p.step == 0:
                 self.save()  # from here on there is something to go on from
-            for batch in self.batches.steps(p.step, s.steps):
+            for batch in self.batches.steps(p.step, end):
                 record = self.optimizer_step(batch)
                 p.seconds = record["seconds"] = round(time.monotonic() - began, 3)
                 self.log(record)
@@ -83,13 +84,13 @@ class Trainer:
                 bar.update()
                 due = s.eval_every and (p.step % s.eval_every == 0 or p.step == s.steps)
                 better = due and len(self.batches.validation) and self.validate()
-                if better or self.save_is_due() or p.step == s.steps or self.stopped:
+                if better or self.save_is_due() or p.step == end or self.stopped:
                     self.save()
                 if self.stopped:
                     break
         if p.best == math.inf:
             self.keep_prefix(None)  # nothing was validated: the newest slots are what there is
-        return p.step >= s.steps
+        return p.step >= end
 
     def optimizer_step(self, batch):
         """One step of AdamW; returns its line of metrics. A step that is not finite leaves the slots as they are."""
@@ -136,7 +137,7 @@ class Trainer:
     def validate(self):
         """Returns whether these slots are the best so far; if so, they are kept."""
         p = self.progress
-        record = {"step": p.step, "val_loss": self.validation_loss()}
+        record = {"step": p.step, "val_loss": self.validation_loss(), **self.banks.moved()}
         said = f"step {p.step}: validation loss {record['val_loss']:.4f}"
         if p.base_loss is None:
             p.base_loss = record["base_loss"] = self.validation_loss(base=True)
@@ -214,6 +215,7 @@ def identity(model, banks, corpus, settings):
     """What a run must go on with: these banks, this base, these examples, and the settings that decide its numbers."""
     base, record = base_of(model), banks.training_record
     return {
+        "state's format": 2,  # slots move in units
         "columns": banks.names,
         "prefix_len": banks.prefix_len,
         "position_offset": banks.position_offset,

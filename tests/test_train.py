@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import train
-from minigpt import GPT
+from minigpt import GPT, UserError
 from prefix.banks import Banks
+from prefix.state import Progress
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +60,40 @@ def test_a_dry_run_says_what_a_run_would_take_and_writes_no_run(run):
     assert "19 rows; 24 examples to train on, 4 to validate on" in out and "4 examples a step: about" in out
     assert "Memory: about" in out and "Time: about" in out
     assert sorted(path.name for path in Path().iterdir()) == ["base", "t.csv"]
+
+
+# --lr
+
+
+def test_of_several_rates_the_best_trains_the_prefix_also_where_the_trials_were_interrupted(run, monkeypatch):
+    several = [*OPTIONS, "--steps", 10, "--prefix-len", 2, "--columns", "en", "fr", "--lr", 1e-4, 0.2]
+    code, _, said = run(train, *several, "--out", "whole")
+    assert code == 0 and "Going on with --lr" in said
+    best = json.loads(Path("whole/config.json").read_text())["settings"]["lr"]
+    assert best in (1e-4, 0.2) and said.count("after 1 of 10 steps") == 2
+
+    def stopped(*_):
+        raise UserError("no more room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prefix.rates.copy_run", stopped)
+        assert run(train, *several, "--out", "stopped")[0] == 2
+    assert run(train, "--resume", "stopped")[0] == 0
+    model, banks = GPT.from_pretrained("base"), []
+    assert run(train, *several, "--lr", best, "--out", "alone")[0] == 0
+    for name in ("whole", "stopped", "alone"):
+        banks.append(Banks.load(name, model))
+        assert banks[-1].training_record["settings"]["lr"] == best
+    for other in banks[:2]:
+        assert all(torch.equal(*pair) for pair in zip(other.parameters(), banks[2].parameters()))
+
+
+def test_a_run_that_went_wrong_says_so_at_its_end_and_what_to_try(run):
+    code, _, said = run(train, *OPTIONS, "--prefix-len", 2, "--columns", "en", "fr", "--lr", 100, "--out", "wild")
+    assert code == 0 and said.count("Warning: ") == said.count("Try --lr 0.03 0.1 0.3") + said.count("Try a third") == 1
+    good = Progress(best=1.0, base_loss=2.0)
+    assert train.advice(good, train.FAR) == train.advice(Progress(), 1.0) == ""
+    assert "a slot moved by 42 units" in train.advice(good, 42.0)
+    assert "validation loss 2.00 is not below the 2.00 of the base" in train.advice(
+        Progress(best=2.0, base_loss=2.0), 1.0
+    )

@@ -180,7 +180,7 @@ def new_pairs(path, folder):
 def as_in_the_paper(banks, seed):
     """The network alone: slots start where its random weights put them."""
     empty = {name: [torch.zeros_like(side) for side in pair] for name, pair in zip(banks.names, banks.pairs())}
-    banks = Reparametrised(Banks(empty), seed).to(banks.key[0].device)
+    banks = Reparametrised(Banks(empty), seed=seed).to(banks.key[0].device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         banks.network[-1].reset_parameters()

@@ -7,7 +7,7 @@ from conftest import one_step, random_rows, same, slots_of
 from minigpt import GPT, Tokenizer, UserError
 from prefix.banks import Banks
 from prefix.data import corpus as data
-from prefix.init import initial_banks, random_banks
+from prefix.init import TEXT_SLOTS, from_text, initial_banks, random_banks
 from prefix.run import DEMO_CORPUS
 from prefix.sequences import pack_pairs
 from prefix.trainer import Settings, Trainer
@@ -38,22 +38,43 @@ def keys_and_values(model, ids):
     return qkv[:, :, 1].transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
 
 
-def test_slots_start_as_keys_and_values_of_the_first_training_sentences(model, tokenizer, load):
+@pytest.mark.parametrize("prefix_len", [3, TEXT_SLOTS])
+def test_slots_start_as_keys_and_values_of_the_first_training_sentences(model, tokenizer, load, prefix_len):
     corpus = load(random_rows("test", 2) + random_rows("train", 9))
-    banks = start(model, tokenizer, corpus, "text", 12)
+    banks = start(model, tokenizer, corpus, "text", prefix_len)
     for column in (0, 1):
-        ids = [i for row in corpus.rows("train") for i in corpus.ids(row, column).tolist()][:12]
+        ids = [i for row in corpus.rows("train") for i in corpus.ids(row, column).tolist()][:prefix_len]
         for ours, theirs in zip((banks.key[column], banks.value[column]), keys_and_values(model, ids)):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_slots_repeat_the_text_where_it_is_shorter_than_they_are(model, tokenizer, load):
     corpus = load(random_rows("train", 1))
-    banks = start(model, tokenizer, corpus, "text", 200)
+    ids = {name: corpus.ids(0, column).tolist() for column, name in enumerate(corpus.columns)}
+    banks = from_text(model, ids, 200)
     for column in (0, 1):
         n = len(corpus.ids(0, column))
         for slots in (banks.key[column], banks.value[column]):
             assert slots.size(2) == 200 and torch.equal(slots[:, :, n:], slots[:, :, :-n])
+
+
+@torch.no_grad()
+def test_more_slots_than_text_slots_start_no_further_from_the_base_than_text_slots_do(demo, monkeypatch):
+    """The others begin as in zero-effect. Text in all of them would disturb the base the more, the more there are."""
+    model, batch = demo[0], packed(demo, "test", 100)
+
+    def log_p(prefix_len):
+        banks = start(*demo, "text", prefix_len)
+        hidden = model.hidden(batch.ids, batch.packed, banks.slots())  # (N, n_embd)
+        logits = model.logits(hidden[batch.target_index]).log_softmax(-1)  # (M, vocab_size)
+        return banks, logits.gather(1, batch.targets[:, None]).mean()
+
+    (few, loss_of_few), (many, loss_of_many) = log_p(TEXT_SLOTS), log_p(100)
+    assert all(torch.equal(a, b[:, :, :TEXT_SLOTS]) for a, b in zip(few.key, many.key))
+    assert not any(value[:, :, TEXT_SLOTS:].any() for value in many.value)
+    assert loss_of_many == pytest.approx(float(loss_of_few), rel=0.01)
+    monkeypatch.setattr("prefix.init.TEXT_SLOTS", 100)
+    assert log_p(100)[1] < 1.5 * loss_of_few
 
 
 @pytest.mark.parametrize("init", ["text", "random"])
@@ -69,7 +90,7 @@ def test_a_column_without_training_texts_is_an_error_that_names_it(model, tokeni
 def test_random_slots_follow_from_the_seed(model, tokenizer, corpus):
     draw = lambda seed: dict(start(model, tokenizer, corpus, "random", 4, seed).named_parameters())
     one, again, other = draw(1), draw(1), draw(2)
-    assert same(one, again) and not any(torch.equal(one[name], other[name]) for name in one)
+    assert same(one, again) and not any(torch.equal(one[f"key.{i}"], other[f"key.{i}"]) for i in (0, 1))
 
 
 # --init zero-effect
@@ -104,7 +125,7 @@ def assert_nearly_the_base(model, batch, slots, offset=0):
     assert abs(loss - loss_of_base) < LOSS * loss_of_base
     assert kl.mean() < MEAN_KL
     assert (ours - base).abs().max() < WORST_LOG_P
-    assert (ours.argmax(-1) == base.argmax(-1)).float().mean() > 0.999
+    assert (ours.argmax(-1) == base.argmax(-1)).float().mean() > 0.99
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ def reparametrised(model, trainer):
     """A function: settings -> a Trainer of slots behind their network."""
 
     def build(out="run", seed=3, **settings):
-        banks = Reparametrised(random_banks(model.config, ["en", "fr"], 3), seed)
+        banks = Reparametrised(random_banks(model.config, ["en", "fr"], 3), seed=seed)
         return trainer(out, banks=banks, **dict(lr=0.01) | settings)
 
     return build
@@ -59,7 +59,7 @@ def test_training_moves_the_network_but_not_the_start_and_the_prefix_file_has_th
     before, slots = slots_of(t), flat(t.banks)
     assert t.run()
     for name, now in slots_of(t).items():
-        assert torch.equal(now, before[name]) == name.startswith(("key.", "value."))
+        assert torch.equal(now, before[name]) == name.startswith(("key.", "value.", "unit.", "z."))
     assert all((now != then).any(dim=-1).all() for now, then in zip(flat(t.banks), slots))
     with safe_open(t.out / "prefix.safetensors", framework="pt") as file:
         assert set(file.keys()) == {"en.key", "en.value", "fr.key", "fr.value"}

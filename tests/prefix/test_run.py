@@ -1,5 +1,6 @@
 """What a run is made of: the command as resolved, directions and banks to train, and which run is the newest."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import random_rows, write_table
+from conftest import random_rows, save_random_checkpoint, write_table
 
 import train
 from minigpt import UserError
@@ -26,10 +27,16 @@ def config_of(monkeypatch):
     return config_of
 
 
-def test_every_way_to_start_has_a_learning_rate_of_its_own(config_of):
-    for init in ("text", "random", "zero-effect"):
-        rates = [config_of("--init", init, *more)["settings"]["lr"] for more in ([], ["--reparam"])]
-        assert tuple(rates) == runs.LR["demo"][init]
+def test_the_learning_rate_is_the_same_for_every_base_and_start_and_smaller_through_the_network(config_of, tmp_path):
+    save_random_checkpoint(tmp_path / "base")
+    for base, init in itertools.product(("demo", tmp_path / "base"), ("text", "random", "zero-effect")):
+        assert config_of("--init", init, model=str(base))["settings"]["lr"] == runs.LR
+        assert config_of("--init", init, "--reparam", model=str(base))["settings"]["lr"] == runs.REPARAM_LR < runs.LR
+
+
+def test_several_learning_rates_are_kept_until_one_is_chosen(config_of):
+    assert config_of("--lr", 0.03, 0.1)["settings"]["lr"] == [0.03, 0.1]
+    assert config_of("--lr", 0.03)["settings"]["lr"] == 0.03
 
 
 def test_zero_effect_behind_positions_that_hold_nothing_is_told_to_be_worse(config_of, capsys):

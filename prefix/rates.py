@@ -1,0 +1,49 @@
+"""Several learning rates at once, train.py --lr 0.03 0.1 0.3: each trains for a tenth of the steps, from the same start on
+the same batches, and the best on validation goes on, exactly as a run with that rate alone.
+
+    <run>/lr-0.1/    a run of its own that stops after its tenth; the best one's files become the run's
+"""
+
+import math
+import shutil
+
+from minigpt.files import UserError, replacing
+from prefix import distributed
+from prefix.distributed import log
+from prefix.state import METRICS, state_file
+
+
+def try_rates(rates, make_trainer, out):
+    """-> (Trainer of the best rate, which stands at its tenth in the run directory `out`, that rate). If a signal ended
+    a trial early: (its Trainer, None); called again, it goes on where it was. make_trainer(rate, directory) -> a
+    Trainer at its start. Raises UserError where there are no validation pairs."""
+    losses = {}
+    for rate in rates:
+        trial = make_trainer(rate, out / f"lr-{rate:g}")
+        end = max(1, trial.settings.steps // 10)
+        if not len(trial.batches.validation):
+            raise UserError("several --lr are compared on validation pairs, and there are none: give one --lr")
+        if distributed.rank() == 0:
+            trial.out.mkdir(exist_ok=True)
+        trial.resume()
+        if not trial.run(end) or trial.stopped:
+            return trial, None
+        loss = trial.validation_loss()
+        losses[rate] = loss if math.isfinite(loss) else math.inf
+        log(f"--lr {rate:g}: validation loss {loss:.4f} after {end:,} of {trial.settings.steps:,} steps")
+    best = min(losses, key=losses.get)
+    log(f"Going on with --lr {best:g}")
+    trainer = make_trainer(best, out)
+    if distributed.rank() == 0:
+        copy_run(out / f"lr-{best:g}", out)
+    trainer.resume()
+    return trainer, best
+
+
+def copy_run(trial, out):
+    """The files of a run into another directory. metrics.jsonl there is locked, so it stays the same file."""
+    shutil.copyfile(trial / METRICS, out / METRICS)
+    (out / "last").mkdir(exist_ok=True)
+    for name in (state_file(trial).relative_to(trial), "prefix.safetensors"):
+        with replacing(out / name) as temporary:
+            shutil.copyfile(trial / name, temporary)

@@ -1,0 +1,87 @@
+"""Several learning rates at once: the best after a tenth of the steps goes on, as if it had been the only one."""
+
+import json
+import os
+import signal
+
+import pytest
+from conftest import random_rows, same, saved_prefix, slots_of, watch
+
+from minigpt import UserError
+from prefix.banks import TrainableBanks
+from prefix.init import random_banks
+from prefix.rates import try_rates
+
+RATES = [1e-4, 0.1, 90.0]
+STEPS = 30
+
+
+@pytest.fixture
+def make_trainer(model, tokenizer, corpus, trainer):
+    """A function: rate, directory -> a Trainer at the same start."""
+
+    def make_trainer(rate, out, corpus=corpus):
+        banks = TrainableBanks(random_banks(model.config, ["en", "fr"], 3, seed=5))
+        return trainer(out, banks=banks, corpus=corpus, lr=rate, steps=STEPS, eval_every=7)
+
+    return make_trainer
+
+
+def lines(trainer):
+    lines = [json.loads(line) for line in open(trainer.out / "metrics.jsonl")]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def assert_as_alone(trainer, rate, make_trainer, tmp_path):
+    """This trainer ends as a run with this rate alone: slots, metrics, prefix file."""
+    alone = make_trainer(rate, tmp_path / "alone")
+    assert alone.run() and trainer.run()
+    assert same(slots_of(trainer), slots_of(alone)) and same(saved_prefix(trainer), saved_prefix(alone))
+    assert lines(trainer) == lines(alone)
+
+
+def test_the_best_rate_goes_on_exactly_as_a_run_with_that_rate_alone(make_trainer, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    trainer, best = try_rates(RATES, make_trainer, tmp_path / "run")
+    said = capsys.readouterr().err
+    trials = [make_trainer(rate, tmp_path / f"by-hand-{rate}") for rate in RATES]
+    assert all(trial.run(STEPS // 10) for trial in trials)
+    losses = {rate: trial.validation_loss() for rate, trial in zip(RATES, trials)}
+    assert best == min(losses, key=losses.get) and f"Going on with --lr {best:g}" in said
+    for rate, loss in losses.items():
+        assert f"--lr {rate:g}: validation loss {loss:.4f} after 3 of 30 steps" in said
+    assert trainer.progress.step == STEPS // 10 and trainer.settings.lr == best
+    assert_as_alone(trainer, best, make_trainer, tmp_path)
+
+
+@pytest.mark.parametrize("rate, step", [(0, 1), (1, 1), (2, 2)])
+def test_a_signal_ends_a_trial_and_the_next_try_goes_on_there(make_trainer, tmp_path, rate, step):
+    out, made = tmp_path / "run", []
+    out.mkdir()
+
+    def stopped_once(lr, out):
+        made.append(make_trainer(lr, out))
+        if len(made) == rate + 1:
+            interrupt = lambda t=made[-1]: t.progress.step == step and os.kill(os.getpid(), signal.SIGINT)
+            watch(made[-1], "optimizer_step", lambda *_: interrupt())
+        return made[-1]
+
+    trainer, best = try_rates(RATES, stopped_once, out)
+    assert best is None and trainer is made[rate] and trainer.stopped and trainer.progress.step == step + 1
+    trainer, best = try_rates(RATES, make_trainer, out)
+    assert_as_alone(trainer, best, make_trainer, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "last/state.safetensors", "prefix.safetensors"])
+def test_a_choice_that_was_killed_while_its_files_were_copied_is_made_again(make_trainer, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    try_rates(RATES, make_trainer, tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    trainer, best = try_rates(RATES, make_trainer, tmp_path / "run")
+    assert_as_alone(trainer, best, make_trainer, tmp_path)
+
+
+def test_several_rates_without_validation_pairs_are_an_error(make_trainer, load, tmp_path):
+    none = load(random_rows("train", 5))
+    with pytest.raises(UserError, match="give one --lr"):
+        try_rates(RATES, lambda rate, out: make_trainer(rate, out, none), tmp_path)

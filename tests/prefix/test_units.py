@@ -1,0 +1,110 @@
+"""Slots move in units of the base's own keys and values, so a learning rate means the same on every base."""
+
+import json
+
+import pytest
+import torch
+from conftest import one_step, random_rows, same, saved_prefix, slots_of
+
+from prefix.init import initial_banks, units_of
+from prefix.trainer import Settings, Trainer
+
+
+@torch.no_grad()
+def scaled(model):
+    """The same function with other keys and values: in each layer and head keys times a random factor c (queries by
+    1/c) and values times d (the rows of c_proj that read them by 1/d), c and d between 1/8 and 8."""
+    c = model.config
+    for block in model.h:
+        k, v = (8.0 ** (2 * torch.rand(2, c.n_head) - 1))[:, :, None].expand(-1, -1, c.head_dim).flatten(1)  # (n_embd,)
+        factor = torch.cat([1 / k, k, v])
+        block.attn.c_attn.weight *= factor
+        block.attn.c_attn.bias *= factor
+        block.attn.c_proj.weight /= v[:, None]
+    return model
+
+
+@pytest.mark.parametrize("reparam", [False, True])
+@pytest.mark.parametrize("init", ["text", "random", "zero-effect"])
+def test_a_base_with_scaled_keys_and_values_trains_to_the_same_losses(model, tokenizer, load, tmp_path, init, reparam):
+    corpus = load(random_rows("train", 40))
+    config = {"init": init, "prefix_len": 12, "position_offset": 0, "reparam": reparam, "settings": {"seed": 3}}
+    settings, losses = Settings(steps=10, lr=0.01 if reparam else 0.1, batch_size=8, warmup=2), []
+    ids = torch.randint(100, (2, 20))
+    logits = [model(ids)]
+    for base in (lambda: model, lambda: scaled(model)):
+        banks = initial_banks(config, base(), tokenizer, corpus)
+        trainer = Trainer(model, tokenizer, banks, corpus, settings, tmp_path)
+        losses.append([one_step(trainer)["loss"] for _ in range(10)])
+    logits.append(model(ids))
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+    assert all((now != then).any() for now, then in zip(banks.slots().key, torch.cat(list(banks.key), dim=2)))
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=0)
+
+
+def test_units_are_the_standard_deviations_of_the_bases_own_keys_and_values(model, tokenizer, load):
+    corpus = load(random_rows("train", 40))
+    n = model.config.n_positions // 2
+    ids = [i for column in (0, 1) for i in [i for row in corpus.rows("train") for i in corpus.ids(row, column)][:n]]
+    outputs = []
+    hooks = [block.attn.c_attn.register_forward_hook(lambda _, __, out: outputs.append(out)) for block in model.h]
+    model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    qkv = torch.stack(outputs).unflatten(-1, (3, model.config.n_head, -1))  # (n_layer, T, 3, n_head, head_dim)
+    std = qkv.var(dim=1, unbiased=False).mean(dim=-1).sqrt()  # (n_layer, 3, n_head)
+    for unit, which in zip(units_of(model, corpus), (1, 2)):
+        torch.testing.assert_close(unit[:, :, 0, 0], std[:, which], rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def moving(model, tokenizer, load, trainer):
+    """A function: settings -> a Trainer of banks from text, in units."""
+    corpus = load(random_rows("train", 20) + random_rows("validation", 4))
+
+    def build(out="run", train=None, reparam=False, **settings):
+        config = {"init": "text", "prefix_len": 3, "position_offset": 0, "reparam": reparam, "train_banks": train}
+        banks = initial_banks(config | {"settings": {"seed": 0}}, model, tokenizer, corpus)
+        return trainer(out, banks=banks, corpus=corpus, **settings)
+
+    return build
+
+
+def test_a_run_that_goes_on_keeps_the_units_that_it_began_with(moving, monkeypatch):
+    whole, stopped = moving("whole"), moving("stopped")
+    assert whole.run() and stopped.run(3)
+    monkeypatch.setattr("prefix.init.UNIT_TOKENS", 20)
+    resumed = moving("stopped")
+    assert not torch.equal(resumed.banks.unit[0], whole.banks.unit[0])
+    resumed.resume()
+    assert resumed.run() and same(slots_of(resumed), slots_of(whole))
+
+
+def test_only_slots_that_are_trained_leave_their_start(moving):
+    t = moving(train=["fr"])
+    start = [x.detach().clone() for pair in t.banks.pairs() for x in pair]
+    t.run()
+    now = [x.detach() for pair in t.banks.pairs() for x in pair]
+    assert [torch.equal(*pair) for pair in zip(start, now)] == [True, True, False, False]
+    assert all(torch.equal(*pair) for pair in zip(saved_prefix(t).values(), [now[0], now[2], now[1], now[3]]))
+
+
+@pytest.mark.parametrize("reparam", [False, True])
+def test_each_validation_says_how_far_slots_are_from_their_start_in_units(moving, reparam):
+    t = moving(reparam=reparam, eval_every=3)
+    start = [torch.stack(pair).detach().clone() for pair in t.banks.pairs()]
+    assert t.banks.moved() == {"moved": 0, "moved_max": 0}
+    t.run()
+    lines = [json.loads(line) for line in open(t.out / "metrics.jsonl")]
+    first, last = [line for line in lines if "val_loss" in line]
+    moved = [(torch.stack(pair) - was) / torch.stack([*t.banks.unit]) for pair, was in zip(t.banks.pairs(), start)]
+    distance = torch.cat([x.detach().square().mean(dim=(0, 1, 2, 4)).sqrt() for x in moved])  # (6,), of each slot
+    assert last["moved_max"] > first["moved_max"] > 0
+    assert last["moved_max"] == pytest.approx(float(distance.max()), rel=1e-4)
+    assert last["moved"] == pytest.approx(float(distance.median()), rel=1e-4)
+
+
+def test_slots_that_do_not_move_do_not_count_in_how_far_slots_moved(moving):
+    t = moving(train=["fr"])
+    t.run()
+    assert 0 < t.banks.moved()["moved_max"] < 2 * t.banks.moved()["moved"]
