@@ -301,11 +301,11 @@ def test_on_a_full_disk_a_run_ends_with_one_line_and_goes_on_when_there_is_room(
 
 
 def test_on_a_disk_without_room_for_a_line_of_metrics_a_run_ends_with_one_line(fork, begin, out):
-    result = fork("train", *begin(out), "--steps", 100, largest=12_000)
+    result = fork("train", *begin(out), "--steps", 400, largest=30_000)
     assert_one_line(result, f"{METRICS}: cannot be written")
     assert_whole_files(out)
     assert fork("train", "--resume", out)[0] == 0
-    assert [line["step"] for line in lines_of(out) if "loss" in line] == list(range(1, 101))
+    assert [line["step"] for line in lines_of(out) if "loss" in line] == list(range(1, 401))
 
 
 @pytest.fixture

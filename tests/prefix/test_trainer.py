@@ -207,7 +207,7 @@ def test_where_memory_runs_out_micro_batches_are_halved_until_they_fit(trainer, 
     fits = t.batches.micro_batch_tokens
     assert fits <= largest // 4 and t.progress.fitting_tokens == fits
     said = capsys.readouterr().err
-    assert f"step 1: out of memory with micro-batches of {largest} tokens; {fits} fit" in said
+    assert f"step 1: out of memory with micro-batches of {largest} tokens; " in said and f" {fits} fit\n" in said
     assert said.count("out of memory") == 1
     quartered.batches.micro_batch_tokens = fits
     assert quartered.run() and metrics(t) == metrics(quartered) and same(slots_of(t), slots_of(quartered))
