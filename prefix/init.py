@@ -67,8 +67,8 @@ def random_banks(config, names, prefix_len, seed=0, units=(1.0, 1.0), std=NOISE)
     """Normal keys and values with a standard deviation of `std` units. config: a GPTConfig."""
     generator = torch.Generator().manual_seed(seed)
     shape = (config.n_layer, config.n_head, prefix_len, config.head_dim)
-    draw = lambda unit: std * unit * torch.randn(shape, generator=generator).to(device)
     device = units[0].device if torch.is_tensor(units[0]) else "cpu"
+    draw = lambda unit: std * unit * torch.randn(shape, generator=generator).to(device)
     return Banks({name: (draw(units[0]), draw(units[1])) for name in names})
 
 
