@@ -6,7 +6,7 @@ A file is a table of sentences and translations (.tsv or .csv, with a header) or
 stands how often one of its sentences is drawn. documents.py says what is made of them. A run goes on exactly from
 DIR/state.pt. So it may end at any time: stop it, and start it again with fewer --tokens. It needs the `tokenizers`
 package (it comes with transformers). On a CPU a malloc that keeps its memory whole makes steps up to three times as fast:
-LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1
+LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=thp:always,dirty_decay_ms:5000,muzzy_decay_ms:5000
 """
 
 import argparse
