@@ -76,12 +76,15 @@ def main():
         train(way, corpus, steps, lr, args.batch_size, examples=only(corpus.examples("train"), [(s, t)]))
         return way
 
-    table = {"base": {"learned": loss(base, tokenizer, encoded(corpus, test)), **others(base)}}
-    for name in WAYS:
+    def trained_at_its_best_rate(name):
         validation = only(corpus.examples("validation"), [(s, t)])
         sweep = lambda lr: validation_loss(trained(name, args.sweep_steps, lr), corpus, validation)
         lr = best_rate(TRAINED[name][1], sweep)
-        way = trained(name, args.steps, lr)
+        return trained(name, args.steps, lr), lr
+
+    table = {"base": {"learned": loss(base, tokenizer, encoded(corpus, test)), **others(base)}}
+    for name in WAYS:
+        way, lr = trained_at_its_best_rate(name)
         learned = {"learned": validation_loss(way, corpus, test)}
         if name == "prefix":
             check_unchanged(way, base, tokenizer)
