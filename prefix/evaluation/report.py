@@ -18,6 +18,7 @@ import numpy as np
 from prefix.evaluation.metrics import RESAMPLES
 
 ENOUGH = 100  # sentences for a verdict
+LABELS = 10  # sentences to one reference, from which on these seem to be labels
 REFERENCES_SHOWN = 3  # of a sentence
 CLASSES_SHOWN = 12  # a larger confusion matrix is for JSON and the page
 FORMS = {"names": "lines that begin with the columns' names", "lines": "bare lines"}
@@ -78,7 +79,10 @@ def remarks(result):
     said = []
     if result.classes:
         label, n = Counter(refs[0] for refs in result.references).most_common(1)[0]
+        said.append(f"each answer is the likeliest choice of {len(result.choices)}")
         said.append(f"always answering {label!r} would have accuracy {100 * n / len(result.references):.2f}")
+    elif len(result.references) >= LABELS * (n := len({refs[0] for refs in result.references})):
+        said.append(f"the references are {n} different texts: as labels, by --metrics {result.target}=accuracy?")
     if result.draws:
         said.append(f"prefix minus the median draw (95 % of {RESAMPLES:,} resamples): {difference(result)}")
         tried = ", ".join(f"{form} {value:.1f}" for form, value in result.form_log_p.items()) or "no pair fits"
@@ -128,8 +132,13 @@ def to_text(settings, results):
             lines += [*(f"  {name:>10}  {text}" for name, text in shown), ""]
     names = "prefix", "data", "split", "decoding", "shots", "draws"
     lines.append(", ".join(f"{name} {spelled(settings[name])}" for name in names))
-    lines.append("   ".join(f"{label} {signature}" for label, signature in results[0].signatures.items()))
+    lines.append("   ".join(signatures(results)))
     return "\n".join(lines)
+
+
+def signatures(results):
+    """Each metric with its signature; of several directions that differ in it, each."""
+    return dict.fromkeys(f"{label} {text}" for result in results for label, text in result.signatures.items())
 
 
 def to_json(settings, results):
@@ -161,10 +170,9 @@ def to_html(settings, results):
         most = max(float(cell) for _, rows in attention for _, *cells in rows[1:] for cell in cells)
         parts.append(f"<h2>Attention of the first sentence</h2><p>In %; the darkest cells are {most:.0f} %.</p>")
         parts += [html_table(heading, rows, most) for heading, rows in attention]
-    for heading, listed in ("Settings", settings), ("Signatures", results[0].signatures):
-        given = {name: value for name, value in listed.items() if value is not None and value is not False}
-        pairs = ((name, escape(spelled(value))) for name, value in given.items())
-        parts.append(f"<h2>{heading}</h2>{html_list(pairs)}")
+    given = {name: value for name, value in settings.items() if value is not None and value is not False}
+    parts.append(f"<h2>Settings</h2>{html_list((name, escape(spelled(value))) for name, value in given.items())}")
+    parts.append(f"<h2>Signatures</h2><p>{'<br>'.join(map(escape, signatures(results)))}</p>")
     ends = ", ".join(f"{result.source} → {result.target}" for result in results)
     heading = f"Prefix{' against k-shot prompting' * bool(results[0].draws)}: {ends}"
     return PAGE.substitute(title=escape(heading), body="\n".join(parts))
