@@ -81,7 +81,7 @@ def test_the_terminal_the_page_and_the_json_file_have_the_same_table_and_sentenc
 
 
 def test_cut_sources_are_counted_where_there_are_any():
-    assert ["sources cut", "0", "2", ""] in report.score_rows(result(cut=3))  # in one of two draws
+    assert ["sources cut", "0", "2", ""] in report.score_lines(result(cut=3))  # in one of two draws
 
 
 @pytest.mark.parametrize("n, p, words", [
@@ -111,7 +111,7 @@ def test_a_large_confusion_matrix_is_left_to_the_page_and_json(monkeypatch):
 
 
 def test_three_references_of_a_sentence_are_shown():
-    shown = list(report.examples(result(references=[["a", "b", "c", "d"]] * 3), 1))
+    shown = list(report.side_by_side(result(references=[["a", "b", "c", "d"]] * 3), 1))
     assert shown == [[("fr", "le chat 0"), *(("reference", x) for x in "abc"), ("1-shot", "shot 0"), ("prefix", "prefixed 0")]]
 
 
