@@ -151,7 +151,7 @@ def _default_columns(where, there):
 
 
 def is_language(name):
-    """Is this a code or name of a language, such as fr, fra, fr_FR, French or français?"""
+    """Is this a code or name of a language, such as fr, fra, fr_FR or French?"""
     found = re.fullmatch(f"([^-_]+)([-_]({REGION}))*", name.casefold())
     return bool(found) and found[1] in LANGUAGES
 

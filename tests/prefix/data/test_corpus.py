@@ -13,7 +13,6 @@ from prefix.data import corpus as data
 from prefix.data import tables
 from prefix.data.splits import split_of
 
-
 TOKENS = [*byte_characters().values(), END_OF_TEXT]
 
 
