@@ -4,7 +4,6 @@ Imported by scripts and by the `__main__` part of modules, and by nothing else.
 """
 
 import argparse
-import difflib
 import os
 import sys
 from contextlib import contextmanager, suppress
@@ -25,32 +24,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MACHINE = {
     "device": (["cpu", "cuda", "mps"], "where to compute (auto: a GPU if there is one)"),
     "dtype": ([*DTYPES], "what the frozen model computes in (auto: 16 bits on a GPU, else float32)"),
-    "attention": (
-        ["fused", "plain"],
-        "fused: the fast kernels, or an error; plain: the formula, to compare with (auto)",
-    ),
+    "attention": (["fused", "plain"], "fused: the fast kernels, or an error; plain: the formula, to compare with (auto)"),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, and with one line for a mistake. dash: a hint for arguments that begin with a
-    dash and are no options."""
+    """argparse without abbreviations, and with one line for a mistake."""
 
-    def __init__(self, *args, dash="", **settings):
-        super().__init__(*args, allow_abbrev=False, **settings)
-        self.dash = dash
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
         versions = f"{__version__}, torch {torch.__version__}"
         self.add_argument("--version", action="version", version=versions, help="print this project's and torch's")
-
-    def parse_args(self, args=None, namespace=None):
-        args, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            argument = next((text for text in unknown if text.startswith("-")), unknown[0])
-            name, options = argument.partition("=")[0], list(self._option_string_actions)
-            like = [option for option in options if option.startswith(name)] or difflib.get_close_matches(name, options)
-            meant = f": did you mean {like[0]}?" if like else ""
-            self.error(f"unrecognized argument {argument}{meant}{self.dash if argument.startswith('-') else ''}")
-        return args
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {escape_control(message)} (--help lists the options)\n")
@@ -166,8 +150,7 @@ def direction(args, banks):
     """(source, target) bank names: --from and --to, by default the second bank to the first."""
     names = banks.names
     if len(names) < 2:
-        one = f"this prefix has one bank, {names[0]}; translating takes two"
-        raise UserError(f"{one}: name another file, --prefix, too")
+        raise UserError(f"this prefix has one bank, {names[0]}; translating takes two: name another file, --prefix, too")
     target = args.target or next(name for name in names if name != args.source)
     source = args.source or next(name for name in [names[1], *names] if name != target)
     banks.mask([source, target])  # both are there

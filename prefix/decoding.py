@@ -14,7 +14,8 @@ from prefix.distributed import log_once
 class Decoding:
     """How to decode. max_new: tokens of an answer at most; None: twice the source plus 16; never past the context.
     sampler: None takes the likeliest token. beams: 1 is no beam search. batch_size: sentences at a time; where memory
-    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken."""
+    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken. first: the number of the
+    first text; each is sampled from a random stream of its number."""
 
     max_new: int | None = None
     sampler: Sampler | None = None
@@ -22,6 +23,7 @@ class Decoding:
     length_penalty: float = 1.0
     batch_size: int = 32
     choices: list | None = None
+    first: int = 0
 
     def check(self, config):
         """Raises UserError for more than a model of this config can use."""
@@ -43,7 +45,7 @@ class Decoding:
         return min(usual, left) if left >= min(usual, n) else 0
 
 
-def decode(model, prompts, stop, slots, position_offset, decoding, answers=(), on_token=None):
+def decode(model, prompts, stop, slots, position_offset, decoding, answers=()):
     """Prompts -> a list of Generated, in the same order: the likeliest of `answers` (lists of ids), or by beams, or
     token by token. stop: ids that end an answer. Where memory runs out, rows are halved until they fit."""
 
@@ -56,7 +58,7 @@ def decode(model, prompts, stop, slots, position_offset, decoding, answers=(), o
             return beam_search(model, prompts, stop, **common)
         if decoding.sampler:
             decoding.sampler.streams.clear()  # also where an attempt has drawn from them
-        return generate(model, prompts, stop, **common, sampler=decoding.sampler, on_token=on_token)
+        return generate(model, prompts, stop, **common, sampler=decoding.sampler)
 
     if not prompts:
         return []

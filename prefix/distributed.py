@@ -21,33 +21,25 @@ from minigpt.files import UserError, escape_control
 
 TIMEOUT = timedelta(hours=6)  # processes wait for the first to encode a large file, or to read a slow pipe
 SAY_AFTER = 10.0  # seconds of waiting
-INSTEAD = "start several processes with torchrun, or unset WORLD_SIZE for one"
 
 
 def start(device="auto"):
     """Join the other processes, if torchrun started any; each takes the GPU of its local number. device: as --device.
     Raises UserError where the environment is not torchrun's, or a machine has fewer GPUs than processes."""
-    if environment("WORLD_SIZE", "1") < 2:
-        return
-    for name in ("RANK", "MASTER_PORT"):
-        environment(name)
-    if not os.environ.get("MASTER_ADDR"):
-        raise UserError(f"MASTER_ADDR is not set, though WORLD_SIZE is: {INSTEAD}")
-    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
-    if cuda:
-        if (here := environment("LOCAL_WORLD_SIZE")) > (gpus := torch.cuda.device_count()):
-            raise UserError(f"{here} processes on a machine with {gpus} GPUs: give torchrun --nproc_per_node={gpus}")
-        torch.cuda.set_device(environment("LOCAL_RANK"))
-    with waiting():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
-
-
-def environment(name, default=""):
-    """A number that torchrun sets."""
-    value = os.environ.get(name, default)
-    if not value.isdecimal():
-        raise UserError(f"{name} is {value!r} in the environment, not a number: {INSTEAD}")
-    return int(value)
+    try:
+        if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+            return
+        cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+        if cuda:
+            here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+            if here > gpus:
+                raise ValueError(f"{here} processes on a machine with {gpus} GPUs: give torchrun --nproc_per_node={gpus}")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        with waiting():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    except (KeyError, ValueError) as error:
+        instead = "start several processes with torchrun, or unset WORLD_SIZE for one"
+        raise UserError(f"WORLD_SIZE is set, but: {error}; {instead}") from error
 
 
 @contextmanager
@@ -116,7 +108,7 @@ def broadcast(value):
 
 def rank0_first(work):
     """work() in the first process of each machine, then in the others, which find its files made."""
-    first = world_size() == 1 or environment("LOCAL_RANK", "0") == 0
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     result = work() if first else None
     all_gather([])  # all first ones are done
     return result if first else work()

@@ -21,7 +21,7 @@ def try_rates(rates, make_trainer, out):
     for rate in rates:
         trial = make_trainer(rate, out / f"lr-{rate:g}")
         end = max(1, trial.settings.steps // 10)
-        if not len(trial.batches.validation):
+        if not len(trial.loader.validation):
             raise UserError("several --lr are compared on validation pairs, and there are none: give one --lr")
         if distributed.rank() == 0:
             trial.out.mkdir(exist_ok=True)

@@ -14,7 +14,6 @@ python -m prefix.run lists the runs.
 import itertools
 import json
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from minigpt import UserError, checkpoint
@@ -49,9 +48,6 @@ def resolve(args):
     if base == "demo" and not args.model and args.data not in (None, ["demo"]):
         toy = "The demo is a toy that knows short English and French sentences. A real model learns your data better"
         log(f"{toy}: --model gpt2 (0.5 GB to download), or gpt2-xl on a GPU (6.4 GB)")
-    if args.init == "zero-effect" and args.position_offset == "prefix":
-        behind = f"--position-offset prefix starts text at position {args.prefix_len}, behind nothing"
-        log(f"{behind}, where the base itself is worse: --init text stands in those positions")
     steps = args.steps or STEPS[base]
     rates = args.lr or [REPARAM_LR if args.reparam else LR]
     settings = Settings(
@@ -132,16 +128,10 @@ def check_unused(out):
 
 
 def make_directory(out):
-    """`out`, or a new directory named by the time."""
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        return out
-    with suppress(FileExistsError):  # by a run of this same second
-        out = RUNS / time.strftime("%Y%m%d-%H%M%S")
-        out.mkdir(parents=True)
-        return out
-    time.sleep(0.1)
-    return make_directory(None)
+    """`out`, or runs/<time>."""
+    out = out or RUNS / time.strftime("%Y%m%d-%H%M%S")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def write_config(out, config):
@@ -166,10 +156,9 @@ def newest_run(needs=()):
         loss, base_loss = (header["training"].get(name) for name in ("val_loss", "base_loss"))
         if len(header["banks"]) < 2 or not set(needs) <= set(header["banks"]):
             continue
-        if loss is None or base_loss is None or loss < base_loss:
+        if None in (loss, base_loss) or loss < base_loss:
             return path
-        above = f"its validation loss, {loss:.2f}, is not below the base's own, {base_loss:.2f}"
-        log(f"Passing over {path.parent}: {above}")
+        log(f"Passing over {path.parent}: its validation loss, {loss:.2f}, is not below the base's own, {base_loss:.2f}")
     return None
 
 

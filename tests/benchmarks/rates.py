@@ -18,10 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, which has a train.py of its own
 
+import torch
 from common import RATES
 
 from minigpt import GPT, Tokenizer
 from prefix import cli, run
+from prefix.batches import BatchLoader
 from prefix.data import corpus as data
 from prefix.init import INITS, initial_banks
 from prefix.trainer import Settings, Trainer
@@ -57,6 +59,13 @@ def sweep(args, name):
             rates |= {RATES[at - 1], RATES[min(at + 1, len(RATES) - 1)]}
 
 
+@torch.no_grad()
+def moved(banks):
+    """The median and the largest distance of the slots from their start: root mean square of z, in units."""
+    distance = torch.cat([torch.stack([*z]).square().mean(dim=(0, 1, 2, 4)).sqrt() for z in banks.moves()])  # (slots,)
+    return {"moved": float(distance.median()), "moved_max": float(distance.max())}
+
+
 def measured(results, spec, model, tokenizer, corpus):
     """The validation loss of a run, from the file of results if it is there."""
     for line in results.read_text().splitlines() if results.exists() else []:
@@ -66,12 +75,12 @@ def measured(results, spec, model, tokenizer, corpus):
     config = {"init": spec["init"], "prefix_len": spec["prefix_len"], "reparam": spec["reparam"]}
     banks = initial_banks(config | {"position_offset": 0, "settings": {"seed": 0}}, model, tokenizer, corpus)
     settings = Settings(s, spec["lr"], spec["batch_size"], warmup=s // 20)
-    trainer = Trainer(model, tokenizer, banks, corpus, settings, None)
+    trainer = Trainer(model, banks, BatchLoader(corpus, tokenizer, settings, model.device), settings, None)
     line = {"spec": spec, "base_loss": trainer.validation_loss(base=True), "start": trainer.validation_loss()}
-    for batch in trainer.batches.steps(0, s):
+    for batch in trainer.loader.steps(0, s):
         trainer.optimizer_step(batch)
     loss = trainer.validation_loss()
-    line |= {"loss": loss if math.isfinite(loss) else 1e9, **trainer.banks.moved()}
+    line |= {"loss": loss if math.isfinite(loss) else 1e9, **moved(banks)}
     line["seconds"] = round(time.monotonic() - began, 1)
     with open(results, "a") as file:
         file.write(json.dumps(line) + "\n")

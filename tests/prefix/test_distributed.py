@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from minigpt import GPT, GPTConfig, Tokenizer
 from prefix import distributed
+from prefix.batches import BatchLoader
 from prefix.data import corpus as data
 from prefix.init import random_banks
 from prefix.trainer import Settings, Trainer
@@ -44,7 +45,8 @@ banks = random_banks(model.config, corpus.columns, 3).double()
 
 def trained():
     settings = Settings(steps=5, lr=0.0, batch_size=7, clip=1e9)
-    return Trainer(model, tokenizer, banks, corpus, settings, out, 40)
+    loader = BatchLoader(corpus, tokenizer, settings, model.device, micro_batch_tokens=40)
+    return Trainer(model, banks, loader, settings, out)
 
 
 def step_of(trainer):
@@ -52,7 +54,7 @@ def step_of(trainer):
     trainer.optimizer.register_step_pre_hook(
         lambda *_: found.append(torch.cat([p.grad.flatten() for p in banks.parameters()]))
     )
-    return trainer.optimizer_step(trainer.batches.step(0))["loss"], found[0]
+    return trainer.optimizer_step(trainer.loader.step(0))["loss"], found[0]
 
 
 trainer = trained()
@@ -74,7 +76,7 @@ def loss_in_little_memory(*arguments):
 
 
 trainer.loss = loss_in_little_memory
-trainer.batches.micro_batch_tokens = 200  # several pairs, so that it can be halved
+trainer.loader.micro_batch_tokens = 200  # several pairs, so that it can be halved
 _, repeated = step_of(trainer)
 assert any(failed) == (distributed.rank() == 1)
 if distributed.rank() == 0:
@@ -156,26 +158,21 @@ def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_ha
 # The environment
 
 
-TORCHRUN = dict(
-    WORLD_SIZE="4", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="4", MASTER_PORT="1", MASTER_ADDR="localhost"
-)
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment, not a number.*torchrun"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' in the environment, not a number"),
-        ({"RANK": ""}, "RANK is '' in the environment"),
-        ({"MASTER_PORT": ""}, "MASTER_PORT is ''"),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
-        ({}, "4 processes on a machine with 2 GPUs: give torchrun --nproc_per_node=2"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is set, but: invalid literal .*torchrun"),
+        ({"WORLD_SIZE": "two"}, "'two'"),
+        ({"RANK": ""}, "RANK expected"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR expected"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "4 processes on a machine with 2 GPUs: give torchrun --nproc_per_node=2"),
     ],
 )
 def test_an_environment_that_is_not_torchruns_or_has_too_few_gpus_is_one_line(monkeypatch, change, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "LOCAL_WORLD_SIZE" in change)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in (TORCHRUN | change).items():
+    torchrun = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": "localhost"}
+    for name, value in (torchrun | change).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         distributed.start()

@@ -6,10 +6,11 @@ from conftest import one_step, random_rows, same, slots_of
 
 from minigpt import GPT, Tokenizer, UserError
 from prefix.banks import Banks
+from prefix.batches import BatchLoader
 from prefix.data import corpus as data
-from prefix.init import TEXT_SLOTS, from_text, initial_banks, random_banks
+from prefix.init import TEXT_SLOTS, initial_banks, random_banks
 from prefix.run import DEMO_CORPUS
-from prefix.sequences import pack_pairs
+from prefix.sequences import pack_pairs, pairs_of
 from prefix.trainer import Settings, Trainer
 
 # What --init zero-effect may change of the demo on sentences that it has not seen: the share of the base's loss and, in
@@ -46,16 +47,6 @@ def test_slots_start_as_keys_and_values_of_the_first_training_sentences(model, t
         ids = [i for row in corpus.rows("train") for i in corpus.ids(row, column).tolist()][:prefix_len]
         for ours, theirs in zip((banks.key[column], banks.value[column]), keys_and_values(model, ids)):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_slots_repeat_the_text_where_it_is_shorter_than_they_are(model, tokenizer, load):
-    corpus = load(random_rows("train", 1))
-    ids = {name: corpus.ids(0, column).tolist() for column, name in enumerate(corpus.columns)}
-    banks = from_text(model, ids, 200)
-    for column in (0, 1):
-        n = len(corpus.ids(0, column))
-        for slots in (banks.key[column], banks.value[column]):
-            assert slots.size(2) == 200 and torch.equal(slots[:, :, n:], slots[:, :, :-n])
 
 
 @torch.no_grad()
@@ -112,14 +103,12 @@ def quiet(demo):
 def packed(demo, split, n):
     """The first n pairs of a split, packed."""
     _, tokenizer, corpus = demo
-    examples = [(corpus.ids(r, s), corpus.ids(r, t), int(s), int(t)) for r, s, t in corpus.examples(split)[:n]]
-    return pack_pairs(examples, *tokenizer.encode("\n"), tokenizer.eot)
+    return pack_pairs(pairs_of(corpus, corpus.examples(split)[:n]), *tokenizer.encode("\n"), tokenizer.eot)
 
 
 def assert_nearly_the_base(model, batch, slots, offset=0):
-    base, ours = (
-        model.logits(model.hidden(batch.ids, batch.packed, s, offset)).log_softmax(-1) for s in (None, slots)
-    )  # (N, vocab_size)
+    hidden = (model.hidden(batch.ids, batch.packed, s, offset) for s in (None, slots))
+    base, ours = (model.logits(x).log_softmax(-1) for x in hidden)  # (N, vocab_size)
     kl = (base.exp() * (base - ours)).sum(-1)
     loss, loss_of_base = (-x[batch.target_index].gather(1, batch.targets[:, None]).mean() for x in (ours, base))
     assert abs(loss - loss_of_base) < LOSS * loss_of_base
@@ -156,9 +145,10 @@ def test_all_slots_of_zero_effect_are_different_and_have_values_of_zero(quiet):
 
 def test_slots_of_zero_effect_learn(demo, quiet, tmp_path):
     model, tokenizer, corpus = demo
-    banks = Banks(dict(zip(quiet.names, quiet.pairs())))
-    t = Trainer(model, tokenizer, banks, corpus, Settings(steps=15, lr=0.1, batch_size=16, warmup=1), tmp_path)
-    t.batches.train = t.batches.train[:16]
+    banks = Banks(dict(zip(quiet.names, quiet.key_values())))
+    settings = Settings(steps=15, lr=0.1, batch_size=16, warmup=1)
+    t = Trainer(model, banks, BatchLoader(corpus, tokenizer, settings, model.device), settings, tmp_path)
+    t.loader.train = t.loader.train[:16]
     batch, first = packed(demo, "train", 16), slots_of(t)
     with torch.no_grad():
         before = float(t.loss(batch, t.banks.slots()))

@@ -25,7 +25,7 @@ def reparametrised(model, trainer):
 
 
 def flat(banks):
-    return [x.detach() for pair in banks.pairs() for x in pair]
+    return [x.detach() for pair in banks.key_values() for x in pair]
 
 
 def test_reparametrised_slots_are_where_they_start_until_they_are_trained(model):
@@ -47,7 +47,7 @@ def test_the_network_is_that_of_the_paper(model):
         "network.2.bias": [wide],
     }
     torch.nn.init.normal_(banks.network[2].weight)
-    (_, _), (key, value) = banks.pairs()
+    (_, _), (key, value) = banks.key_values()
     inner = torch.tanh(banks.network[0](banks.embedding[1, 2]))  # of slot 2 of bank 1
     out = (banks.network[2].weight @ inner + banks.network[2].bias).view(n_layer, 2, model.config.n_head, -1)
     torch.testing.assert_close(key[:, :, 2], banks.key[1][:, :, 2] + out[:, 0])

@@ -39,14 +39,6 @@ def test_several_learning_rates_are_kept_until_one_is_chosen(config_of):
     assert config_of("--lr", 0.03)["settings"]["lr"] == 0.03
 
 
-def test_zero_effect_behind_positions_that_hold_nothing_is_told_to_be_worse(config_of, capsys):
-    zero, behind = ["--init", "zero-effect"], ["--position-offset", "prefix"]
-    for options, told in ((zero, 0), (behind, 0), ([*zero, *behind, "--prefix-len", "7"], 1)):
-        config_of(*options)
-        err = capsys.readouterr().err
-        assert err.count("text at position 7, behind nothing") == err.count("--init text stands in those") == told
-
-
 def test_who_trains_the_toy_base_on_data_of_their_own_is_told_what_serves_better(
     config_of, tmp_path, capsys, monkeypatch
 ):
