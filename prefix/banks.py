@@ -72,6 +72,10 @@ class Banks(nn.Module):
                 raise UserError(f"no bank {name!r} in this prefix: it has {', '.join(self.names)}")
         return sum(1 << self.names.index(name) for name in set(names))
 
+    def moved(self):
+        """How far slots are from their start, as metrics.jsonl says it: nothing here."""
+        return {}
+
     def slots(self):
         """All banks one after another, as attention takes them: key, value (n_layer, n_head, S, head_dim)."""
         key, value = (torch.cat(side, dim=2) for side in zip(*self.key_values()))
@@ -152,6 +156,12 @@ class TrainableBanks(Banks):
     def key_values(self):
         starts = zip(self.key, self.value, self.moves())
         return [(key + self.unit[0] * z_k, value + self.unit[1] * z_v) for key, value, (z_k, z_v) in starts]
+
+    def moved(self):
+        """The median and the largest distance of the trained slots from their start: root mean square of z, in units."""
+        trained = [z.detach() for z in self.moves() if z.requires_grad]  # (2, n_layer, n_head, prefix_len, head_dim)
+        distance = torch.cat([z.square().mean(dim=(0, 1, 2, 4)).sqrt() for z in trained])  # (slots,)
+        return {"moved": float(distance.median()), "moved_max": float(distance.max())}
 
 
 @torch.no_grad()
