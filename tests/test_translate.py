@@ -13,7 +13,7 @@ from conftest import CONTEXT, TRAIN, assert_refused, random_text, save_random_ch
 import train
 import translate
 from minigpt import GPT, Tokenizer
-from prefix import cli
+from prefix import cli, lines
 from prefix.banks import Banks
 from prefix.run import DEMO_PREFIX
 from prefix.translation import Decoding
@@ -116,6 +116,17 @@ def test_a_long_text_gets_what_its_sentences_get_alone(run, demo):
     alone = translate_texts(*demo, ["Je suis ici.", "Il pleut.", "Merci."], "fr", "en")
     assert (code, out) == (0, " ".join([alone[0].text, alone[1].text] * 40) + f"\n{alone[2].text}\n")
     assert "1 of 2 texts were too long" in err
+
+
+def test_lines_are_what_stands_between_newlines_whatever_blocks_they_come_in(monkeypatch, tmp_path):
+    texts = ["", "été", "x" * 200_000, "", "fin"]
+    (tmp_path / "lines").write_bytes(b"\r\n".join(text.encode() for text in texts))
+    monkeypatch.setattr(lines, "LINES_AT_A_TIME", 3)
+    with open(tmp_path / "lines") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        chunks = list(lines.lines_as_they_come(1))
+    assert [lines.decode_line(line) for chunk in chunks for line in chunk] == [(text, None) for text in texts]
+    assert all(0 < len(chunk) <= 3 for chunk in chunks)
 
 
 def test_a_slow_pipe_is_answered_line_by_line():
