@@ -28,12 +28,7 @@ def flat(banks):
     return [x.detach() for pair in banks.key_values() for x in pair]
 
 
-def test_reparametrised_slots_are_where_they_start_until_they_are_trained(model):
-    start = random_banks(model.config, ["en", "fr"], 3)
-    assert all(map(torch.equal, flat(Reparametrised(start)), flat(start)))
-
-
-def test_the_network_is_that_of_the_paper(model):
+def test_the_network_is_that_of_the_paper_and_slots_begin_where_they_start(model):
     """Embeddings of n_embd numbers, 512 units of tanh, 2 * n_layer * n_embd numbers out; in these a slot's keys and
     values follow one another layer by layer."""
     n_layer, n_embd = model.config.n_layer, model.config.n_embd
@@ -46,6 +41,7 @@ def test_the_network_is_that_of_the_paper(model):
         "network.2.weight": [wide, INNER],
         "network.2.bias": [wide],
     }
+    assert all(map(torch.equal, flat(banks), [x for pair in zip(banks.key, banks.value) for x in pair]))  # at its start
     torch.nn.init.normal_(banks.network[2].weight)
     (_, _), (key, value) = banks.key_values()
     inner = torch.tanh(banks.network[0](banks.embedding[1, 2]))  # of slot 2 of bank 1
