@@ -65,10 +65,10 @@ def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, on):
     "mistake, words",
     [
         (["--prefix-len", "0"], ["--prefix-len", "'0'", "1 or more"]),
-        (["--prefix-len", "9" * 13, "--init", "random"], ["--prefix-len", "too large: 65,536 at most"]),
-        (["--batch-size", "9" * 9], ["--batch-size", "at most"]),
+        (["--prefix-len", "9" * 13, "--init", "random"], ["--prefix-len", "from 1 to 65,536"]),
+        (["--batch-size", "9" * 9], ["--batch-size", "from 1 to"]),
         (["--lr", "nan"], ["--lr", "'nan'", "above 0"]),
-        (["--seed", "9" * 30], ["--seed", "too large"]),
+        (["--seed", "9" * 30], ["--seed", "whole number"]),
         (["--no-such-option"], ["unrecognized arguments: --no-such-option"]),
         (["--data", "nothing.csv"], ["nothing.csv", "no such file"]),
         (["--columns", "en", "de"], ["no column 'de'", "'en', 'fr'"]),

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import random_rows, write_table
+from conftest import write_table
 
 import train
 from minigpt import UserError
@@ -28,20 +28,6 @@ def config_of(monkeypatch):
 def test_the_learning_rate_is_the_same_for_every_start_and_smaller_through_the_network(config_of, init):
     assert config_of("--init", init)["settings"]["lr"] == runs.LR
     assert config_of("--init", init, "--reparam")["settings"]["lr"] == runs.REPARAM_LR < runs.LR
-
-
-def test_who_trains_the_toy_base_on_data_of_their_own_is_told_what_serves_better(
-    config_of, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setenv("MINIGPT_HOME", str(tmp_path))
-    table = write_table(tmp_path / "t.csv", [("en", "fr"), *random_rows("train", 3)])
-    toy = "The demo is a toy that knows short English and French sentences"
-    for options, told in ((["--data", table], True), ([], False), (["--data", "demo"], False)):
-        config_of(*options, model=None)
-        said = capsys.readouterr().err
-        assert (toy in said and "gpt2 (0.5 GB" in said and "(6.4 GB)" in said) == told
-    config_of("--data", table)  # who names the demo wants it
-    assert toy not in capsys.readouterr().err
 
 
 # --pairs, --train-banks
@@ -78,7 +64,7 @@ def test_a_pair_or_bank_that_cannot_be_trained_is_one_line(fields, message):
 
 
 def test_a_run_that_is_not_there_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"nosuch: no run to go on with: no .*config.json"):
+    with pytest.raises(UserError, match=r"no run to go on with: no .*nosuch/config.json"):
         runs.read_config(tmp_path / "nosuch" / "config.json")
 
 
