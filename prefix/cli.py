@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from minigpt import GPT, Tokenizer, UserError, __version__
+from minigpt import GPT, Tokenizer, UserError
 from minigpt.files import escape_control
 from minigpt.memory import out_of_memory
 from minigpt.quantize import prepack, quantize
@@ -32,8 +32,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
-        versions = f"{__version__}, torch {torch.__version__}"
-        self.add_argument("--version", action="version", version=versions, help="print this project's and torch's")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {escape_control(message)} (--help lists the options)\n")

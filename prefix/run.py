@@ -140,15 +140,10 @@ def each_run(file, read):
 
 
 def newest_run(needs=()):
-    """The prefix file of the newest run that has two banks or more, and those in `needs`; or None. A run that ended
-    above its base's own loss is passed over with a notice."""
+    """The prefix file of the newest run that has two banks or more, and those in `needs`; or None."""
     for path, header in each_run(PREFIX, prefix_file.read_header):
-        loss, base_loss = (header["training"].get(name) for name in ("val_loss", "base_loss"))
-        if len(header["banks"]) < 2 or not set(needs) <= set(header["banks"]):
-            continue
-        if None in (loss, base_loss) or loss < base_loss:
+        if len(header["banks"]) > 1 and set(needs) <= set(header["banks"]):
             return path
-        log(f"Passing over {path.parent}: its validation loss, {loss:.2f}, is not below the base's own, {base_loss:.2f}")
     return None
 
 

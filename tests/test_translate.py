@@ -265,7 +265,7 @@ def test_without_prefix_the_newest_run_with_these_banks_is_used_else_the_demo_pr
     used = lambda *options: run(translate, "--max-new-tokens", 2, *options, "Bonjour")[2]
     assert f"Using the prefix {place}/run3/prefix.safetensors" in used()
     banks = Banks.read(place / "run" / "prefix.safetensors")
-    banks.training_record = {"model": str(place / "base")}  # and no losses, by which a run may be passed over
+    banks.training_record = {"model": str(place / "base")}
     Path("runs/a").mkdir(parents=True)
     banks.save("runs/a/prefix.safetensors", GPT.from_pretrained(place / "base"))
     assert "Using the prefix runs/a/prefix.safetensors\nTranslating fr to en\n" in used()

@@ -117,9 +117,7 @@ def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_ha
         (tmp_path / machine).mkdir()
     monkeypatch.chdir(tmp_path / "0")
     monkeypatch.setenv("MINIGPT_HOME", str(tmp_path / "0" / "home"))
-    options = (
-        f"--prefix-len 2 --batch-size 4 --micro-batch-tokens 40 --lr 0.1 --steps 4 --save-every 2 --model {place}/base"
-    )
+    options = f"--prefix-len 2 --batch-size 4 --micro-batch-tokens 40 --lr 0.1 --steps 4 --save-every 2 --model {place}/base"
     options = [*options.split(), "--data", place / "en-fr.csv"]
     assert run(train, *options, "--out", "whole")[0] == 0
     step = Trainer.optimizer_step

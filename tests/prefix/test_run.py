@@ -81,14 +81,14 @@ def test_a_config_with_a_missing_or_foreign_field_is_one_line_that_names_it(conf
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, model, config_of):
-    """A function: name, banks, losses -> the prefix file of a run in runs/, each newer than the one before."""
+    """A function: name, banks, loss -> the prefix file of a run in runs/, each newer than the one before."""
     monkeypatch.chdir(tmp_path)
     config, made = config_of(), []
 
-    def folder(name, banks, val_loss=1.0, base_loss=2.0):
+    def folder(name, banks, val_loss=1.0):
         out, banks = runs.RUNS / name, random_banks(model.config, banks, 2)
         out.mkdir(parents=True)
-        banks.training_record = {"val_loss": val_loss, "base_loss": base_loss}
+        banks.training_record = {"val_loss": val_loss}
         banks.save(out / "prefix.safetensors", model)
         runs.write_config(out, config | {"columns": banks.names})
         made.append(name)
@@ -106,14 +106,6 @@ def test_the_newest_run_is_the_newest_whose_banks_fit(folder):
     assert runs.newest_run() == runs.newest_run(["label"]) == newer
     assert runs.newest_run(["en"]) == runs.newest_run(["fr", "en"]) == old
     assert runs.newest_run(["en", "label"]) is None
-
-
-def test_a_run_that_ended_above_its_bases_own_loss_is_passed_over_with_a_notice(folder, capsys):
-    good = folder("good", ["en", "fr"], None, None)  # not validated
-    folder("ruined", ["en", "fr"], 7.5, 2.0)
-    assert runs.newest_run(["en"]) == good
-    said = "Passing over runs/ruined: its validation loss, 7.50, is not below the base's own, 2.00"
-    assert said in capsys.readouterr().err
 
 
 def test_the_module_lists_the_runs_and_passes_over_those_that_it_cannot_read(folder, capsys):
