@@ -45,7 +45,7 @@ def parse_arguments():
 
 
 def add_options(parser):
-    n = lambda least, most=2**63 - 1: {"type": int_at_least(least, most), "metavar": "N"}
+    n = lambda least, most=None: {"type": int_at_least(least, most), "metavar": "N"}
     add = parser.add_argument_group("what is learned, from what").add_argument
     add("--prefix-len", **n(1, MAX_SLOTS), default=10, help="slots in each bank (10)")
     add("--model", help="a directory, demo, or a published name such as gpt2 (gpt2-xl if it is on disk, else demo)")
@@ -55,8 +55,7 @@ def add_options(parser):
     add("--pairs", nargs="+", metavar="SOURCE:TARGET", help="directions to train (all that occur)")
     add("--limit", **n(1), help="read no more than N usable rows (all)")
     add("--max-tokens", **n(3), default=384, help="longest pair, in tokens (384)")
-    text = "slots start as keys and values of real sentences, at random, or so that they change nothing (text)"
-    add("--init", choices=INITS, default="text", help=text)
+    add("--init", choices=INITS, default="text", help="slots start as real text, at random, or without effect (text)")
     add("--from-prefix", metavar="FILE_OR_RUN", help="banks that this prefix has start as they are there (none)")
     add("--train-banks", nargs="+", metavar="NAME", help="others stay as --from-prefix has them (all)")
     text = "where text starts (0); prefix: after as many positions as there are slots, as in peft"

@@ -7,11 +7,10 @@ import argparse
 import os
 import sys
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
 
-from minigpt import GPT, Tokenizer, UserError, __version__
+from minigpt import GPT, Tokenizer, UserError
 from minigpt.files import escape_control
 from minigpt.memory import out_of_memory
 from minigpt.quantize import prepack, quantize
@@ -33,8 +32,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
-        versions = f"{__version__}, torch {torch.__version__}"
-        self.add_argument("--version", action="version", version=versions, help="print this project's and torch's")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {escape_control(message)} (--help lists the options)\n")
@@ -77,29 +74,24 @@ def add_prefix_option(parser):
     parser.add_argument("--prefix", action="append", metavar="FILE_OR_RUN", help=text)
 
 
-def int_at_least(least, most=2**63 - 1):
-    """An argparse type: a whole number from `least` to `most`."""
-
-    def parse(text):
-        with suppress(ValueError):
-            if int(text) > most:
-                raise argparse.ArgumentTypeError(f"{text} is too large: {most:,} at most")
-            if int(text) >= least:
-                return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-
-    return parse
+def int_at_least(least, most=None):
+    """An argparse type: a whole number from `least` to `most`, or of any size that 64 bits hold."""
+    inside = lambda value: least <= value <= (most or 2**63 - 1)
+    return number(int, inside, f"a whole number from {least} to {most:,}" if most else f"a whole number of {least} or more")
 
 
 def float_range(least, most, open_low=False):
     """An argparse type: a number from `least` to `most`, `least` itself left out if open_low."""
+    inside = lambda value: least <= value <= most and not (open_low and value == least)
+    return number(float, inside, f"a number {'above' if open_low else 'from'} {least} to {most}")
 
+
+def number(kind, inside, words):
     def parse(text):
         with suppress(ValueError):
-            if least <= float(text) <= most and not (open_low and float(text) == least):
-                return float(text)
-        words = f"{'above' if open_low else 'from'} {least} to {most}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number {words}")
+            if inside(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
 
     return parse
 
@@ -134,8 +126,6 @@ def load_with_base(args):
     name = args.model or prefix_file.read_header(paths[0])["training"].get("model")
     if not name:
         raise UserError(f"{paths[0]} does not say which model it was trained on: name it with --model")
-    if not args.model and Path(name).is_absolute() and not Path(name).is_dir():
-        raise UserError(f"{paths[0]} was trained on {name}, which is no longer there: say with --model where it is")
     if args.weights:
         if args.dtype not in ("auto", "bfloat16") or args.device not in ("auto", "cpu"):
             raise UserError(f"--weights {args.weights} is for bfloat16 on a CPU: leave out --dtype and --device")

@@ -27,14 +27,9 @@ class Decoding:
 
     def check(self, config):
         """Raises UserError for more than a model of this config can use."""
-        vocabulary = config.vocab_size, "tokens of this model's vocabulary"
-        for option, value, (most, what) in (
-            ("--beam", self.beams, vocabulary),
-            ("--top-k", self.sampler.top_k if self.sampler else 0, vocabulary),
-            ("--max-new-tokens", self.max_new or 0, (config.n_positions, "positions of this model's context")),
-        ):
-            if value > most:
-                raise UserError(f"{option} {value:,} is more than the {most:,} {what}")
+        for option, value in (("--beam", self.beams), ("--top-k", self.sampler.top_k if self.sampler else 0)):
+            if value > config.vocab_size:
+                raise UserError(f"{option} {value:,} is more than the {config.vocab_size:,} tokens of this model's vocabulary")
 
     def room_for_answer(self, n, room, answers):
         """New tokens that a source of n tokens may have where `room` positions are left for both and <sep>; 0 if that
@@ -71,9 +66,9 @@ def rows_in_memory(model, prompts, rows, beams):
     longest = max(len(prompt.ids) + prompt.max_new * beams for prompt in prompts)
     fitting = rows_that_fit(model, longest, rows, beams)
     if not fitting:
-        taken, free = row_bytes(model, longest, beams) / 1e9, SHARE * free_memory(model.device) / 1e9
-        one = f"one sentence takes {taken:,.1f} GB with --beam {beams}"
-        raise UserError(f"{one}, and there is memory for {free:,.1f}: lower --beam or --max-new-tokens")
+        need = f"one sentence takes {row_bytes(model, longest, beams) / 1e9:,.1f} GB with --beam {beams}"
+        free = f"there is memory for {SHARE * free_memory(model.device) / 1e9:,.1f}"
+        raise UserError(f"{need}, and {free}: lower --beam or --max-new-tokens")
     if fitting < rows:
         log_once(f"Memory has room for {fitting} sentences at a time, not {rows}")
     return fitting

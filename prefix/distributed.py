@@ -10,9 +10,7 @@ files, and prints. In a program that torchrun did not start there is one process
 import functools
 import os
 import sys
-from contextlib import contextmanager
 from datetime import timedelta
-from threading import Timer
 
 import torch
 import torch.distributed as dist
@@ -20,7 +18,6 @@ import torch.distributed as dist
 from minigpt.files import UserError, escape_control
 
 TIMEOUT = timedelta(hours=6)  # processes wait for the first to encode a large file, or to read a slow pipe
-SAY_AFTER = 10.0  # seconds of waiting
 
 
 def start(device="auto"):
@@ -35,24 +32,10 @@ def start(device="auto"):
             if here > gpus:
                 raise ValueError(f"{here} processes on a machine with {gpus} GPUs: give torchrun --nproc_per_node={gpus}")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        with waiting():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     except (KeyError, ValueError) as error:
         instead = "start several processes with torchrun, or unset WORLD_SIZE for one"
         raise UserError(f"WORLD_SIZE is set, but: {error}; {instead}") from error
-
-
-@contextmanager
-def waiting():
-    """Inside, this process may wait for others; if it takes long, it says so."""
-    say = f"process {os.environ.get('RANK')} is waiting for the others"
-    timer = Timer(SAY_AFTER, print, [say], {"file": sys.stderr})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def finish():
@@ -79,8 +62,7 @@ def all_reduce_sum(tensors):
     if world_size() == 1:
         return
     flat = torch.cat([t.flatten().float() for t in tensors])
-    with waiting():
-        dist.all_reduce(flat)
+    dist.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
         tensor.copy_(part.view_as(tensor))
 
@@ -89,8 +71,7 @@ def all_gather(parts):
     """The results of shard(items) from all processes -> those of all items, in order, in every process."""
     everyone = [parts] * world_size()
     if world_size() > 1:
-        with waiting():
-            dist.all_gather_object(everyone, parts)
+        dist.all_gather_object(everyone, parts)
     results = [None] * sum(map(len, everyone))
     for number, part in enumerate(everyone):
         results[number :: world_size()] = part
@@ -101,8 +82,7 @@ def broadcast(value):
     """Process 0's value, in every process."""
     box = [value]
     if world_size() > 1:
-        with waiting():
-            dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box)
     return box[0]
 
 

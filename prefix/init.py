@@ -12,8 +12,8 @@ import torch
 
 from minigpt.attention import attend
 from minigpt.files import UserError
-from prefix.banks import Banks, TrainableBanks, compute_kv
-from prefix.reparam import Reparametrised
+from prefix.banks import Banks, compute_kv
+from prefix.reparam import Reparametrised, TrainableBanks
 from prefix.sequences import n_tokens, pack_pairs, pairs_of, separator
 
 INITS = ("text", "random", "zero-effect")

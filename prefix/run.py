@@ -45,23 +45,14 @@ def resolve(args):
         check_unused(args.out)
     name = args.model or checkpoint.default(log)
     base = "demo" if checkpoint.find(name).resolve() == checkpoint.DEMO.resolve() else "published"
-    if base == "demo" and not args.model and args.data not in (None, ["demo"]):
-        toy = "The demo is a toy that knows short English and French sentences. A real model learns your data better"
-        log(f"{toy}: --model gpt2 (0.5 GB to download), or gpt2-xl on a GPU (6.4 GB)")
     steps = args.steps or STEPS[base]
     rates = args.lr or [REPARAM_LR if args.reparam else LR]
-    settings = Settings(
-        steps=steps,
-        lr=rates if len(rates) > 1 else rates[0],
-        batch_size=args.batch_size,
-        warmup=steps // 20 if args.warmup is None else args.warmup,
-        eval_every=max(1, steps // 6) if args.eval_every is None else args.eval_every,
-        save_every=args.save_every or 50,
-        seed=args.seed,
-    )
+    warmup = steps // 20 if args.warmup is None else args.warmup
+    eval_every = max(1, steps // 6) if args.eval_every is None else args.eval_every
+    lr = rates if len(rates) > 1 else rates[0]
+    settings = Settings(steps, lr, args.batch_size, warmup, eval_every, args.save_every or 50, args.seed)
     paths = data_paths(args.data)
-    in_pairs = dict.fromkeys(name for pair in args.pairs or () for name in pair.split(":"))
-    named = args.columns or [*in_pairs] or None
+    named = args.columns or [*dict.fromkeys(name for pair in args.pairs or () for name in pair.split(":"))] or None
     columns = list(rows.resolve_columns(paths, named))
     if not named and (unused := rows.unused_columns(paths, columns)):
         log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
@@ -109,7 +100,7 @@ def resume_config(args):
 def read_config(path):
     """The config of a run. Raises UserError where there is none, or one that another version wrote."""
     if not path.is_file():
-        raise UserError(f"{path.parent}: no run to go on with: no {path} (python -m prefix.run lists the runs)")
+        raise UserError(f"no run to go on with: no {path} (python -m prefix.run lists the runs)")
     config = read_object(path)
     for part, fields in ((config, FIELDS), (config.get("settings", {}), Settings.__dataclass_fields__)):
         for name in sorted(part.keys() ^ set(fields)):
@@ -149,15 +140,10 @@ def each_run(file, read):
 
 
 def newest_run(needs=()):
-    """The prefix file of the newest run that has two banks or more, and those in `needs`; or None. A run that ended
-    above its base's own loss is passed over with a notice."""
+    """The prefix file of the newest run that has two banks or more, and those in `needs`; or None."""
     for path, header in each_run(PREFIX, prefix_file.read_header):
-        loss, base_loss = (header["training"].get(name) for name in ("val_loss", "base_loss"))
-        if len(header["banks"]) < 2 or not set(needs) <= set(header["banks"]):
-            continue
-        if None in (loss, base_loss) or loss < base_loss:
+        if len(header["banks"]) > 1 and set(needs) <= set(header["banks"]):
             return path
-        log(f"Passing over {path.parent}: its validation loss, {loss:.2f}, is not below the base's own, {base_loss:.2f}")
     return None
 
 

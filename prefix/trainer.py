@@ -220,14 +220,13 @@ def identity(model, banks, corpus, settings):
 @contextmanager
 def stop_signals():
     """Inside, SIGINT and SIGTERM only fill the list that this yields; a second one ends the program as usual."""
-    received, handlers = [], {}
+    received = []
 
     def note(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, note)
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

@@ -13,9 +13,8 @@ from conftest import CONTEXT, TRAIN, assert_refused, random_rows, write_table
 import evaluate
 import train
 import translate
-from minigpt import GPT, checkpoint
-from prefix import cli, distributed
-from prefix import run as runs
+from minigpt import GPT
+from prefix import cli
 from prefix.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -45,15 +44,6 @@ def test_the_config_of_a_run_is_the_command_with_its_defaults_filled_in(place):
     assert {"steps": 3, "batch_size": 4, "warmup": 0, "eval_every": 1, "seed": 0}.items() <= config["settings"].items()
 
 
-def test_of_several_processes_the_first_alone_says_which_model_is_used(place, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "on_disk", lambda name: None)
-    monkeypatch.setattr("sys.argv", ["train.py", "--data", str(place / "en-fr.csv")])
-    for rank in (0, 1):
-        monkeypatch.setattr(distributed, "rank", lambda: rank)
-        assert runs.resolve(train.parse_arguments())["model"] == "demo"
-        assert capsys.readouterr().err.count("Using the small demo checkpoint") == (rank == 0)
-
-
 def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, on):
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
@@ -65,10 +55,10 @@ def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, on):
     "mistake, words",
     [
         (["--prefix-len", "0"], ["--prefix-len", "'0'", "1 or more"]),
-        (["--prefix-len", "9" * 13, "--init", "random"], ["--prefix-len", "too large: 65,536 at most"]),
-        (["--batch-size", "9" * 9], ["--batch-size", "at most"]),
+        (["--prefix-len", "9" * 13, "--init", "random"], ["--prefix-len", "from 1 to 65,536"]),
+        (["--batch-size", "9" * 9], ["--batch-size", "from 1 to"]),
         (["--lr", "nan"], ["--lr", "'nan'", "above 0"]),
-        (["--seed", "9" * 30], ["--seed", "too large"]),
+        (["--seed", "9" * 30], ["--seed", "whole number"]),
         (["--no-such-option"], ["unrecognized arguments: --no-such-option"]),
         (["--data", "nothing.csv"], ["nothing.csv", "no such file"]),
         (["--columns", "en", "de"], ["no column 'de'", "'en', 'fr'"]),
@@ -99,23 +89,17 @@ def test_columns_that_are_left_out_unasked_are_named(run, place, on):
 # train.py --resume
 
 
-def test_a_run_may_go_on_for_more_steps_but_not_otherwise_than_it_began(run, place):
+def test_a_run_may_not_go_on_otherwise_than_it_began(run, place):
     shutil.copytree(place / "run", "run")
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert_refused(run(train, "--resume", "run", "--lr", "1"), "--lr cannot be new")
     assert_refused(run(train, "--resume", "run", "--steps", 2), "3 steps are done already", "--steps 2")
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
-    assert run(train, "--resume", "run", "--steps", 5, "--save-every", 9)[0] == 0
-    assert json.loads(Path("run/config.json").read_text())["settings"]["save_every"] == 9
-    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5]
 
 
 def test_micro_batches_are_those_that_a_run_began_with_unless_told_otherwise(run, on, monkeypatch):
     found, work = [], Trainer.run
-    monkeypatch.setattr(
-        Trainer, "run", lambda trainer: (found.append(trainer.loader.micro_batch_tokens), work(trainer))[1]
-    )
+    monkeypatch.setattr(Trainer, "run", lambda trainer: (found.append(trainer.loader.micro_batch_tokens), work(trainer))[1])
     for arguments in ([*on, "--out", "run", "--micro-batch-tokens", 50], ["--resume", "run"]):
         assert run(train, *arguments)[0] == 0
     assert run(train, "--resume", "run", "--steps", 5, "--micro-batch-tokens", 70)[0] == 0
@@ -135,7 +119,7 @@ def test_every_option_has_a_text_with_its_default(script, monkeypatch):
     for action in found[0]._actions:
         default = action.default
         told = f"({default}" if isinstance(default, (int, str)) and default is not False else "("
-        if action.dest not in ("help", "version") and (default or script is not evaluate):
+        if action.dest != "help" and (default or script is not evaluate):
             assert told in action.help, action.dest
 
 

@@ -105,9 +105,7 @@ def test_an_empty_bank_is_the_plain_model():
 def test_the_order_of_banks_and_slots_does_not_matter():
     model, text = tiny(), ids(1, 9)
     banks = fresh_banks(model)
-    mirrored = Banks(
-        {n: (k.flip(2), v.flip(2)) for n, k, v in reversed(list(zip(banks.names, banks.key, banks.value)))}
-    )
+    mirrored = Banks({n: (k.flip(2), v.flip(2)) for n, k, v in reversed(list(zip(banks.names, banks.key, banks.value)))})
     ours, theirs = (b.double().logits(model, text, open=["fr", "en"]) for b in (banks, mirrored))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

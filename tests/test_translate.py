@@ -104,9 +104,8 @@ def test_a_line_without_a_translation_is_told_by_its_number_and_the_others_are_t
     assert err.splitlines()[-1].startswith(f"error: {len(told)} of {len(texts)} sentences could not be translated")
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf_16_is_named_once(run, place, encoding):
-    code, out, err = run(translate, *on(place), stdin="un\ndeux\ntrois\n".encode(encoding))
+def test_utf_16_is_named_once(run, place):
+    code, out, err = run(translate, *on(place), stdin="un\ndeux\ntrois\n".encode("utf-16"))
     assert (code, out) == (2, "\n\n\n")
     assert err.count("seems to be UTF-16") == 1 and "iconv" in err and "error: 3 of 3 sentences" in err
 
@@ -193,23 +192,21 @@ def test_a_translation_with_line_breaks_in_it_is_printed_on_one_line(run, place,
 
 
 @pytest.mark.parametrize(
-    "prefix, directions",
+    "options, two, three",
     [
-        (
-            "run",
-            {"": "fr en", "--from en": "en fr", "--to en": "fr en", "--to fr": "en fr", "--from en --to fr": "en fr"},
-        ),
-        (
-            "run3",
-            {"": "fr en", "--from de": "de en", "--from en": "en fr", "--to de": "fr de", "--from de --to fr": "de fr"},
-        ),
+        ("", "fr en", "fr en"),
+        ("--from en", "en fr", "en fr"),
+        ("--to en", "fr en", "fr en"),
+        ("--to fr", "en fr", "en fr"),
+        ("--from de", None, "de en"),
+        ("--from de --to fr", None, "de fr"),
     ],
 )
-def test_the_direction_is_second_bank_to_first_unless_told_otherwise(place, monkeypatch, prefix, directions):
-    banks = Banks.load(place / prefix / "prefix.safetensors", GPT.from_pretrained(place / "base"))
-    for options, expected in directions.items():
-        monkeypatch.setattr(sys, "argv", ["translate.py", *options.split()])
-        assert " ".join(cli.direction(translate.parse_arguments(), banks)) == expected
+def test_the_direction_is_second_bank_to_first_unless_told_otherwise(place, monkeypatch, options, two, three):
+    monkeypatch.setattr(sys, "argv", ["translate.py", *options.split()])
+    for prefix, expected in (("run", two), ("run3", three)):
+        banks = Banks.read(place / prefix / "prefix.safetensors")
+        assert not expected or " ".join(cli.direction(translate.parse_arguments(), banks)) == expected
 
 
 def test_samples_follow_from_the_seed_whatever_the_batch_size_and_the_chunks(run, place):
@@ -245,12 +242,14 @@ def test_other_forms_of_the_weights_translate(run, options):
         (["--beam", "2", "--temperature", "1"], ["--beam", "--temperature"]),
         (["--length-penalty", "2"], ["--length-penalty goes with --beam"]),
         (["--beam", "5000"], ["--beam 5,000", "tokens of this model's vocabulary"]),
-        (["--batch-size", "65537"], ["--batch-size", "65,536 at most"]),
+        (["--top-k", "99999"], ["--top-k 99,999", "tokens of this model's vocabulary"]),
+        (["--max-new-tokens", "201"], ["--max-new-tokens 201", f"{CONTEXT} positions"]),
+        (["--batch-size", "65537"], ["--batch-size", "1 to 65,536"]),
         (["--weights", "int8", "--dtype", "float16"], ["--weights int8 is for bfloat16 on a CPU"]),
         (["--prefix", "nothing"], ["nothing: no prefix file there"]),
         (["--prefix", ROOT / "minigpt/demo/model.safetensors"], ["not a prefix file"]),
         (["--model", "nothing"], ["--model nothing: no such directory"]),
-        (["--batch", "4"], ["unrecognized arguments: --batch"]),
+        (["-oui"], ["unrecognized arguments: -oui"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:30],
 )
@@ -263,29 +262,14 @@ def test_a_mistake_in_translating_is_one_line_and_exit_code_2(run, place, option
 
 def test_without_prefix_the_newest_run_with_these_banks_is_used_else_the_demo_prefix(run, place, monkeypatch):
     monkeypatch.setattr(cli, "DEMO_PREFIX", place / "run3" / "prefix.safetensors")
-    model = GPT.from_pretrained(place / "base")
     used = lambda *options: run(translate, "--max-new-tokens", 2, *options, "Bonjour")[2]
     assert f"Using the prefix {place}/run3/prefix.safetensors" in used()
-    for i, (name, source) in enumerate([("b", "run"), ("c", "run3"), ("a", "run"), ("damaged", "run")]):
-        path = Path("runs", name, "prefix.safetensors")
-        path.parent.mkdir(parents=True)
-        banks = Banks.load(place / source, model)
-        banks.training_record = {"model": str(place / "base")}  # and no losses, by which a run may be passed over
-        banks.save(path, model)
-        if name == "damaged":
-            path.write_bytes(path.read_bytes()[:100])
-        os.utime(path, (i, i))
-    said = used()
-    assert "Using the prefix runs/a/prefix.safetensors\nTranslating fr to en\n" in said
-    assert said.count("Passing over runs/damaged/prefix.safetensors: not a safetensors file") == 1
-    assert "Using the prefix runs/c/prefix.safetensors" in used("--to", "de")
-    assert f"Using the prefix {place}/run3/prefix.safetensors" in used("--to", "es")
-
-
-def test_a_prefix_of_another_base_is_refused_naming_both(run, place):
-    fingerprints = [GPT.from_pretrained(place / name).fingerprint for name in ("base", "other")]
-    result = run(translate, *on(place), "--model", place / "other", "Bonjour")
-    assert_refused(result, "run/prefix.safetensors", *fingerprints)
+    banks = Banks.read(place / "run" / "prefix.safetensors")
+    banks.training_record = {"model": str(place / "base")}
+    Path("runs/a").mkdir(parents=True)
+    banks.save("runs/a/prefix.safetensors", GPT.from_pretrained(place / "base"))
+    assert "Using the prefix runs/a/prefix.safetensors\nTranslating fr to en\n" in used()
+    assert f"Using the prefix {place}/run3/prefix.safetensors" in used("--to", "de")
 
 
 def test_a_base_that_has_been_moved_can_be_named(run, place):
@@ -293,5 +277,5 @@ def test_a_base_that_has_been_moved_can_be_named(run, place):
     run(train, "--model", "here", "--data", place / "en-fr.csv", *TRAIN, "--out", "run")
     there = Path("here").resolve()
     Path("here").rename("there")
-    assert_refused(run(translate, "--prefix", "run", "Bonjour"), there, "no longer there", "--model")
+    assert_refused(run(translate, "--prefix", "run", "Bonjour"), there, "--model")
     assert run(translate, "--prefix", "run", "--model", "there", "Bonjour")[0] == 0

@@ -8,9 +8,9 @@ import pytest
 from conftest import random_rows, same, saved_prefix, slots_of, watch
 
 from minigpt import UserError
-from prefix.banks import TrainableBanks
 from prefix.init import random_banks
 from prefix.rates import try_rates
+from prefix.reparam import TrainableBanks
 
 RATES = [1e-4, 0.1, 90.0]
 STEPS = 30

@@ -252,9 +252,7 @@ def test_a_run_that_goes_on_keeps_the_micro_batches_that_fitted(trainer):
 
 
 @pytest.mark.parametrize("size, epochs", [(8, 2), (7, 7), (80, 2)])
-def test_every_epoch_sees_every_pair_in_both_directions_once_in_another_order(
-    tokenizer, corpus, trainer, size, epochs
-):
+def test_every_epoch_sees_every_pair_in_both_directions_once_in_another_order(tokenizer, corpus, trainer, size, epochs):
     seen = seen_in(trainer(steps=40 * epochs // size, batch_size=size))
     everything = Counter((ids, bank_mask) for ids, bank_mask, _ in sentences(corpus, tokenizer, "train"))
     assert everything.total() == 40

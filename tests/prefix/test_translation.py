@@ -67,9 +67,7 @@ def limit_memory(monkeypatch, amount):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_rows_are_lowered_to_what_memory_has_room_for_and_the_texts_are_the_same(
-    demo, caches, monkeypatch, capsys, beams
-):
+def test_rows_are_lowered_to_what_memory_has_room_for_and_the_texts_are_the_same(demo, caches, monkeypatch, capsys, beams):
     before = written(demo, beams=beams)
     ((rows, longest),) = caches
     assert rows == len(TEXTS)

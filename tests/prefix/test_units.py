@@ -62,19 +62,20 @@ def moving(model, tokenizer, load, trainer):
     """A function: settings -> a Trainer of banks from text, in units."""
     corpus = load(random_rows("train", 20) + random_rows("validation", 4))
 
-    def build(out="run", train=None, **settings):
-        config = {"init": "text", "prefix_len": 3, "position_offset": 0, "train_banks": train}
+    def build(out="run", train=None, reparam=False, **settings):
+        config = {"init": "text", "prefix_len": 3, "position_offset": 0, "reparam": reparam, "train_banks": train}
         banks = initial_banks(config | {"settings": {"seed": 0}}, model, tokenizer, corpus)
         return trainer(out, banks=banks, corpus=corpus, **settings)
 
     return build
 
 
-def test_a_run_that_goes_on_keeps_the_units_that_it_began_with(moving, monkeypatch):
-    whole, stopped = moving("whole"), moving("stopped")
+@pytest.mark.parametrize("reparam", [False, True])
+def test_a_run_that_goes_on_keeps_the_units_that_it_began_with(moving, monkeypatch, reparam):
+    whole, stopped = moving("whole", reparam=reparam), moving("stopped", reparam=reparam)
     assert whole.run() and stopped.run(3)
     monkeypatch.setattr("prefix.init.UNIT_TOKENS", 20)
-    resumed = moving("stopped")
+    resumed = moving("stopped", reparam=reparam)
     assert not torch.equal(resumed.banks.unit[0], whole.banks.unit[0])
     resumed.resume()
     assert resumed.run() and same(slots_of(resumed), slots_of(whole))
