@@ -1,12 +1,12 @@
 """A pretended GPU: tensors that say they are on cuda:0 and hold their numbers in main memory.
 
     with pretended_gpu(monkeypatch) as gpu:
-        ...                                  "cuda" is a device; gpu.counts says what was waited for, copied and launched
+        ...                                  "cuda" is a device; gpu.counts says what was waited for and copied
 
 It shows code that mixes devices (a RuntimeError, as on CUDA), each wait of the host for the device, each copy to it and
 whether its memory is pinned, and whether a step may be captured: in a capture nothing runs, a wait or a pageable copy
 is an error, and results are NaN until a replay, which runs the recorded calls on the same memory. Triton's kernels run in
-Triton's interpreter. What it does not show: a GPU's own arithmetic, speed, memory, races between streams.
+Triton's interpreter. It does not show a GPU's own arithmetic, speed, memory, or races between streams.
 
 How: `Pretended` is a tensor whose operations all pass through `dispatch`, which looks at the devices and then computes on
 the CPU. What asks for a device by name (factories, .to) passes through `Mode` first.
@@ -26,26 +26,27 @@ from torch.utils._pytree import tree_flatten, tree_map
 CUDA = torch.device("cuda:0")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")  # they move CPU indices themselves
 WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::repeat_interleave", "aten::masked_select", "aten::_unique2")
-NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view",
-             "lift_fresh", "_reshape_alias", "set_")  # fmt: skip
+EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+NO_LAUNCH = (*EMPTY, "detach", "alias", "_unsafe_view", "lift_fresh", "_reshape_alias", "set_")
 
 
 class GPU:
-    """counts: waits ("wait: ..."), copies ("pinned ...", "pageable ..."), captures, replays. places: the same by the line
-    of the project that asked for it. launches: by kernel. recording: the calls of the capture that is under way, or None.
-    device_of: {name of a thread: the GPU that it has chosen}."""
+    """counts: waits ("wait: ..."), copies ("pinned ...", "pageable ..."), captures, replays; places: by line of the project.
+    launches: by kernel; captured: in the last graph. recording: calls of the capture under way, or None. device_of: {thread's
+    name: the GPU that it has set}. coming: asynchronous copies to the host, which are -1 until the host waits."""
 
     def __init__(self):
         self.counts, self.places, self.launches = Counter(), Counter(), Counter()
-        self.recording, self.device_of = None, {}
+        self.recording, self.captured, self.device_of, self.coming = None, 0, {}, []
 
     def note(self, what):
         if self.recording is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+        while what.startswith("wait") and self.coming:
+            torch.Tensor.copy_(*self.coming.pop())
         frames = [f for f in traceback.extract_stack() if "/minigpt/" in f.filename or "/prefix/" in f.filename]
-        place = f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else "a test"
         self.counts[what] += 1
-        self.places[what, place] += 1
+        self.places[what, f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else "a test"] += 1
 
     def total(self, what):
         return sum(n for name, n in self.counts.items() if name.startswith(what))
@@ -56,6 +57,9 @@ class GPU:
 
     def forget(self):
         self.counts.clear(), self.places.clear(), self.launches.clear()
+
+    def current_device(self):
+        return self.device_of.get(threading.current_thread().name, 0)
 
     def set_device(self, device):
         self.device_of[threading.current_thread().name] = device
@@ -139,7 +143,7 @@ class Graph:
     """In place of torch.cuda.CUDAGraph."""
 
     def __init__(self):
-        self.calls, self.launches = [], Counter()
+        self.calls = []
 
     def replay(self):
         assert self.calls, "nothing was captured"
@@ -153,11 +157,11 @@ class Graph:
 def capture(graph, **_):
     """In place of torch.cuda.graph."""
     current.note("capture")
-    before, current.recording = current.launches.copy(), graph.calls
+    before, current.recording = current.launches.total(), graph.calls
     try:
         yield
     finally:
-        current.recording, graph.launches = None, current.launches - before
+        current.recording, current.captured = None, current.launches.total() - before
 
 
 class Kernel:
@@ -241,9 +245,10 @@ def move(func, x, *args, device=None, dtype=None, non_blocking=False, copy=False
             current.note("pinned copy" if non_blocking and getattr(x, "pinned", False) else "pageable copy: to")
             x = there(x.detach().clone())
         else:
-            if not non_blocking:  # else an event says when it is there
+            there_now, x = x.detach().here.clone(), torch.full(x.shape, -1, dtype=x.dtype)
+            current.coming.append((x, there_now))
+            if not non_blocking:  # else it is there after an event
                 current.note("wait: to the host")
-            x = x.detach().here.clone()
     return (x.clone() if copy else x) if dtype in (None, x.dtype) else func(x, dtype)
 
 
@@ -286,7 +291,7 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
     monkeypatch.setattr(cache, "FAILED", set())
     fakes = {
         "CUDAGraph": Graph, "graph": capture, "Event": Event, "device": lambda device: contextlib.nullcontext(),
-        "get_device_capability": lambda device=None: capability, "is_available": lambda: True, "current_device": lambda: gpu.device_of.get(threading.current_thread().name, 0),
+        "get_device_capability": lambda device=None: capability, "is_available": lambda: True, "current_device": gpu.current_device,
         "is_bf16_supported": lambda including_emulation=True: capability >= (8, 0), "set_device": gpu.set_device,
         "mem_get_info": lambda device=None: (1 << 34, 1 << 34), "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 0,
