@@ -72,6 +72,10 @@ class Banks(nn.Module):
                 raise UserError(f"no bank {name!r} in this prefix: it has {', '.join(self.names)}")
         return sum(1 << self.names.index(name) for name in set(names))
 
+    def moved(self):
+        """How far slots are from their start, as metrics.jsonl says it: nothing here."""
+        return {}
+
     def slots(self):
         """All banks one after another, as attention takes them: key, value (n_layer, n_head, S, head_dim)."""
         key, value = (torch.cat(side, dim=2) for side in zip(*self.key_values()))
@@ -82,7 +86,8 @@ class Banks(nn.Module):
         B, T = ids.shape
         bank_mask = torch.full((B * T,), self.mask(open), device=ids.device)
         packed = PackedBatch([T] * B, bank_mask, ids.device)
-        hidden = model.hidden(ids.flatten(), packed, self.slots(), self.position_offset)  # (B * T, n_embd)
+        slots = self.slots() if open else None  # closed, they are not even masked: the base bit for bit
+        hidden = model.hidden(ids.flatten(), packed, slots, self.position_offset)  # (B * T, n_embd)
         return model.logits(hidden).view(B, T, -1)
 
     def save(self, path, model):

@@ -10,7 +10,8 @@ An adapter is a folder of two files: adapter_config.json, and adapter_model.safe
 
 peft knows one bank, open from the first token on, and counts its slots as positions: text starts at prefix_len, where
 ours starts at the bank's position_offset, 0 as a rule. So a bank gives the same logits there only if it was trained
-with `train.py --position-offset prefix`; an imported one keeps peft's positions here.
+with `train.py --position-offset prefix`; an imported one keeps peft's positions here. The
+metadata of adapter_model.safetensors, which peft does not read, keeps the offset of a bank of ours for the way back.
 """
 
 import json
@@ -67,7 +68,8 @@ def export_bank(banks, name, directory):
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / WEIGHTS) as temporary:
-        save_file({TENSOR: to_embeddings(key, value)}, temporary, {"format": "pt"})
+        metadata = {"format": "pt", "position_offset": str(banks.position_offset)}
+        save_file({TENSOR: to_embeddings(key, value)}, temporary, metadata)
     with replacing(directory / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -90,10 +92,11 @@ def import_bank(directory, bank, model):
         sound = len(shape) == 2 and shape[0] and shape[1] == width and dtype in FLOATS
         fitting = f"[prefix length, {width}] in one of {', '.join(FLOATS)}"
         check(sound, f"{TENSOR} is {shape} in {dtype}, expected {fitting}")
-        check(shape[0] < c.n_positions, f"text would start at {shape[0]}, not one of {c.n_positions} positions")
+        offset = int((file.metadata() or {}).get("position_offset", shape[0]))
+        check(0 <= offset < c.n_positions, f"text would start at {offset}, not one of {c.n_positions} positions")
         embeddings = file.get_tensor(TENSOR).float()
     checkpoint.check_finite(path, TENSOR, embeddings)
-    return Banks({bank: from_embeddings(embeddings, c)}, position_offset=len(embeddings))
+    return Banks({bank: from_embeddings(embeddings, c)}, offset)
 
 
 def parse_arguments():

@@ -39,6 +39,12 @@ class TrainableBanks(Banks):
         starts = zip(self.key, self.value, self.moves())
         return [(key + self.unit[0] * z_k, value + self.unit[1] * z_v) for key, value, (z_k, z_v) in starts]
 
+    def moved(self):
+        """The median and the largest distance of the trained slots from their start: root mean square of z, in units."""
+        trained = [z.detach() for z in self.moves() if z.requires_grad]  # (2, n_layer, n_head, prefix_len, head_dim)
+        distance = torch.cat([z.square().mean(dim=(0, 1, 2, 4)).sqrt() for z in trained])  # (slots,)
+        return {"moved": float(distance.median()), "moved_max": float(distance.max())}
+
 
 class Reparametrised(TrainableBanks):
     """TrainableBanks whose z is the output of a small network (Li & Liang 2021, section 4.3):

@@ -73,14 +73,14 @@ def directions(config):
     columns, trained = config["columns"], config["train_banks"] or config["columns"]
     pairs = {f"{s}:{t}": (columns.index(s), columns.index(t)) for s, t in itertools.permutations(columns, 2)}
     for option, named, there in (("train-banks", trained, columns), ("pairs", config["pairs"] or (), pairs)):
-        for name in set(named) - set(there):
+        for name in sorted(set(named) - set(there)):
             raise UserError(f"--{option} {name}: not one of {', '.join(there)}")
     chosen = [pairs[pair] for pair in config["pairs"] or pairs]
     chosen = [(s, t) for s, t in chosen if columns[s] in trained or columns[t] in trained]
-    for name in set(trained) - {columns[i] for pair in chosen for i in pair}:
+    for name in sorted(set(trained) - {columns[i] for pair in chosen for i in pair}):
         raise UserError(f"--pairs has no pair with {name}: leave it out of --columns or --train-banks")
     there = prefix_file.read_header(config["from_prefix"])["banks"] if config["from_prefix"] else []
-    for name in set(columns) - {*trained, *there}:
+    for name in sorted(set(columns) - {*trained, *there}):
         raise UserError(f"--train-banks leaves {name} untrained: give a prefix that has this bank, --from-prefix")
     return None if len(chosen) == len(pairs) else chosen
 
@@ -103,7 +103,7 @@ def read_config(path):
         raise UserError(f"no run to go on with: no {path} (python -m prefix.run lists the runs)")
     config = read_object(path)
     for part, fields in ((config, FIELDS), (config.get("settings", {}), Settings.__dataclass_fields__)):
-        for name in part.keys() ^ set(fields):
+        for name in sorted(part.keys() ^ set(fields)):
             what = "unknown" if name in part else "missing"
             raise UserError(f"{path}: not the config of a run of this version: {name} is {what}")
     return config

@@ -135,7 +135,7 @@ class Trainer:
     def validate(self):
         """Returns whether these slots are the best so far; if so, they are kept."""
         p = self.progress
-        record = {"step": p.step, "val_loss": self.validation_loss()}
+        record = {"step": p.step, "val_loss": self.validation_loss(), **self.banks.moved()}
         said = f"step {p.step}: validation loss {record['val_loss']:.4f}"
         if p.base_loss is None:
             p.base_loss = record["base_loss"] = self.validation_loss(base=True)

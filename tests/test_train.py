@@ -71,11 +71,11 @@ def test_of_several_rates_the_best_trains_the_prefix_also_where_the_trials_were_
     best = json.loads(Path("whole/config.json").read_text())["settings"]["lr"]
     assert best in (1e-4, 0.2) and said.count("after 1 of 10 steps") == 2
 
-    def stopped(*_):
+    def stopped(*_, **__):
         raise UserError("no more room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("prefix.rates.copy_run", stopped)
+        patch.setattr("prefix.rates.shutil.copytree", stopped)
         assert run(train, *several, "--out", "stopped")[0] == 2
     assert run(train, "--resume", "stopped")[0] == 0
     model, banks = GPT.from_pretrained("base"), []
@@ -87,6 +87,7 @@ def test_of_several_rates_the_best_trains_the_prefix_also_where_the_trials_were_
         assert all(torch.equal(*pair) for pair in zip(other.parameters(), banks[2].parameters()))
 
 
-def test_a_run_that_went_wrong_says_so_at_its_end_and_what_to_try(run):
-    code, _, said = run(train, *OPTIONS, "--prefix-len", 2, "--columns", "en", "fr", "--lr", 100, "--out", "wild")
+def test_a_run_that_went_wrong_says_so_at_its_end_and_what_to_try(run, monkeypatch):
+    monkeypatch.setattr(train.Trainer, "validation_loss", lambda trainer, base=False: 1.0 if base else 2.0)
+    code, _, said = run(train, *OPTIONS, "--prefix-len", 2, "--columns", "en", "fr", "--out", "wrong")
     assert code == 0 and said.count("Warning: validation loss") == said.count("Try --lr 0.03 0.1 0.3") == 1

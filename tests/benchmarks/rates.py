@@ -18,7 +18,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, which has a train.py of its own
 
-import torch
 from common import RATES
 
 from minigpt import GPT, Tokenizer
@@ -59,13 +58,6 @@ def sweep(args, name):
             rates |= {RATES[at - 1], RATES[min(at + 1, len(RATES) - 1)]}
 
 
-@torch.no_grad()
-def moved(banks):
-    """The median and the largest distance of the slots from their start: root mean square of z, in units."""
-    distance = torch.cat([torch.stack([*z]).square().mean(dim=(0, 1, 2, 4)).sqrt() for z in banks.moves()])  # (slots,)
-    return {"moved": float(distance.median()), "moved_max": float(distance.max())}
-
-
 def measured(results, spec, model, tokenizer, corpus):
     """The validation loss of a run, from the file of results if it is there."""
     for line in results.read_text().splitlines() if results.exists() else []:
@@ -80,7 +72,7 @@ def measured(results, spec, model, tokenizer, corpus):
     for batch in trainer.loader.steps(0, s):
         trainer.optimizer_step(batch)
     loss = trainer.validation_loss()
-    line |= {"loss": loss if math.isfinite(loss) else 1e9, **moved(banks)}
+    line |= {"loss": loss if math.isfinite(loss) else 1e9, **banks.moved()}
     line["seconds"] = round(time.monotonic() - began, 1)
     with open(results, "a") as file:
         file.write(json.dumps(line) + "\n")

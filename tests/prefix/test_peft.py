@@ -58,12 +58,13 @@ def test_an_exported_bank_has_the_logits_and_the_slot_gradients_of_peft(base, tm
     assert not torch.allclose(banks.logits(model, ids, open=["fr"]), logits[1], atol=1e-2)
 
 
-def test_there_and_back_every_bit_is_kept_and_text_starts_as_in_peft(base, tmp_path):
+@pytest.mark.parametrize("position_offset", [0, P])
+def test_there_and_back_every_bit_and_the_position_are_kept(base, tmp_path, position_offset):
     _, model = base
-    banks = fresh_banks(model)
+    banks = fresh_banks(model, position_offset)
     export_bank(banks, "fr", tmp_path / "adapter")
     back = import_bank(tmp_path / "adapter", "français", model)
-    assert back.names == ["français"] and back.position_offset == P
+    assert back.names == ["français"] and back.position_offset == position_offset
     assert torch.equal(back.key[0], banks.key[1]) and torch.equal(back.value[0], banks.value[1])
 
 

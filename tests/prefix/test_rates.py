@@ -72,6 +72,14 @@ def test_a_signal_ends_a_trial_and_the_next_try_goes_on_there(make_trainer, tmp_
     assert_as_alone(trainer, best, make_trainer, tmp_path)
 
 
+def test_a_choice_that_was_killed_while_its_files_were_copied_is_made_again(make_trainer, tmp_path):
+    (tmp_path / "run").mkdir()
+    try_rates(RATES, make_trainer, tmp_path / "run")
+    os.truncate(tmp_path / "run/last/state.safetensors", 1000)
+    trainer, best = try_rates(RATES, make_trainer, tmp_path / "run")
+    assert_as_alone(trainer, best, make_trainer, tmp_path)
+
+
 def test_several_rates_without_validation_pairs_are_an_error(make_trainer, load, tmp_path):
     none = load(random_rows("train", 5))
     with pytest.raises(UserError, match="give one --lr"):

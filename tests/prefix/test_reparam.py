@@ -1,7 +1,7 @@
 """Slots behind Li and Liang's network: what it is exactly, and that the rest of training goes with it."""
 
 import torch
-from conftest import slots_of
+from conftest import same, slots_of
 from safetensors import safe_open
 
 from prefix.banks import Banks
@@ -13,12 +13,7 @@ def flat(banks):
     return [x.detach() for pair in banks.key_values() for x in pair]
 
 
-def test_reparametrised_slots_are_where_they_start_until_they_are_trained(model):
-    start = random_banks(model.config, ["en", "fr"], 3)
-    assert all(map(torch.equal, flat(Reparametrised(start)), flat(start)))
-
-
-def test_the_network_is_that_of_the_paper(model):
+def test_the_network_is_that_of_the_paper_and_slots_begin_where_they_start(model):
     """Embeddings of n_embd numbers, 512 units of tanh, 2 * n_layer * n_embd numbers out; in these a slot's keys and
     values follow one another layer by layer."""
     n_layer, n_embd = model.config.n_layer, model.config.n_embd
@@ -31,6 +26,7 @@ def test_the_network_is_that_of_the_paper(model):
         "network.2.weight": [wide, INNER],
         "network.2.bias": [wide],
     }
+    assert all(map(torch.equal, flat(banks), [x for pair in zip(banks.key, banks.value) for x in pair]))  # at its start
     torch.nn.init.normal_(banks.network[2].weight)
     (_, _), (key, value) = banks.key_values()
     inner = torch.tanh(banks.network[0](banks.embedding[1, 2]))  # of slot 2 of bank 1
@@ -49,3 +45,14 @@ def test_training_moves_the_network_but_not_the_start_and_the_prefix_file_has_th
     with safe_open(t.out / "prefix.safetensors", framework="pt") as file:
         assert set(file.keys()) == {"en.key", "en.value", "fr.key", "fr.value"}
     assert all(map(torch.equal, flat(Banks.load(t.out, model)), flat(t.banks)))
+
+
+def test_a_reparametrised_run_that_was_stopped_goes_on_as_if_it_had_not_been(trainer, model):
+    start = random_banks(model.config, ["en", "fr"], 3)
+    whole, stopped, resumed = (
+        trainer(out, banks=Reparametrised(start, seed=seed), lr=0.01)
+        for out, seed in (("whole", 3), ("stopped", 3), ("stopped", 4))  # another network, until it resumes
+    )
+    assert whole.run() and stopped.run(4)
+    resumed.resume()
+    assert resumed.run() and same(slots_of(resumed), slots_of(whole))

@@ -1,5 +1,7 @@
 """Slots move in units of the base's own keys and values, so a learning rate means the same on every base."""
 
+import json
+
 import pytest
 import torch
 from conftest import one_step, random_rows, same, saved_prefix, slots_of
@@ -86,3 +88,14 @@ def test_only_slots_that_are_trained_leave_their_start(moving):
     now = [x.detach() for pair in t.banks.key_values() for x in pair]
     assert [torch.equal(*pair) for pair in zip(start, now)] == [True, True, False, False]
     assert all(torch.equal(*pair) for pair in zip(saved_prefix(t).values(), [now[0], now[2], now[1], now[3]]))
+
+
+def test_each_validation_says_how_far_trained_slots_are_from_their_start_in_units(moving):
+    t = moving(train=["fr"], eval_every=3)
+    start = [x.detach().clone() for x in t.banks.key_values()[1]]
+    t.run()
+    last = [json.loads(line) for line in open(t.out / "metrics.jsonl")][-1]
+    moved = [(x.detach() - was) / unit for x, was, unit in zip(t.banks.key_values()[1], start, t.banks.unit)]
+    distance = torch.stack(moved).square().mean(dim=(0, 1, 2, 4)).sqrt()  # (3,), of each slot
+    assert last["moved"] == pytest.approx(float(distance.median()), rel=1e-4)
+    assert last["moved_max"] == pytest.approx(float(distance.max()), rel=1e-4)
