@@ -196,15 +196,6 @@ def test_a_prefix_file_keeps_every_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(banks.parameters(), again.parameters()))
 
 
-def test_a_run_directory_stands_for_its_prefix_file(tmp_path):
-    model = tiny()
-    banks = random_banks(CONFIG, ["en", "fr"], 4)
-    banks.save(tmp_path / "prefix.safetensors", model)
-    assert torch.equal(Banks.load(tmp_path, model).key[1], banks.key[1])
-    with pytest.raises(UserError, match="empty: no prefix file there"):
-        Banks.load(tmp_path / "empty", model)
-
-
 def test_a_prefix_refuses_another_base_naming_both(tmp_path):
     model, other = tiny(), tiny()
     random_banks(CONFIG, ["en", "fr"], 4).save(tmp_path / "p.safetensors", model)
