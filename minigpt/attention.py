@@ -25,7 +25,6 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-KERNELS_FROM = (8, 0)  # compute capability: for older GPUs Triton has no tensor-core form of the kernels' products
 
 
 def to_device(x, device):
@@ -107,18 +106,20 @@ def slot_layers(slots, n_layer):
 def attend(qkv, n_head, packed, slots=None, backend="auto"):
     """qkv (N, 3 * n_embd), what c_attn makes of the tokens -> (N, n_embd). slots: those of this layer, or None.
 
-    backend: "plain" is the reference; "auto" and "fused" take the Triton kernels on a GPU that can, else torch's SDPA."""
+    backend: "plain" is the reference; "auto" takes the Triton kernels on a GPU where they work, else torch's SDPA; so does
+    "fused", but on a GPU where they do not it raises UserError."""
     if slots is not None and (slots.bank.numel() == 0 or not packed.has_banks):
         slots = None
     if backend == "plain":
         return reference_attention(qkv, n_head, packed, slots)
-    if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= KERNELS_FROM:
-        from minigpt import (
-            kernels,  # here, because only CUDA builds of torch bring triton
-        )
+    if qkv.is_cuda:
+        from minigpt import kernel_check
 
-        with torch.cuda.device(qkv.device):  # Triton launches on the current one
-            return kernels.triton_attention(qkv, n_head, packed, slots)
+        if kernel_check.passed(qkv.device, qkv.dtype, n_head, qkv.size(1) // 3 // n_head, must=backend == "fused"):
+            from minigpt.kernels import triton_attention  # here, because only CUDA builds of torch bring triton
+
+            with torch.cuda.device(qkv.device):  # Triton launches on the current one
+                return triton_attention(qkv, n_head, packed, slots)
     return sdpa_attention(qkv, n_head, packed, slots)
 
 

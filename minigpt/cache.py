@@ -19,7 +19,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from minigpt.attention import KERNELS_FROM, PackedBatch, attend, attend_cached, slot_layers, to_device
+from minigpt.attention import PackedBatch, attend, attend_cached, slot_layers, to_device
+from minigpt.kernel_check import KERNELS_FROM
 
 KEPT = WeakKeyDictionary()  # of each model on a GPU: its last cache
 FAILED = set()  # what this GPU has not done as it should: "kernel", "graph"

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from minigpt.config import PUBLISHED
 from minigpt.files import FLOATS, UserError, escape_control, open_tensors, read_object, reading, replacing
+from minigpt.loss import padded_rows
 
 DEMO = Path(__file__).parent / "demo"
 WEIGHTS, INDEX, PICKLES = "model.safetensors", "model.safetensors.index.json", "pytorch_model*.bin"
@@ -111,7 +112,10 @@ def load_weights(model, directory, device, dtype):
     sources = _match(files, dict(model.named_parameters()), Path(directory))
     for module in model.modules():  # not by to_empty, for which torch imports a second's worth of sympy
         for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
+            rows = padded_rows(len(p)) if module is model.wte and torch.device(device).type == "cuda" else len(p)
+            memory = torch.empty(rows, *p.shape[1:], dtype=dtype, device=device)
+            memory[len(p) :] = 0
+            setattr(module, name, torch.nn.Parameter(memory[: len(p)]))
     parameters, samples, ends = dict(model.named_parameters()), {}, []
     for name, (path, stored) in sources.items():
         tensor = files[path].get_tensor(stored)
