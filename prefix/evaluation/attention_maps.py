@@ -160,9 +160,7 @@ class ClosedLayer(Slots):
     closed: int = 0
 
     def layers(self):
-        layers = super().layers()
-        layers[self.closed] = None
-        return layers
+        return [None if i == self.closed else layer for i, layer in enumerate(super().layers())]
 
 
 def without(banks, bank=None, layer=None):
