@@ -18,7 +18,7 @@ import numpy as np
 from prefix.evaluation.metrics import RESAMPLES
 
 ENOUGH = 100  # sentences for a verdict
-LABELS = 10  # sentences to one reference, from which on these seem to be labels
+LABELS = 5  # sentences to one reference, from which on they seem to be labels
 REFERENCES_SHOWN = 3  # of a sentence
 CLASSES_SHOWN = 12  # a larger confusion matrix is for JSON and the page
 FORMS = {"names": "lines that begin with the columns' names", "lines": "bare lines"}
@@ -78,7 +78,7 @@ def remarks(result):
         said.append(f"each answer is the likeliest choice of {len(result.choices)}")
         said.append(f"always answering {label!r} would have accuracy {100 * most / n:.2f}")
     elif n >= LABELS * len(count):
-        said.append(f"the references are {len(count)} different texts: as labels, by --metrics {result.target}=accuracy?")
+        said.append(f"{n} references, {len(count)} different: labels? --metrics {result.target}=accuracy scores them as such")
     if result.draws:
         said.append(f"prefix minus the median draw (95 % of {RESAMPLES:,} resamples): {difference(result)}")
         tried = ", ".join(f"{form} {value:.1f}" for form, value in result.form_log_p.items()) or "no pair fits"
