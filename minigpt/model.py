@@ -110,7 +110,6 @@ class GPT(nn.Module):
         if not (directory / "config.json").exists():
             raise UserError(f"{directory}: no checkpoint: there is no config.json in it")
         config = GPTConfig.from_file(directory / "config.json")
-        checkpoint.check_size(config, directory)
         with torch.device("meta"):  # shapes only: memory is taken once, in the dtype that is asked for
             model = cls(config)
         checkpoint.load_weights(model, directory, device, dtype)

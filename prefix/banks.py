@@ -86,7 +86,8 @@ class Banks(nn.Module):
         B, T = ids.shape
         bank_mask = torch.full((B * T,), self.mask(open), device=ids.device)
         packed = PackedBatch([T] * B, bank_mask, ids.device)
-        hidden = model.hidden(ids.flatten(), packed, self.slots(), self.position_offset)  # (B * T, n_embd)
+        slots = self.slots() if open else None  # closed, they are not even masked: the base bit for bit
+        hidden = model.hidden(ids.flatten(), packed, slots, self.position_offset)  # (B * T, n_embd)
         return model.logits(hidden).view(B, T, -1)
 
     def save(self, path, model):

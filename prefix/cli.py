@@ -152,9 +152,6 @@ def direction(args, banks):
 def data_of(prefixes):
     """The files that these prefixes were trained on. Raises UserError where they do not say, or differ."""
     records = [prefix_file.read_header(path)["training"].get("data") for path in prefixes]
-    for path, files in zip(prefixes, records):
-        if not files:
-            raise UserError(f"{path} does not say what it was trained on: name the text with --data")
-        if files != records[0]:
-            raise UserError(f"{path} was trained on other text than {prefixes[0]}: name some with --data")
+    if not records[0] or any(files != records[0] for files in records):
+        raise UserError(f"{', '.join(map(str, prefixes))}: no one text that they were trained on: name some with --data")
     return records[0]

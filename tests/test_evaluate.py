@@ -103,9 +103,7 @@ def test_an_evaluation_scores_the_outputs_that_it_keeps_in_both_directions(place
     ((4, 1, 3, 2), 2, "50.00 ± 22.4"),
     ((2, 2), 1, "40.00 ± 0.0"),
 ])  # fmt: skip
-def test_the_prefix_is_compared_with_the_median_draw_or_the_better_of_two(
-    place, evaluated, monkeypatch, right, median, shown
-):
+def test_the_prefix_is_compared_with_the_median_draw_or_the_better_of_two(place, evaluated, monkeypatch, right, median, shown):
     draws, references = iter(right), [row[0] for row in rows_of(place, "en-fr")]
 
     def some_right(model, tokenizer, shots, texts, decoding):
@@ -155,9 +153,7 @@ def test_of_the_training_split_no_evaluated_sentence_is_an_example(evaluated):
 
 
 def test_no_shots_have_one_draw_and_no_draws_have_none(evaluated):
-    assert [[draw["prompt"] for draw in direction["draws"]] for direction in evaluated("en-fr", "--shots", 0)[2]] == [
-        [""]
-    ] * 2
+    assert [[draw["prompt"] for draw in direction["draws"]] for direction in evaluated("en-fr", "--shots", 0)[2]] == [[""]] * 2
     out, _, directions = evaluated("en-fr", "--draws", 0)
     assert [direction["draws"] for direction in directions] == [[], []] and "shot " not in out
 
@@ -247,11 +243,34 @@ def test_a_classifier_answers_with_labels_of_training_and_is_scored_by_them(eval
     assert "likeliest choice" in out and "would have accuracy 60.00" in out
 
 
+def test_several_tasks_are_scored_in_one_run_in_the_directions_that_were_trained_each_by_its_own_metric(place, run):
+    banks = random_banks(GPT.from_pretrained(place / "base").config, ["tweet", "label", "article", "summary"], 3, seed=2)
+    tweets = [[text, LABELS[i % 2], "", ""] for i, (text, _) in enumerate(random_rows("train", 9) + random_rows("test", 4))]
+    rows = tweets + [["", "", *pair] for pair in random_rows("train", 9) + random_rows("test", 6)]
+    table = write_table("tasks.csv", [banks.names, *rows])
+    banks.training_record = {"model": str(place / "base"), "data": [str(table)], "columns": banks.names}
+    banks.training_record["pairs"] = ["tweet:label", "article:summary"]
+    banks.save("tasks.safetensors", GPT.from_pretrained(place / "base"))
+    options = ["--prefix", "tasks.safetensors", "--shots", 1, "--draws", 1, "--json", "tasks.json"]
+    code, out, err = run(evaluate, *options, "--metrics", "label=accuracy", "summary=rouge", "--hypotheses", "tasks.tsv")
+    assert code == 0, err
+    labels, summaries = json.loads(Path("tasks.json").read_text())["directions"]
+    assert ends([labels, summaries]) == [("tweet", "label"), ("article", "summary")]
+    assert [*labels["signatures"]] == ["accuracy", "macro-F1"] and {*labels["prefix"]["outputs"]} <= {*LABELS[:2]}
+    assert [*summaries["signatures"]] == ["ROUGE-1", "ROUGE-2", "ROUGE-L"] and summaries["choices"] is None
+    assert [len(one["sources"]) for one in (labels, summaries)] == [4, 6] and len(
+        Path("tasks.tsv").read_text().splitlines()
+    ) == 11
+    assert all(f"{label} {text}" in out for one in (labels, summaries) for label, text in one["signatures"].items())
+    assert run(evaluate, *options, "--draws", 0)[0] == 0  # without --metrics, and the one direction that is asked for
+    assert [[*one["signatures"]] for one in json.loads(Path("tasks.json").read_text())["directions"]] == [["BLEU", "chrF2"]] * 2
+    assert run(evaluate, *options, "--draws", 0, "--from", "label")[0] == 0
+    assert ends(json.loads(Path("tasks.json").read_text())["directions"]) == [("label", "tweet")]
+
+
 def test_the_labels_of_training_are_those_of_the_whole_file(evaluated, monkeypatch):
     monkeypatch.setattr(evaluate, "rows_to_read", lambda split, limit: 6)
-    rows = [
-        [text, label] for label in ("joy", "anger") for n in (("train", 4), ("test", 2)) for text, _ in random_rows(*n)
-    ]
+    rows = [[text, label] for label in ("joy", "anger") for n in (("train", 4), ("test", 2)) for text, _ in random_rows(*n)]
     table = write_table("sorted.csv", [["tweet", "label"], *rows])
     options = ["--data", table, "--from", "tweet", "--to", "label", "--limit", 2, "--draws", 0]
     assert evaluated("tweet-label", *options, "--choices")[2][0]["choices"] == ["anger", "joy"]
@@ -300,6 +319,7 @@ def test_on_a_terminal_each_system_has_a_bar_that_moves_by_batches_to_its_end(pl
     ("en-fr", ["--json", "nowhere/result.json"], ["--json nowhere/result.json"]),
     ("en-fr", ["--report", "."], ["--report ."]),
     ("en-fr", ["--metrics", "meteor"], ["--metrics", "'meteor'", "rouge"]),
+    ("en-fr", ["--metrics", "de=bleu"], ["no bank 'de'"]),
     ("en-fr", ["--data", "nothing.csv"], ["nothing.csv: no such file"]),
     ("en-fr", ["--columns", "en", "de"], ["no bank 'de'"]),
     ("en-fr", ["--limit", 0], ["--limit"]),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, same
 
 from minigpt import GPTConfig, UserError
 from minigpt.attention import PackedBatch, Slots, attend
@@ -90,10 +90,16 @@ def test_a_bank_read_off_tokens_stands_for_these_tokens(backend):
     torch.testing.assert_close(ours, together, rtol=1e-5, atol=1e-5)  # the bank's masters are float32
 
 
-def test_without_open_banks_the_model_is_plain_gpt2():
-    model, text = tiny(), ids(2, 9)
-    banks = fresh_banks(model)
-    torch.testing.assert_close(banks.logits(model, text, open=[]), model(text))
+@pytest.mark.parametrize("backend", ["plain", "auto"])
+def test_a_closed_bank_is_the_base_bit_for_bit_and_training_changes_no_weight_of_it(model, trainer, tokenizer, backend):
+    model.attention, text = backend, torch.randint(tokenizer.n_vocab, (3, 21))
+    before, weights = model(text), {name: p.clone() for name, p in model.state_dict().items()}
+    training = trainer(lr=0.5)
+    assert training.run()
+    banks = Banks.load(training.out, model)
+    assert same(model.state_dict(), weights)
+    assert torch.equal(model(text), before) and torch.equal(banks.logits(model, text, open=[]), before)
+    assert not torch.isclose(banks.logits(model, text, open=["fr"]), before).all()
 
 
 def test_an_empty_bank_is_the_plain_model():
@@ -188,15 +194,6 @@ def test_a_prefix_file_keeps_every_bit(tmp_path):
     again = Banks.load(tmp_path / "p.safetensors", model)
     assert again.names == banks.names and again.training_record == {"steps": 3} and again.position_offset == 0
     assert all(torch.equal(a, b) for a, b in zip(banks.parameters(), again.parameters()))
-
-
-def test_a_run_directory_stands_for_its_prefix_file(tmp_path):
-    model = tiny()
-    banks = random_banks(CONFIG, ["en", "fr"], 4)
-    banks.save(tmp_path / "prefix.safetensors", model)
-    assert torch.equal(Banks.load(tmp_path, model).key[1], banks.key[1])
-    with pytest.raises(UserError, match="empty: no prefix file there"):
-        Banks.load(tmp_path / "empty", model)
 
 
 def test_a_prefix_refuses_another_base_naming_both(tmp_path):

@@ -243,7 +243,6 @@ def test_other_forms_of_the_weights_translate(run, options):
         (["--length-penalty", "2"], ["--length-penalty goes with --beam"]),
         (["--beam", "5000"], ["--beam 5,000", "tokens of this model's vocabulary"]),
         (["--top-k", "99999"], ["--top-k 99,999", "tokens of this model's vocabulary"]),
-        (["--max-new-tokens", "201"], ["--max-new-tokens 201", f"{CONTEXT} positions"]),
         (["--batch-size", "65537"], ["--batch-size", "1 to 65,536"]),
         (["--weights", "int8", "--dtype", "float16"], ["--weights int8 is for bfloat16 on a CPU"]),
         (["--prefix", "nothing"], ["nothing: no prefix file there"]),

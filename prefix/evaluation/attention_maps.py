@@ -204,9 +204,7 @@ def parse_arguments():
     option("text", help="the sentence")
     option("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")
     option("--to", dest="target", metavar="BANK", help="target language (the prefix's first bank)")
-    option(
-        "--ablate", action="store_true", help=f"close each bank and layer: the output, BLEU on {SENTENCES} sentences"
-    )
+    option("--ablate", action="store_true", help=f"close each bank and layer: the output, BLEU on {SENTENCES} sentences")
     option("--out", type=Path, metavar="FILE", help="draw the attention, or what closing does: .svg or .png")
     option("--nearest", type=cli.int_at_least(0), default=5, metavar="N", help="tokens to list for each slot (5)")
     option("--model", help="where the base lies, if not where the prefix file says")

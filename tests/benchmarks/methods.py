@@ -137,7 +137,8 @@ class Bench:
     def fine_tuned(self, spec):
         """All weights, in float32; the languages' names say what is wanted, so its loss is that of another text."""
         a, way = self.args, FineTuning(self.args.model, self.tokenizer, self.corpus)
-        train(way, self.corpus, a.steps, spec["lr"], a.batch_size, spec["seed"], spec["pairs"])
+        examples = self.corpus.examples("train")[: spec["pairs"] and 2 * spec["pairs"]]  # both directions of each
+        train(way, self.corpus, a.steps, spec["lr"], a.batch_size, spec["seed"], examples)
         losses = {name: validation_loss(way, self.held_out, half) for name, half in self.validation.items()}
         return losses | self.scores(way.translate)
 

@@ -36,11 +36,12 @@ from prefix.sequences import MicroBatch, pack_pairs, pairs_of, separator
 from prefix.translation import Translation, answered, translate
 
 
-def train(way, corpus, steps, lr, batch_size, seed=0, pairs=None):
+def train(way, corpus, steps, lr, batch_size, seed=0, examples=None):
     """As train.py does it, in whole batches: each epoch in an order of its own, AdamW without weight decay, a twentieth
-    of the steps as linear warm-up and then linear decay, gradients cut to a norm of 1. pairs: how many of the training
-    split are used, the first ones, both directions of each; None: all."""
-    pool, rng, waiting = corpus.examples("train")[: pairs and 2 * pairs], np.random.default_rng(seed), []
+    of the steps as linear warm-up and then linear decay, gradients cut to a norm of 1. examples: (n, 3), which of the
+    training split; None: all."""
+    pool = corpus.examples("train") if examples is None else examples
+    rng, waiting = np.random.default_rng(seed), []
     learned, warmup = list(way.parameters()), max(1, steps // 20)
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in learned], weight_decay=0.0)
     for step in range(steps):

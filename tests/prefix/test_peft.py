@@ -1,7 +1,6 @@
 """An adapter of peft's prefix tuning and a bank are the same numbers: the same logits, gradients, text, and bits."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -151,22 +150,6 @@ def test_more_slots_than_positions_leave_no_room_for_text(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["export", "RUN", "--bank", "de", "--out", "new"], "no bank 'de' in this prefix: it has en, fr"),
-        (["export", "RUN", "--bank", "fr", "--out", "."], "--out .: already there"),
-        (["import", "RUN", "--bank", "fr", "--out", "new"], "--model goes with import, which needs it"),
-        (["import", "nothing", "--bank", "fr", "--model", "demo", "--out", "new"], "nothing/adapter_config.json"),
-    ],
-    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
-)
-def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    assert_refused(run(interchange, *[DEMO_PREFIX if x == "RUN" else x for x in arguments]), words)
-    assert list(tmp_path.iterdir()) == []
-
-
 # Adapters from strangers
 
 
@@ -190,14 +173,10 @@ def set_tensor(change, name=TENSOR):
     [
         (lambda directory: (directory / CONFIG).write_text("{"), "adapter_config.json: not JSON"),
         (set_config(peft_type="LORA"), "peft_type is 'LORA', expected 'PREFIX_TUNING'"),
-        (set_config(num_layers=48), "not an adapter for this model: num_layers is 48, expected 2"),
         (set_tensor(lambda rows: rows, name="embedding.weight"), "expected prompt_embeddings, found embedding.weight"),
         (set_tensor(lambda rows: rows[:, :-1]), r"is \[3, 127\] in F32, expected \[prefix length, 128\]"),
-        (set_tensor(lambda rows: rows[:0]), r"is \[0, 128\]"),
-        (set_tensor(lambda rows: rows.double()), "in F64, expected .* in one of F32, F16, BF16"),
         (set_tensor(lambda rows: rows / 0), "not finite"),
         (set_tensor(lambda rows: rows.repeat(6, 1)), "start at 18, not one of 16 positions"),
-        (lambda directory: os.truncate(directory / WEIGHTS, 700), "adapter_model.safetensors: not a"),
         (
             lambda directory: (directory / WEIGHTS).rename(directory / "adapter_model.bin"),
             "bin is a pickle, which could",

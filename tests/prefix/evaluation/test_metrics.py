@@ -126,7 +126,7 @@ def test_scores_worked_out_by_hand(name, hypothesis, reference, score):
 
 def test_counts_are_those_of_the_paper():
     """Papineni et al. 2002, section 2.1: the second "the" is the last that either reference allows."""
-    row = bleu.rows(["the the the the the the the"], [["The cat is on the mat", "There is a cat on the mat"]])
+    row = bleu.counts(["the the the the the the the"], [["The cat is on the mat", "There is a cat on the mat"]])
     assert row.tolist() == [[1, 0, 0, 0, 7, 6, 5, 4, 7, 7]]
 
 

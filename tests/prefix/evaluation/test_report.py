@@ -41,9 +41,7 @@ def result(n=3, cut=0, **fields):
 
 def labelled():
     """A classifier of three classes, one of them no choice."""
-    one = System(
-        "prefix", ["fear", "joy", "joy", "joy"], {"accuracy": 50.0}, {}, confusion=[[1, 0, 0], [0, 1, 0], [2, 0, 0]]
-    )
+    one = System("prefix", ["fear", "joy", "joy", "joy"], {"accuracy": 50.0}, {}, confusion=[[1, 0, 0], [0, 1, 0], [2, 0, 0]])
     references, classes = [["joy"], ["fear"], ["rage"], ["rage"]], ["fear", "joy", "rage"]
     return Result("text", "label", ["a", "b", "c", "d"], references, classes[:2], classes, {"accuracy": "nrefs:1"}, one)
 
@@ -83,7 +81,7 @@ def test_the_terminal_the_page_and_the_json_file_have_the_same_table_and_sentenc
 
 
 def test_cut_sources_are_counted_where_there_are_any():
-    assert ["sources cut", "0", "2", ""] in report.score_rows(result(cut=3))  # in one of two draws
+    assert ["sources cut", "0", "2", ""] in report.score_lines(result(cut=3))  # in one of two draws
 
 
 @pytest.mark.parametrize("n, p, words", [
@@ -113,10 +111,8 @@ def test_a_large_confusion_matrix_is_left_to_the_page_and_json(monkeypatch):
 
 
 def test_three_references_of_a_sentence_are_shown():
-    shown = list(report.examples(result(references=[["a", "b", "c", "d"]] * 3), 1))
-    assert shown == [
-        [("fr", "le chat 0"), *(("reference", x) for x in "abc"), ("1-shot", "shot 0"), ("prefix", "prefixed 0")]
-    ]
+    shown = list(report.side_by_side(result(references=[["a", "b", "c", "d"]] * 3), 1))
+    assert shown == [[("fr", "le chat 0"), *(("reference", x) for x in "abc"), ("1-shot", "shot 0"), ("prefix", "prefixed 0")]]
 
 
 def test_a_table_of_outputs_has_one_line_a_sentence_and_six_cells_a_line():
