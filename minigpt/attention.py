@@ -57,7 +57,7 @@ class PackedBatch:
     def flat_index(self):
         """(N,): where each token stands in the padded batch (B, T), flattened."""
         row = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
-        return row.to(self.device) * self.longest + self.position
+        return to_device(row, self.device) * self.longest + self.position
 
     @cached_property
     def pad_index(self):

@@ -21,7 +21,7 @@ import torch
 
 from minigpt import generate
 from minigpt.attention import to_device
-from minigpt.cache import Cache, forward_cached
+from minigpt.cache import borrow_cache, decode_one_token
 from minigpt.generate import Generated, Prompt
 
 
@@ -35,11 +35,6 @@ class BeamState:
     finished: list = field(default_factory=list)  # (score, tokens, ended by a stop token), best first
     done: bool = False
 
-    @property
-    def position(self):
-        """Of each beam's newest token, before position_offset."""
-        return len(self.prompt.ids) + len(self.beams[0]) - 1
-
 
 @torch.no_grad()
 def beam_search(model, prompts, stop, slots=None, position_offset=0, beams=5, batch_size=32, length_penalty=1.0):
@@ -49,40 +44,32 @@ def beam_search(model, prompts, stop, slots=None, position_offset=0, beams=5, ba
     generate.check_prompts(model, prompts, position_offset)
     results, waiting = [Generated() for _ in prompts], generate.longest_first(prompts)
     rows = min(max(1, batch_size), len(waiting))
-    cache = Cache(model, rows, max((len(p.ids) + p.max_new * beams for p in prompts), default=0))
-    beam_mask = torch.zeros(rows, beams, cache.capacity, dtype=torch.bool, device=model.device)
-    stop = set(stop)
+    stop, capacity = set(stop), max((len(p.ids) + p.max_new * beams for p in prompts), default=0)
     running, numbers = [], []  # the BeamState of each row, and its prompt's number
 
     def advance_rows(logits, first):
         """logits (B, beams, vocab_size) of the rows from `first` on -> their new beams; what is done leaves its row."""
-        parents = to_device(torch.tensor(select(running[first:], logits, stop, length_penalty)), model.device)
-        row = torch.arange(first, len(running), device=model.device)[:, None]
-        beam_mask[first : len(running)] = beam_mask[row, parents]
+        states, device = running[first:], model.device
+        parents = select(states, logits, stop, length_penalty)
+        newest = [[tokens[-1] for tokens in state.beams] for state in states]
+        parents, cache.ids[first : len(running)] = to_device(torch.tensor([parents, newest]), device)
+        row = torch.arange(first, len(running), device=device)[:, None]
+        cache.visible[first : len(running)] = cache.visible[row, parents]
         for r in reversed(range(first, len(running))):
             if running[r].done:
                 results[numbers[r]] = Generated(*running[r].finished[0][1:])
-                beam_mask[r] = beam_mask[len(running) - 1]
                 generate.evict(cache, r, running, numbers)
 
-    while waiting or running:
-        B = len(running)
-        if generate.should_admit(waiting, running, rows):
-            new, logits = generate.admit(model, cache, waiting, prompts, B, slots, position_offset)
-            running += [BeamState(prompts[n], [[]] * beams, [0.0] + [-torch.inf] * (beams - 1)) for n in new]
-            numbers += new
-            length = to_device(torch.tensor(cache.length[B : len(running)]), model.device)[:, None, None]
-            beam_mask[B : len(running)] = torch.arange(cache.capacity, device=model.device) < length
-            advance_rows(logits[:, None].expand(-1, beams, -1), B)  # all beams are the same yet: only the first counts
-        else:
-            newest = [[tokens[-1] for tokens in state.beams] for state in running]
-            ids, position = to_device(torch.tensor([newest, [[s.position] * beams for s in running]]), model.device)
-            length = to_device(torch.tensor(cache.length[:B]), model.device)[:, None]
-            cache_position = length + torch.arange(beams, device=model.device)  # (B, beams)
-            beam_mask[:B].scatter_(2, cache_position[:, :, None], True)
-            past = beam_mask[:B, :, : cache.kv_len(B, beams)]
-            masks = generate.newest_masks([state.prompt for state in running], slots)
-            advance_rows(forward_cached(model, cache, ids, position + position_offset, past, masks, slots), 0)
+    with borrow_cache(model, rows, capacity, slots, beams) as cache:
+        while waiting or running:
+            B = len(running)
+            if generate.should_admit(waiting, running, rows):
+                new, logits = generate.admit(model, cache, waiting, prompts, B, position_offset)
+                running += [BeamState(prompts[n], [[]] * beams, [0.0] + [-torch.inf] * (beams - 1)) for n in new]
+                numbers += new
+                advance_rows(logits[:, None].expand(-1, beams, -1), B)  # all beams are the same yet: only the first counts
+            else:
+                advance_rows(decode_one_token(model, cache, B), 0)
     return results
 
 
@@ -92,10 +79,10 @@ def select(states, logits, stop, length_penalty):
     scores = to_device(torch.tensor([state.scores for state in states]), logits.device)  # (B, beams)
     logp = logits.float().log_softmax(dim=-1) + scores[:, :, None]
     likeliest = logp.flatten(1).topk((len(stop) + 1) * scores.size(1), dim=1)  # (B, (len(stop) + 1) * beams)
-    best, index = torch.stack([likeliest.values.double(), likeliest.indices.double()]).tolist()  # one wait, all exact
+    found = torch.stack([likeliest.values.view(torch.int32), likeliest.indices.int()]).cpu()  # one wait: float32 as its bits
     parents = []
-    for state, scores, flat in zip(states, best, index):
-        candidates = [(score, *divmod(int(i), logits.size(-1))) for score, i in zip(scores, flat)]
+    for state, scores, flat in zip(states, found[0].view(torch.float32).tolist(), found[1].tolist()):
+        candidates = [(score, *divmod(i, logits.size(-1))) for score, i in zip(scores, flat)]
         parents.append(advance(state, candidates, stop, length_penalty))
     return parents
 

@@ -1,145 +1,252 @@
 """The key/value cache of decoding, and what runs the model on it: prefill many tokens, then one token at a time.
 
     row 0   [ p3 ######## + ]       #  keys and values that are there
-    row 1   [ p5 ### +      ]       +  one token for every row at once (decode)
+    row 1   [ p5 ### +      ]       +  one token for every row at once (decode), or one for each of its beams
     row 2   [ p6 ##### +    ]       a new prompt fills its row at once (prefill)
 
 Each row holds one sequence, with positions 0, 1, 2 ... of its own, so its neighbours do not change it. Learned slots are
-not in the cache: a step reads them once for all rows (attention.attend_cached). On a GPU a step is one CUDA
-graph, recorded at its first use: without it the GPU would wait for the host to launch some twenty kernels per layer.
+not in the cache: a step reads them once for all rows (attention.attend_cached).
+
+What the next step needs lies on the device and advances there: the newest tokens, where they go and what they see. So a
+GPU runs a step as one CUDA graph, with one attention kernel a layer, and waits for nothing. A cache on a GPU stays for
+the model's next decoding, and its graph with it.
 """
+
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 
-from minigpt.attention import PackedBatch, attend, attend_cached, slot_layers, to_device
+from minigpt.attention import KERNELS_FROM, PackedBatch, attend, attend_cached, slot_layers, to_device
 
-ROUND = 128  # on a GPU a step reads a multiple of so many entries: one graph serves them all
+KEPT = WeakKeyDictionary()  # of each model on a GPU: its last cache
+FAILED = set()  # what this GPU has not done as it should: "kernel", "graph"
 
 
 class Cache:
-    """Keys and values of every token so far: key, value (n_layer, rows, n_head, capacity, head_dim), allocated once.
-    length: a list on the host, how many entries of each row are filled."""
+    """Room for `rows` sequences of `capacity` entries, each of which a step continues by one token for each beam.
 
-    def __init__(self, model, rows, capacity):
-        c = model.config
+    key, value (n_layer, rows, n_head, capacity, head_dim), allocated once. slots: those that sequences may see, or None.
+    length: a list on the host, how many entries of each row are filled. On the device, of the next step: ids (rows,
+    beams), the tokens that it feeds in; visible (rows, beams, capacity), the entries that each beam sees; and state
+    (4, rows), of each row: entry, where its next keys and values go; position; bank_mask; running, 1 or, where the row
+    is free, 0."""
+
+    def __init__(self, model, rows, capacity, slots=None, beams=1):
+        c, device = model.config, model.device
         shape = (c.n_layer, rows, c.n_head, capacity, c.head_dim)
-        self.key = torch.zeros(shape, device=model.device, dtype=model.dtype)
-        self.value = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        self.key = torch.zeros(shape, device=device, dtype=model.dtype)
+        self.value = torch.zeros(shape, device=device, dtype=model.dtype)
+        self.ids = torch.zeros(rows, beams, device=device, dtype=torch.int64)
+        self.visible = torch.zeros(rows, beams, capacity, device=device, dtype=torch.bool)
+        self.state = torch.zeros(4, rows, device=device, dtype=torch.int64)
+        self.entry, self.position, self.bank_mask, self.running = self.state.unbind()
+        self.advance = to_device(torch.tensor([[beams], [1]]), device)  # of entry and position, in a step
         self.length = [0] * rows  # on the host: nobody waits for the device to know it
         self.rows, self.capacity = rows, capacity
-        self.graphs = {}  # CUDA graphs of steps on these very keys and values
+        if uses_graphs(device) and slots is not None:  # a graph reads the same memory in every decoding
+            key, value = slots.key.to(model.dtype), slots.value.to(model.dtype)
+            slots = replace(slots, key=key.clone(), value=value.clone(), bank=slots.bank.clone())
+        self.slots, self.layers = slots, slot_layers(slots, c.n_layer)
+        self.tried, self.kernel, self.graph = False, None, None  # how a GPU runs a step: see first_step
 
-    def write(self, layer, row, cache_position, k, v):
-        """k, v (N, n_head, head_dim) of N tokens -> where row (N,) and cache_position (N,) say."""
-        self.key[layer][row, :, cache_position] = k
-        self.value[layer][row, :, cache_position] = v
+    def write(self, layer, row, entry, k, v):
+        """k, v (N, n_head, head_dim) of N tokens -> where row (N,) and entry (N,) say."""
+        self.key[layer][row, :, entry] = k
+        self.value[layer][row, :, entry] = v
 
     def clear(self, rows):
         """Zero these rows (float16 only). Entries past a sequence's end get weight 0, but 0 * nan of an overflow is nan."""
         if self.key.dtype == torch.float16:
             self.key[:, rows], self.value[:, rows] = 0, 0
 
-    def move(self, source, target):
-        """Copy the sequence in row `source` to row `target`."""
-        n = self.length[source]
-        self.key[:, target, :, :n] = self.key[:, source, :, :n]
-        self.value[:, target, :, :n] = self.value[:, source, :, :n]
-        self.length[target] = n
+    def evict(self, row, last):
+        """The sequence in `row` has ended: that of `last`, the last row that is running, takes its place."""
+        if row != last:
+            n = self.length[row] = self.length[last]
+            self.key[:, row, :, :n] = self.key[:, last, :, :n]
+            self.value[:, row, :, :n] = self.value[:, last, :, :n]
+            self.ids[row], self.visible[row], self.state[:, row] = self.ids[last], self.visible[last], self.state[:, last]
+        self.state[:, last] = 0
 
-    def kv_len(self, rows, new):
-        """How many entries a step reads that adds `new` tokens to each of the first rows."""
-        longest = max(self.length[:rows]) + new
-        return min(-(-longest // ROUND) * ROUND, self.capacity) if uses_graphs(self.key.device) else longest
+    def take_slots(self, slots):
+        """Read these slots from now on: True where they have the shapes of those that the cache was made for."""
+        shapes = lambda layers: [None if layer is None else layer.key.shape for layer in layers]
+        fits = shapes(slot_layers(slots, len(self.key))) == shapes(self.layers)
+        if fits and slots is not None:
+            for mine, new in ((self.slots.key, slots.key), (self.slots.value, slots.value), (self.slots.bank, slots.bank)):
+                mine.copy_(new)
+        return fits
 
 
 def uses_graphs(device):
     return device.type == "cuda"
 
 
-def prefill(model, cache, rows, prompts, bank_masks=None, slots=None, position_offset=0):
-    """Run whole prompts (lists of ids) into free rows. bank_masks: a list of masks for each prompt -> the logits after
-    the last token of each (B, vocab_size)."""
-    lengths = [len(ids) for ids in prompts]
+@contextmanager
+def borrow_cache(model, rows, capacity, slots=None, beams=1):
+    """A Cache for one decoding. On a GPU it is the model's last one if that fits, so that its graph is recorded once; a
+    lone row is as long as the context, so that it fits every line that is typed. After an error it is not kept."""
+    kept, device = KEPT.pop(model, None), model.device
+    asked = (rows, beams, device, model.dtype, model.attention)
+    if kept and (kept.kind != asked or kept.capacity < capacity or not kept.take_slots(slots)):
+        kept = None  # its memory is free before more is taken
+    if kept is None:
+        lone = rows == 1 and uses_graphs(device)
+        kept = Cache(model, rows, max(capacity, model.config.n_positions) if lone else capacity, slots, beams)
+        kept.kind = asked
+    yield kept
+    if uses_graphs(device):
+        KEPT[model] = kept
+
+
+def kept_bytes(model):
+    """Bytes of keys and values that the model's next decoding may use again, or that are free before it takes others."""
+    return 2 * KEPT[model].key.nbytes if model in KEPT else 0
+
+
+def greedy(logits):
+    """logits (..., vocab_size) -> the likeliest ids (...)."""
+    return logits.max(dim=-1).indices  # on a CPU three times as fast as argmax
+
+
+def prefill(model, cache, first, prompts, bank_masks=None, position_offset=0):
+    """Run whole prompts (lists of ids) into the free rows from `first` on; each row's next token is the likeliest.
+    bank_masks: a list of masks for each prompt -> the logits after the last token of each (B, vocab_size)."""
+    lengths, rows, device = [len(ids) for ids in prompts], slice(first, first + len(prompts)), model.device
     cache.clear(rows)
     masks = None if bank_masks is None else torch.tensor([mask for masks in bank_masks for mask in masks])
-    packed = PackedBatch(lengths, masks, model.device)
-    ids = torch.tensor([i for ids in prompts for i in ids], device=model.device)  # (N,)
-    row = torch.tensor(rows).repeat_interleave(torch.tensor(lengths)).to(model.device)  # (N,)
-
-    layers = slot_layers(slots, model.config.n_layer)
+    packed = PackedBatch(lengths, masks, device)
+    ids = to_device(torch.tensor([i for ids in prompts for i in ids]), device)  # (N,)
+    row = to_device(torch.arange(rows.start, rows.stop).repeat_interleave(torch.tensor(lengths)), device)  # (N,)
 
     def attn_fn(i, qkv):
         _, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (N, n_head, head_dim)
         cache.write(i, row, packed.position, k, v)
-        return attend(qkv, model.config.n_head, packed, layers[i], model.attention)
+        return attend(qkv, model.config.n_head, packed, cache.layers[i], model.attention)
 
     hidden = model.blocks(model.embed(ids, packed.position + position_offset), attn_fn)  # (N, n_embd)
-    for r, n in zip(rows, lengths):
-        cache.length[r] = n
-    last = torch.tensor(lengths).cumsum(0) - 1
-    return model.logits(hidden[last.to(model.device)])
-
-
-def decode_one_token(model, cache, ids, bank_mask=None, slots=None, position_offset=0):
-    """The next token, ids (B,), of each of the first B rows; bank_mask (B,) -> logits (B, vocab_size), which on a GPU
-    the next call overwrites."""
-    length = to_device(torch.tensor(cache.length[: len(ids)]), model.device)[:, None]  # (B, 1)
-    past = torch.arange(cache.kv_len(len(ids), 1), device=model.device) <= length  # (B, T)
-    logits = forward_cached(model, cache, ids[:, None], length + position_offset, past[:, None], bank_mask, slots)
-    return logits[:, 0]
-
-
-def forward_cached(model, cache, ids, position, past, bank_mask=None, slots=None):
-    """Append Q tokens to each of the first B rows: one, or one for each beam. They become the row's newest entries.
-
-    ids, position (B, Q); past (B, Q, T): the entries that each token sees, itself included; bank_mask (B,)
-    -> logits (B, Q, vocab_size)."""
-    B, Q = ids.shape
-    start = to_device(torch.tensor(cache.length[:B]), ids.device)[:, None]
-    cache_position = start + torch.arange(Q, device=ids.device)  # (B, Q)
-    if slots is not None:
-        visible = slots.visible_slots(bank_mask)[:, None].expand(-1, Q, -1)
-        past = torch.cat([visible, past], dim=-1)  # (B, Q, S + T)
-    run = replay_graph if uses_graphs(model.device) else decode_step
-    logits = run(model, cache, slots, ids, position, cache_position, past)
-    cache.length[:B] = [n + Q for n in cache.length[:B]]
+    logits = model.logits(hidden[to_device(torch.tensor(lengths).cumsum(0) - 1, device)])
+    cache.length[rows] = lengths
+    newest_mask = [0] * len(prompts) if bank_masks is None else [masks[-1] for masks in bank_masks]
+    positions = [n + position_offset for n in lengths]
+    cache.state[:, rows] = to_device(torch.tensor([lengths, positions, newest_mask, [1] * len(prompts)]), device)
+    cache.visible[rows] = torch.arange(cache.capacity, device=device) < cache.entry[rows, None, None]
+    cache.ids[rows] = greedy(logits)[:, None]
     return logits
 
 
-def decode_step(model, cache, slots, ids, position, cache_position, visible):
-    """What forward_cached does on the device, all in tensors: ids, position, cache_position (B, Q); visible (B, Q, S + T)."""
-    B, Q = ids.shape
-    T = visible.size(-1) - (0 if slots is None else slots.bank.numel())
+def decode_one_token(model, cache, B):
+    """Feed cache.ids of the first B rows in: they become the rows' newest entries. Without beams the likeliest tokens
+    take their place in cache.ids -> logits (B, beams, vocab_size), which on a GPU the next call overwrites."""
+    beams = cache.ids.size(1)
+    T = max(cache.length[:B]) + beams
+    cache.length[:B] = [n + beams for n in cache.length[:B]]
+    if not uses_graphs(model.device):
+        return decode_step(model, cache, B, T)
+    with torch.cuda.device(model.device):
+        return gpu_step(model, cache, B, T)[:B]
+
+
+def decode_step(model, cache, B, T):
+    """What decode_one_token does on the device, all in tensors. T: entries that are looked at; the kernel looks at each
+    row's own."""
+    beams, device = cache.ids.size(1), cache.ids.device
+    entry = cache.entry[:B, None] + torch.arange(beams, device=device)  # (B, beams)
+    cache.visible[:B].scatter_(2, entry[:, :, None], True)  # a beam sees its own new entry
+    attn_fn = kernel_attention(cache) if cache.kernel else plain_attention(model, cache, entry, T)
+    position = cache.position[:B, None].expand(-1, beams)
+    hidden = model.blocks(model.embed(cache.ids[:B].flatten(), position.flatten()), attn_fn)  # (B * beams, n_embd)
+    logits = model.logits(hidden).unflatten(0, (B, beams))
+    cache.state[:2, :B] += cache.running[:B] * cache.advance
+    if beams == 1:
+        cache.ids[:B] = greedy(logits)
+    return logits
+
+
+def plain_attention(model, cache, entry, T):
+    """attn_fn of a step by attention.attend_cached. entry (B, beams): where the new keys and values go."""
+    B, beams = entry.shape
+    visible = cache.visible[:B, :, :T]
+    if cache.slots is not None:
+        visible_slots = cache.slots.visible_slots(cache.bank_mask[:B])[:, None].expand(-1, beams, -1)
+        visible = torch.cat([visible_slots, visible], dim=-1)  # (B, beams, S + T)
     bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, -torch.inf)
-    row, layers = torch.arange(B, device=ids.device).repeat_interleave(Q), slot_layers(slots, model.config.n_layer)
+    row = torch.arange(B, device=entry.device).repeat_interleave(beams)
 
     def attn_fn(i, qkv):
-        q, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (B * Q, n_head, head_dim)
-        cache.write(i, row, cache_position.flatten(), k, v)
+        q, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (B * beams, n_head, head_dim)
+        cache.write(i, row, entry.flatten(), k, v)
         key, value = cache.key[i, :B, :, :T], cache.value[i, :B, :, :T]
-        q = q.unflatten(0, (B, Q)).transpose(1, 2)  # (B, n_head, Q, head_dim)
-        return attend_cached(q, key, value, bias, layers[i], model.attention).flatten(0, 1)
+        q = q.unflatten(0, (B, beams)).transpose(1, 2)  # (B, n_head, beams, head_dim)
+        return attend_cached(q, key, value, bias, cache.layers[i], model.attention).flatten(0, 1)
 
-    hidden = model.blocks(model.embed(ids.flatten(), position.flatten()), attn_fn)  # (B * Q, n_embd)
-    return model.logits(hidden).unflatten(0, (B, Q))
+    return attn_fn
 
 
-def replay_graph(model, cache, slots, *inputs):
-    """decode_step as one launch. A CUDA graph is recorded for each set of last dimensions and replayed from then on, with
-    the same slots and always over all rows. Free rows compute rubbish, which the next prefill overwrites."""
-    B = len(inputs[0])
-    widths = tuple(x.size(-1) for x in inputs)
-    if widths not in cache.graphs:
-        static = [x.new_ones(cache.rows, *x.shape[1:]) for x in inputs]
-        cache.graphs[widths] = [torch.cuda.CUDAGraph(), static, None]
-    graph, static, logits = cache.graphs[widths]
-    for buffer, x in zip(static, inputs):
-        buffer[:B] = x
-    with torch.cuda.device(model.device):
-        if logits is None:
-            decode_step(model, cache, slots, *static)  # outside the graph, for what is set up only once
-            with torch.cuda.graph(graph):
-                logits = decode_step(model, cache, slots, *static)
-            cache.graphs[widths][2] = logits
+def kernel_attention(cache):
+    """attn_fn of a step by one Triton kernel."""
+    from minigpt.decode_kernel import decode_attention  # here, because only CUDA builds of torch bring triton
+
+    return lambda i, qkv: decode_attention(qkv, cache, i)
+
+
+def gpu_step(model, cache, B, T):
+    """decode_step as one launch. Without a graph, or a kernel, it is as on a CPU."""
+    if not cache.tried:
+        return first_step(model, cache, B)
+    if cache.graph:
+        graph, logits = cache.graph
         graph.replay()
-    return logits[:B]
+        return logits
+    return decode_step(model, cache, B, T)
+
+
+def first_step(model, cache, B):
+    """A cache's first step on a GPU -> its logits. It runs plainly, by the kernel, and from a graph, which always takes
+    all rows: free ones stay as they are. What raises, or differs from the plain step, is said once and then left."""
+    before, cache.tried = (cache.state.clone(), cache.ids.clone()), True
+
+    def run():
+        cache.state.copy_(before[0])
+        cache.ids.copy_(before[1])
+        return gpu_step(model, cache, cache.rows, cache.capacity)[:B].clone()
+
+    logits = expected = run()
+    for name, prepare in (("kernel", has_kernel), ("graph", record_graph)):
+        if name in FAILED:
+            continue
+        try:
+            setattr(cache, name, prepare(model, cache))
+            logits = run()
+            fault = None if agree(logits.float(), expected.float(), model.dtype) else "its numbers are not those of a plain step"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a compiler, a driver: whatever it is, there is another way
+            fault = (str(error) or repr(error)).splitlines()[0]
+        if fault:
+            FAILED.add(name)
+            print(f"Decoding goes on without its {name} on this GPU: {fault}", file=sys.stderr)
+            setattr(cache, name, None)
+            logits = run()
+    return logits
+
+
+def has_kernel(model, cache):
+    return model.attention != "plain" and torch.cuda.get_device_capability(model.device) >= KERNELS_FROM
+
+
+def record_graph(model, cache):
+    """A CUDA graph of a step of all rows, and the logits that each replay writes. Nothing runs meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = decode_step(model, cache, cache.rows, cache.capacity)
+    return graph, logits
+
+
+def agree(logits, expected, dtype):
+    """Do two paths' logits (B, beams, vocab_size) differ by no more than rounding in `dtype`? (NaN: no.)"""
+    spread = expected - expected.mean(dim=-1, keepdim=True)  # the logits of a base may all be far from 0
+    return bool((logits - expected).norm() <= (0.01 if dtype == torch.float32 else 0.1) * spread.norm())

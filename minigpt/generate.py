@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minigpt.attention import to_device
-from minigpt.cache import Cache, decode_one_token, prefill
+from minigpt.cache import borrow_cache, decode_one_token, greedy, prefill, uses_graphs
 from minigpt.files import UserError
 
 
@@ -51,7 +50,7 @@ class Sampler:
     def __call__(self, logits, streams):
         """logits (B, vocab_size), the names of the B sequences' streams -> token ids (B,)."""
         if self.temperature == 0:
-            return logits.max(dim=-1).indices  # on a CPU three times as fast as argmax
+            return greedy(logits)
         logits = logits.float()
         p = ((logits - logits.amax(dim=-1, keepdim=True)) / self.temperature).softmax(dim=-1)
         if self.top_k or self.top_p < 1:
@@ -80,27 +79,29 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
     sampler, stop = sampler or Sampler(), set(stop)
     check_prompts(model, prompts, position_offset)
     results, waiting = [Generated() for _ in prompts], longest_first(prompts)
-    rows = min(max(1, batch_size), len(waiting))
-    cache = Cache(model, rows, max((len(p.ids) + p.max_new for p in prompts), default=0))
-    running, newest = [], []  # of each row: its prompt's number, its newest token
+    rows, capacity = min(max(1, batch_size), len(waiting)), max((len(p.ids) + p.max_new for p in prompts), default=0)
+    running, unread = [], deque()  # the prompt's number of each row; of steps: the numbers, and a function: their tokens
+    late = uses_graphs(model.device)  # a step runs on a GPU while the host reads the tokens of the one before
 
-    def sample_next(logits, numbers):
-        """The next token of each of these prompts; None where a sequence ends."""
-        streams = [n if prompts[n].stream is None else prompts[n].stream for n in numbers]
-        tokens = sampler(logits, streams).tolist()
-        return [append_token(results[n], prompts[n], token, stop, n, on_token) for n, token in zip(numbers, tokens)]
-
-    while waiting or running:
-        if should_admit(waiting, running, rows):
-            new, logits = admit(model, cache, waiting, prompts, len(running), slots, position_offset)
-            running, newest = running + new, newest + sample_next(logits, new)
-        else:
-            ids = to_device(torch.tensor(newest), model.device)
-            masks = newest_masks([prompts[n] for n in running], slots)
-            newest = sample_next(decode_one_token(model, cache, ids, masks, slots, position_offset), running)
-        for row in reversed(range(len(running))):
-            if newest[row] is None:
-                evict(cache, row, running, newest)
+    with borrow_cache(model, rows, capacity, slots) as cache:
+        while waiting or running:
+            if should_admit(waiting, running, rows):
+                first, (new, logits) = len(running), admit(model, cache, waiting, prompts, len(running), position_offset)
+                running += new
+            else:
+                first, logits = 0, decode_one_token(model, cache, len(running))[:, 0]
+            numbers, ids = running[first:], cache.ids[first : len(running), 0]
+            if sampler.temperature:
+                ids.copy_(sampler(logits, [n if prompts[n].stream is None else prompts[n].stream for n in numbers]))
+            unread.append((numbers, to_host(ids)))
+            while len(unread) > late:
+                numbers, tokens = unread.popleft()
+                for n, token in zip(numbers, tokens().tolist()):
+                    if not ended(results[n], prompts[n]):  # a step late: what an ended sequence got more is dropped
+                        append_token(results[n], token, stop, n, on_token)
+                for row in reversed(range(len(running))):
+                    if ended(results[running[row]], prompts[running[row]]):
+                        evict(cache, row, running)
     return results
 
 
@@ -116,27 +117,19 @@ def should_admit(waiting, running, rows):
     return waiting and len(running) <= rows * 3 // 4
 
 
-def admit(model, cache, waiting, prompts, first, slots, position_offset):
+def admit(model, cache, waiting, prompts, first, position_offset):
     """Waiting prompts take the rows from `first` on -> (their numbers, the logits after each (B, vocab_size))."""
     new = [waiting.popleft() for _ in range(min(len(waiting), cache.rows - first))]
-    rows, ids = list(range(first, first + len(new))), [prompts[n].ids for n in new]
-    masks = None if slots is None else [prompts[n].bank_mask for n in new]
-    return new, prefill(model, cache, rows, ids, masks, slots, position_offset)
+    masks = None if cache.slots is None else [prompts[n].bank_mask for n in new]
+    return new, prefill(model, cache, first, [prompts[n].ids for n in new], masks, position_offset)
 
 
 def evict(cache, row, *lists):
     """A sequence has ended: the last row's takes its row, in the cache and in lists of what belongs to the rows."""
-    end = len(lists[0]) - 1
-    if row != end:
-        cache.move(end, row)
+    cache.evict(row, len(lists[0]) - 1)
     for things in lists:
-        things[row] = things[end]
+        things[row] = things[-1]
         things.pop()
-
-
-def newest_masks(prompts, slots):
-    """The masks of the banks that these prompts' new tokens see: (B,), or None without slots."""
-    return None if slots is None else to_device(torch.tensor([p.bank_mask[-1] for p in prompts]), slots.bank.device)
 
 
 def check_prompts(model, prompts, position_offset):
@@ -152,12 +145,31 @@ def check_prompts(model, prompts, position_offset):
             )
 
 
-def append_token(result, prompt, token, stop, number, on_token):
-    """Add a token to a sequence; return it, or None if the sequence ends here."""
+def append_token(result, token, stop, number, on_token):
+    """A token ends a sequence or becomes its newest."""
     if token in stop:
         result.finished = True
-        return None
+        return
     result.ids.append(token)
     if on_token:
         on_token(number, token)
-    return token if len(result.ids) < prompt.max_new else None
+
+
+def ended(result, prompt):
+    return result.finished or len(result.ids) == prompt.max_new
+
+
+def to_host(x):
+    """Begin to copy x to the host -> a function that returns it there, once it has come. On a GPU it is as x is now, and
+    the wait is not for what runs after it."""
+    if not x.is_cuda:
+        return lambda: x
+    with torch.cuda.device(x.device):
+        there, done = x.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory
+        done.record()
+
+    def read():
+        done.synchronize()
+        return there
+
+    return read

@@ -25,6 +25,8 @@ which every token may see, PARTS programs sum a part of the batch each and torch
 runs give the same bits.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,8 @@ import triton.language as tl
 BLOCK = 64  # tokens, or slots, that a program handles at a time
 LOG2_E = 1.4426950408889634
 PARTS = 16  # that the batch is cut into for the gradients of slots
+# Numbers that change with the batch: Triton would compile anew where one is 1 or a multiple of 16.
+jit = triton.jit(do_not_specialize=["N", "S", "part"])
 
 
 @triton.jit
@@ -77,7 +81,7 @@ def _online_softmax(m, total, acc, scores, v, EXACT: tl.constexpr):
     return m_new, total * shrink + tl.sum(p, 1), acc
 
 
-@triton.jit
+@jit
 def forward_kernel(
     qkv, out, lse, slot_key, slot_value, start, bank_mask, bank, N, S, scale,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
@@ -110,7 +114,7 @@ def forward_kernel(
     tl.store(lse + head * N + rows, m + tl.log2(total), mask=rows < N)
 
 
-@triton.jit
+@jit
 def delta_kernel(out, grad_out, delta, N, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
     """delta = rowsum(dO * O), (H, N)."""
     head, C = tl.program_id(1), H * D
@@ -127,7 +131,7 @@ def _score_gradient(q, k, v, do, lse, delta, seen, scale, EXACT: tl.constexpr):
     return p, p * (_dot(do, tl.trans(v), EXACT) - delta[:, None])
 
 
-@triton.jit
+@jit
 def query_gradient_kernel(
     qkv, grad_qkv, grad_out, lse, delta, slot_key, slot_value, start, bank_mask, bank, N, S, scale, factor,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
@@ -159,7 +163,7 @@ def query_gradient_kernel(
     _store(grad_qkv + head * D, rows, 3 * C, columns, N, dq * factor, D)
 
 
-@triton.jit
+@jit
 def key_gradient_kernel(
     qkv, grad_qkv, grad_out, lse, delta, start, end, N, scale, factor,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
@@ -185,7 +189,7 @@ def key_gradient_kernel(
     _store(grad_qkv + 2 * C + head * D, keys, 3 * C, columns, N, dv, D)
 
 
-@triton.jit
+@jit
 def slot_gradient_kernel(
     qkv, grad_out, lse, delta, slot_key, slot_value, grad_key, grad_value, bank_mask, bank, N, S, part, scale, factor,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
@@ -217,6 +221,7 @@ def slot_gradient_kernel(
 KERNELS = (forward_kernel, delta_kernel, query_gradient_kernel, key_gradient_kernel, slot_gradient_kernel)
 
 
+@cache
 def constants(kernel, n_head, head_dim, dtype):
     """What a kernel is compiled for. float32 has no tensor cores here, and half the room."""
     exact = dtype == torch.float32

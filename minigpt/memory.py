@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from minigpt.cache import kept_bytes
+
 SHARE = 0.8  # of the free memory that a cache may take
 
 
@@ -36,7 +38,7 @@ def row_bytes(model, capacity, beams=1):
 
 def rows_that_fit(model, capacity, rows, beams=1):
     """`rows`, halved until their cache fits into the free memory: 0 if not even one does."""
-    free = SHARE * free_memory(model.device)
+    free = SHARE * (free_memory(model.device) + kept_bytes(model))
     while rows and rows * row_bytes(model, capacity, beams) > free:
         rows //= 2
     return rows

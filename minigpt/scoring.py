@@ -9,7 +9,7 @@ different lengths compare as they are.
 
 import torch
 
-from minigpt.attention import PackedBatch
+from minigpt.attention import PackedBatch, to_device
 from minigpt.generate import Generated
 
 
@@ -43,7 +43,8 @@ def log_p(model, pairs, slots=None, position_offset=0):
             bank_mask += prompt.bank_mask + prompt.bank_mask[-1:] * (len(answer) - 1)
     lengths = [len(prompt.ids) + len(answer) - 1 for prompt, answer in pairs]
     packed = PackedBatch(lengths, None if slots is None else torch.tensor(bank_mask), model.device)
-    hidden = model.hidden(torch.tensor(ids, device=model.device), packed, slots, position_offset)  # (N, n_embd)
+    ids, at, targets = (to_device(torch.tensor(x), model.device) for x in (ids, at, targets))
+    hidden = model.hidden(ids, packed, slots, position_offset)  # (N, n_embd)
     logp = model.logits(hidden[at]).float().log_softmax(dim=-1)  # (M, vocab_size), M = all tokens of all answers
-    of_targets = logp.gather(1, torch.tensor(targets, device=model.device)[:, None])[:, 0]
+    of_targets = logp.gather(1, targets[:, None])[:, 0]
     return torch.stack([part.sum() for part in of_targets.split([len(answer) for _, answer in pairs])])

@@ -137,5 +137,5 @@ def compute_kv(model, ids):
     if len(ids) > model.config.n_positions:
         raise UserError(f"{len(ids)} tokens are more than this model's context of {model.config.n_positions}")
     cache = Cache(model, 1, len(ids))
-    prefill(model, cache, [0], [ids])
+    prefill(model, cache, 0, [ids])
     return cache.key[:, 0].float(), cache.value[:, 0].float()

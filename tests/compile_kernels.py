@@ -19,17 +19,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from minigpt import kernels  # noqa: E402
+from minigpt import decode_kernel, kernels  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-POINTERS = {"fp32": ("lse", "delta", "grad_key", "grad_value"), "i32": ("start", "end", "bank_mask", "bank")}
-SCALARS = {"fp32": ("scale", "factor"), "i32": ("N", "S", "part")}
+POINTERS = {
+    "fp32": ("lse", "delta", "grad_key", "grad_value"),
+    "i32": ("start", "end", "bank_mask", "bank"),
+    "i64": ("state",),
+    "u8": ("visible",),
+}
+SCALARS = {"fp32": ("scale", "factor"), "i32": ("N", "S", "part", "rows", "Q", "capacity")}
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-N_HEAD = 12
+N_HEAD, BEAMS = 12, 5
+KERNELS = (*kernels.KERNELS, decode_kernel.decode_kernel)
 
 
 def type_of(name, dtype):
-    """The type of a kernel's argument, in Triton's words; capitals other than N and S are compile-time constants."""
+    """The type of a kernel's argument, in Triton's words; capitals other than N, S and Q are compile-time constants."""
     for kinds, star in ((POINTERS, "*"), (SCALARS, "")):
         for kind, names in kinds.items():
             if name in names:
@@ -38,7 +44,10 @@ def type_of(name, dtype):
 
 
 def compile_kernel(kernel, capability, dtype, head_dim):
-    constants = kernels.constants(kernel, N_HEAD, head_dim, getattr(torch, dtype))
+    if kernel is decode_kernel.decode_kernel:
+        constants = decode_kernel.constants(N_HEAD, head_dim, BEAMS, getattr(torch, dtype))
+    else:
+        constants = kernels.constants(kernel, N_HEAD, head_dim, getattr(torch, dtype))
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     types = {name: type_of(name, dtype) for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
@@ -60,6 +69,6 @@ def resources(compiled):
 
 if __name__ == "__main__":
     capability, dtype, head_dim = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    for kernel in kernels.KERNELS:
+    for kernel in KERNELS:
         compiled = compile_kernel(kernel, capability, dtype, head_dim)
         print(json.dumps({"kernel": kernel.fn.__name__, **resources(compiled)}), flush=True)

@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,6 +26,12 @@ from minigpt import GPT, checkpoint
 LINUX = sys.platform == "linux"
 CPU_INFO = Path("/proc/cpuinfo").read_text() if LINUX else ""
 RATES = [float(f"{x}e{n}") for n in range(-5, 2) for x in (1, 3)]
+KERNELS = {
+    "attention kernels": r"forward_kernel|delta_kernel|gradient_kernel|decode_kernel",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|splitK|gemv|cublas",
+    "softmax and norms": r"[sS]oft[mM]ax|layer_norm|LayerNorm",
+    "copies": r"Memcpy|Memset|copy|CatArray",
+}
 SQUARE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product is the ceiling
 
 
@@ -147,6 +156,51 @@ class Peak:
 
     def bytes(self):
         return self.highest() - self.before
+
+
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    """Inside, an attribute is another."""
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+def waits(work, device):
+    """(work()'s result, how often the host waited in it): as torch warns of it, and for events."""
+    if device != "cuda":
+        return work(), None
+    events, wait = [], torch.cuda.Event.synchronize
+    with warnings.catch_warnings(record=True) as caught, replaced(
+        torch.cuda.Event, "synchronize", lambda event: events.append(event) or wait(event)
+    ):
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            result = work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return result, len(events) + sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def profile(work, device):
+    """Where the time of work() goes: {kind of kernel: [milliseconds, launches]}, and the share of it that is busy."""
+    if device != "cuda":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        wall = 1e3 * (time.perf_counter() - began)
+    ms, launches = Counter(), Counter()
+    for event in (event for event in profiler.key_averages() if event.self_device_time_total):
+        kind = next((kind for kind, names in KERNELS.items() if re.search(names, event.key)), "other")
+        ms[kind] += event.self_device_time_total / 1e3
+        launches[kind] += event.count
+    return {kind: [round(t, 2), launches[kind]] for kind, t in ms.most_common()} | {"busy": round(ms.total() / wall, 3)}
 
 
 # The machine

@@ -119,7 +119,7 @@ def test_compiled_for_a_gpu_that_is_not_here_every_kernel_fits(capability, dtype
     command = [sys.executable, script, str(capability), dtype, str(head_dim)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(kernels.KERNELS)
+    assert len(found) == len(kernels.KERNELS) + 1  # and decode_kernel
     for kernel in found:
         assert kernel["stack"] == 0, f"registers spill: {kernel}"
         assert kernel["shared"] <= SHARED_MEMORY[capability], kernel

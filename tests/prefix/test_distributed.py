@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate
 import train
+import translate
 from minigpt import UserError
 from prefix import distributed
 from prefix.trainer import Trainer
@@ -119,3 +121,36 @@ def test_an_environment_that_is_not_torchruns_or_has_too_few_gpus_is_one_line(mo
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         distributed.start()
+
+
+def test_each_process_takes_the_gpu_of_its_local_number_and_nccl_for_it(monkeypatch):
+    for name, value in (TORCHRUN | {"RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    devices, backends = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: backends.append(backend))
+    distributed.start()
+    assert (devices, backends) == ([1], ["cpu:gloo,cuda:nccl"])
+
+
+COMMANDS = {
+    "train": (train, "--steps 1 --batch-size 2 --prefix-len 2 --model {0}/base --data {0}/en-fr.csv --out run"),
+    "train, dry": (train, "--steps 1 --batch-size 2 --prefix-len 2 --model {0}/base --data {0}/en-fr.csv --dry-run"),
+    "translate": (translate, "--prefix {0}/run --max-new-tokens 2 word"),
+    "evaluate": (evaluate, "--prefix {0}/run --limit 1 --draws 0 --max-new-tokens 2"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_that_went_well_has_left_the_group(run, workplace, place, command):
+    """NCCL ends cleanly only so. (Here: a group of one, over gloo.)"""
+    script, words = COMMANDS[command]
+    distributed.dist.init_process_group("gloo", store=distributed.dist.HashStore(), rank=0, world_size=1)
+    try:
+        code, _, err = run(script, *words.format(place).split(), "--device", "cpu")
+        assert code == 0, err
+        assert not distributed.dist.is_initialized()
+    finally:
+        distributed.finish()

@@ -75,7 +75,7 @@ def test_three_columns_train_three_banks_in_six_directions_and_rows_may_lack_one
     (["t.csv"], None, (["t.csv"], ["en", "fr"])),
     (["t.csv"], ["fr", "en"], (["t.csv"], ["en", "fr"])),
     (["t.csv"], ["fr", "de"], "t.csv: has no column 'de'"),
-    (["none.csv"], None, "none.csv: line 1 seems to hold texts"),
+    (["none.csv"], None, "none.csv: has no column 'en'"),
     (["a.txt", "b.txt"], None, "2 text files, but 3 columns"),
     (["x.de", "x.en"], ["fr"], "has no column 'fr'"),
 ])  # fmt: skip

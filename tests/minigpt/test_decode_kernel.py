@@ -1,0 +1,86 @@
+"""The decode kernel against the plain path in float64. Without a GPU it runs in Triton's interpreter, as in test_kernels.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
+from minigpt import decode_kernel  # noqa: E402
+from minigpt.attention import Slots, attend_cached  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOUND = {torch.float32: 2e-6, torch.float16: 2e-3}  # of ||ours - float64|| / ||float64||
+CASES = [
+    # rows, rows that are running, beams, heads, head_dim, slots of each bank, capacity
+    (1, 1, 1, 1, 16, None, 40),
+    (5, 3, 1, 2, 64, [10, 10], 150),
+    (4, 4, 3, 2, 25, [3, 0, 70], 90),
+    (2, 2, 20, 1, 80, [5], 100),
+]
+
+
+def random_cache(rows, beams, n_head, head_dim, slots_per_bank, capacity, dtype):
+    """What decode_attention reads of a Cache. Rows have any lengths; what lies behind their ends is NaN."""
+    entry = torch.randint(capacity - beams + 1, (rows,))
+    entry[0] = capacity - beams  # a full row
+    state = torch.stack([entry, entry, torch.randint(8, (rows,)), torch.ones(rows, dtype=torch.int64)])
+    key, value = torch.randn(2, 2, rows, n_head, capacity, head_dim).to(dtype)
+    behind = torch.arange(capacity) >= entry[:, None]  # (rows, capacity)
+    for x in (key, value):
+        x.masked_fill_(behind[:, None, :, None], torch.nan)
+    visible = torch.rand(rows, beams, capacity) < 0.6
+    slots = None
+    if slots_per_bank is not None:
+        bank = torch.arange(len(slots_per_bank)).repeat_interleave(torch.tensor(slots_per_bank)).int()
+        slots = Slots(*torch.randn(2, n_head, len(bank), head_dim).to(dtype), bank)
+    cache = SimpleNamespace(key=key, value=value, visible=visible, state=state, ids=torch.zeros(rows, beams), layers=[None, slots])
+    return cache
+
+
+def plain(qkv, cache, B):
+    """attend_cached in float64 -> the output; and the first B rows' keys and values as they should be."""
+    beams, n_head = cache.ids.size(1), cache.key.size(2)
+    slots, out, key, value = cache.layers[1], [], cache.key[1].clone(), cache.value[1].clone()
+    q, k, v = qkv.view(B, beams, 3, n_head, -1).transpose(1, 3).unbind(2)  # (B, n_head, beams, head_dim)
+    for row in range(B):
+        n = int(cache.state[0, row])
+        key[row, :, n : n + beams], value[row, :, n : n + beams] = k[row], v[row]
+        sees = torch.cat([cache.visible[row, :, :n], torch.eye(beams, dtype=torch.bool)], dim=-1)
+        if slots is not None:
+            sees = torch.cat([slots.visible_slots(cache.state[2, row]).expand(beams, -1), sees], dim=-1)
+        bias = torch.zeros(sees.shape, dtype=torch.float64).masked_fill_(~sees, -torch.inf)
+        mine = (x[row, None, :, : n + beams].double() for x in (key, value))
+        out.append(attend_cached(q[row, None].double(), *mine, bias[None], slots, "plain")[0])
+    return torch.cat(out), key, value
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Whatever the kernel forgets to write is NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(decode_kernel.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_equals_float64_and_writes_its_own_entries_alone(case, dtype):
+    rows, B, beams, n_head, head_dim, slots_per_bank, capacity = case
+    cache = random_cache(rows, beams, n_head, head_dim, slots_per_bank, capacity, dtype)
+    qkv = torch.randn(B * beams, 3 * n_head * head_dim).to(dtype)
+    exact, *expected = plain(qkv, cache, B)
+    to = lambda x: x if x is None else Slots(*map(to, vars(x).values())) if isinstance(x, Slots) else x.to(DEVICE)
+    there = SimpleNamespace(**{name: list(map(to, x)) if name == "layers" else to(x) for name, x in vars(cache).items()})
+    ours = decode_kernel.decode_attention(qkv.to(DEVICE), there, 1).cpu().double()
+    assert (ours - exact).norm() <= BOUND[dtype] * exact.norm()
+    for side, written in zip((there.key, there.value), expected):
+        torch.testing.assert_close(side[1].cpu(), written, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_row_without_an_entry_attends_to_its_new_token_alone():
+    cache = random_cache(1, 1, 2, 16, None, 8, torch.float32)
+    cache.state[0] = 0
+    qkv = torch.randn(1, 96)
+    cache = SimpleNamespace(**{name: x if name == "layers" else x.to(DEVICE) for name, x in vars(cache).items()})
+    out = decode_kernel.decode_attention(qkv.to(DEVICE), cache, 0)
+    torch.testing.assert_close(out.cpu(), qkv[:, 64:])
