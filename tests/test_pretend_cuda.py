@@ -13,12 +13,12 @@ from pretend_cuda import GPU, here, pretended_gpu
 from minigpt import attention, generate
 from minigpt.generate import Sampler
 from minigpt.model import GPT
-from prefix.banks import Banks, TrainableBanks
+from prefix.banks import Banks
 from prefix.decoding import Decoding
 from prefix.evaluation.attention_maps import look_at, nearest_tokens
 from prefix.evaluation.few_shot import Shots, few_shot
 from prefix.init import first_pairs, from_text, initial_banks, random_banks, units_of
-from prefix.reparam import Reparametrised
+from prefix.reparam import Reparametrised, TrainableBanks
 from prefix.trainer import Trainer
 from prefix.translation import translate
 
@@ -72,13 +72,13 @@ def test_training_gives_the_cpus_numbers_and_a_step_waits_once_or_twice(both, tr
     def work(model, gpu):
         model.checkpoint_activations = checkpointing
         t, numbers = trainer(model=model, banks=some_banks(model, corpus, kind), **options), []
-        t.batches.validation = t.batches.validation[:1]
-        for batch in t.batches.steps(0, 2):
+        t.loader.validation = t.loader.validation[:1]
+        for batch in t.loader.steps(0, 2):
             gpu.forget()  # only the second step is counted: the first sets things up
             record = t.optimizer_step(batch)
             numbers += [record["loss"], record["grad_norm"]]
         counted.append((gpu.total("wait"), gpu.total("pageable"), gpu.where()))
-        return [torch.tensor([*numbers, t.validation_loss()]), *(p.detach() for pair in t.banks.pairs() for p in pair)]
+        return [torch.tensor([*numbers, t.validation_loss()]), *(p.detach() for pair in t.banks.key_values() for p in pair)]
 
     counted = []
     ours, theirs, gpu = both(work, capability, dtype)
@@ -107,7 +107,7 @@ def test_a_run_that_is_resumed_goes_on_with_the_same_bits(gpu, trainer, model, c
 def test_the_thread_that_prepares_batches_works_on_the_gpu_of_its_process(gpu, trainer, model, corpus):
     torch.cuda.set_device(1)
     model = model.to("cuda")
-    next(trainer(model=model, banks=some_banks(model, corpus)).batches.steps(0, 1))
+    next(trainer(model=model, banks=some_banks(model, corpus)).loader.steps(0, 1))
     assert gpu.device_of == {"MainThread": 1, "batches_0": 1}
 
 
