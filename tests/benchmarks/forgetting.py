@@ -28,8 +28,7 @@ from minigpt.loss import nll_sum
 from prefix.batches import only
 from prefix.data import corpus as data
 from prefix.run import DEMO_CORPUS
-from prefix.sequences import pairs_of
-from prefix.sequences import pack_pairs, separator
+from prefix.sequences import pack_pairs, pairs_of, separator
 
 WAYS = ("prefix", "LoRA", "fine-tuning")
 
