@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from minigpt.files import UserError
-from minigpt.memory import out_of_memory
+from minigpt.memory import attempt
 from prefix import distributed
 from prefix.data.corpus import sample_rows
 from prefix.sequences import n_tokens, pack_pairs, pairs_of, separator
@@ -99,23 +99,17 @@ class BatchLoader:
         """work(the MicroBatches of `batch`) -> its result. Where memory runs out, the batch is cut into smaller ones,
         and all of the work is done again; later batches are cut so from the start. where: named in messages. Raises
         UserError where one pair alone does not fit."""
+        if batch.micro_batch_tokens != self.micro_batch_tokens:
+            self.cut(batch)
         too_many = None  # tokens
-        while True:
-            if batch.micro_batch_tokens != self.micro_batch_tokens:
-                self.cut(batch)
-            try:
-                result = work(batch.micro_batches)
-                break
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-            # Only here, behind the except clause, are the activations free that the error held on to.
+        while (result := attempt(work, batch.micro_batches)) is None:
             largest = max((len(micro_batch.ids) for micro_batch in batch.micro_batches), default=0)
             if all(len(micro_batch.packed.lengths) == 1 for micro_batch in batch.micro_batches):
                 even = f"out of memory, even with one pair of {largest:,} tokens at a time"
                 raise UserError(f"{where}: {even}: set --checkpoint-activations, or lower --max-tokens")
             too_many = too_many or largest
             self.micro_batch_tokens = self.fitting_tokens = min(largest, self.micro_batch_tokens) // 2
+            self.cut(batch)
         if too_many:
             say = f"out of memory with micro-batches of {too_many:,} tokens; {self.micro_batch_tokens:,} fit"
             tqdm.write(f"{where}: {say}", file=sys.stderr)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from minigpt.beam import beam_search
 from minigpt.files import UserError
 from minigpt.generate import Sampler, generate
-from minigpt.memory import SHARE, free_memory, out_of_memory, row_bytes, rows_that_fit
+from minigpt.memory import SHARE, attempt, free_memory, row_bytes, rows_that_fit
 from minigpt.scoring import likeliest_answer, max_new_tokens
 from prefix.distributed import log_once
 
@@ -77,14 +77,8 @@ def rows_in_memory(model, prompts, rows, beams):
 def halving(work, prompts, rows, decoding):
     """work(prompts, rows), again with half the rows for as long as memory runs out."""
     fitting = rows
-    while True:
-        try:
-            results = work(prompts, fitting)
-            break
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-        if fitting == 1:  # here, outside, what the error held on to is free again
+    while (results := attempt(work, prompts, fitting)) is None:
+        if fitting == 1:
             raise UserError("out of memory, even with one sentence at a time: lower --beam or --max-new-tokens")
         fitting //= 2
     if fitting < rows:

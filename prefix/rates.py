@@ -36,4 +36,5 @@ def try_rates(rates, make_trainer, out):
     if distributed.rank() == 0:  # if it is killed here, the next call does it again
         shutil.copytree(out / f"lr-{best:g}", out, dirs_exist_ok=True)
     trainer.resume()
+    trainer.save()  # on the disk, which a copy need not be yet
     return trainer, best

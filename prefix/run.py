@@ -106,6 +106,8 @@ def read_config(path):
         for name in sorted(part.keys() ^ set(fields)):
             what = "unknown" if name in part else "missing"
             raise UserError(f"{path}: not the config of a run of this version: {name} is {what}")
+    if isinstance(config["settings"]["save_every"], str):  # in seconds, as an earlier version could
+        config["settings"]["save_every"] = Settings.save_every
     return config
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, which 
 
 from baselines import TRAINED
 from common import best_rate, circumstances
-from ways import encoded, train, validation_loss
+from ways import train, validation_loss
 
 from minigpt import GPT, Tokenizer
 from minigpt.attention import PackedBatch
@@ -28,7 +28,7 @@ from minigpt.loss import nll_sum
 from prefix.batches import only
 from prefix.data import corpus as data
 from prefix.run import DEMO_CORPUS
-from prefix.sequences import pack_pairs, separator
+from prefix.sequences import pack_pairs, pairs_of, separator
 
 WAYS = ("prefix", "LoRA", "fine-tuning")
 
@@ -65,7 +65,7 @@ def main():
     corpus = data.load([args.data], args.columns, tokenizer, args.limit, base.config.n_positions // 2)
     s, t = map(corpus.columns.index, args.columns)
     test, back = (only(corpus.examples("test"), [ends]) for ends in ((s, t), (t, s)))
-    asked = {"back": encoded(corpus, back)} | {  # plain text: a target without a source
+    asked = {"back": pairs_of(corpus, back)} | {  # plain text: a target without a source
         name: [([], corpus.ids(row, column), column, column) for row, _, _ in test]
         for name, column in zip(args.columns, (s, t))
     }
@@ -82,7 +82,7 @@ def main():
         lr = best_rate(TRAINED[name][1], sweep)
         return trained(name, args.steps, lr), lr
 
-    table = {"base": {"learned": loss(base, tokenizer, encoded(corpus, test)), **others(base)}}
+    table = {"base": {"learned": loss(base, tokenizer, pairs_of(corpus, test)), **others(base)}}
     for name in WAYS:
         way, lr = trained_at_its_best_rate(name)
         learned = {"learned": validation_loss(way, corpus, test)}

@@ -103,6 +103,9 @@ def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_ha
 # The environment
 
 
+TORCHRUN = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": "localhost"}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -116,8 +119,7 @@ def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_ha
 def test_an_environment_that_is_not_torchruns_or_has_too_few_gpus_is_one_line(monkeypatch, change, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "LOCAL_WORLD_SIZE" in change)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    torchrun = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": "localhost"}
-    for name, value in (torchrun | change).items():
+    for name, value in (TORCHRUN | change).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         distributed.start()

@@ -76,6 +76,13 @@ def test_a_config_with_a_missing_or_foreign_field_is_one_line_that_names_it(conf
         runs.read_config(path)
 
 
+def test_a_run_that_saved_every_so_many_seconds_as_earlier_ones_could_goes_on(config_of, write):
+    config = config_of("--save-every", 7)
+    assert runs.read_config(write("config.json", json.dumps(config)))["settings"]["save_every"] == 7
+    config["settings"]["save_every"] = "60s"
+    assert runs.read_config(write("config.json", json.dumps(config)))["settings"]["save_every"] == 50
+
+
 # The newest run
 
 
