@@ -91,6 +91,10 @@ def test_the_first_readme_names_every_module():
         assert path.name == "__init__.py" or path.name in text, path
 
 
+def test_the_first_readme_says_how_to_train_on_several_gpus_and_machines():
+    assert TORCHRUN <= {*OPTION.findall(READMES[0].read_text(encoding="utf-8"))}
+
+
 @every_readme
 def test_a_command_in_a_readme_has_the_options_that_it_is_given(readme, options):
     for name, rest in commands(readme.read_text(encoding="utf-8")):
