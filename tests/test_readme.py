@@ -87,6 +87,10 @@ def test_the_first_readme_names_every_module():
         assert path.name == "__init__.py" or path.name in text, path
 
 
+def test_the_first_readme_says_how_to_train_on_several_gpus_and_machines():
+    assert TORCHRUN <= {*OPTION.findall(READMES[0].read_text(encoding="utf-8"))}
+
+
 @every_readme
 def test_a_command_or_an_option_that_a_readme_names_is_there(readme, options):
     text = readme.read_text(encoding="utf-8")

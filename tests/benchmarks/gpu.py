@@ -77,16 +77,9 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def cuda():
-    return args.device == "cuda"
-
-
-def dtype():
-    return torch.bfloat16 if cuda() else torch.float32
-
-
-def seconds(work):
-    return median(timings(work, args.device, 0.3 if cuda() else 0.0))
+cuda = lambda: args.device == "cuda"
+dtype = lambda: torch.bfloat16 if cuda() else torch.float32
+seconds = lambda work: median(timings(work, args.device, 0.3 if cuda() else 0.0))
 
 
 def program(*words):
@@ -312,14 +305,15 @@ def others():
     from peft import PrefixTuningConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    theirs, ids = GPT2LMHeadModel.from_pretrained(checkpoint.DEMO).to(args.device).eval(), torch.randint(4096, (2, 20))
+    theirs = GPT2LMHeadModel.from_pretrained(checkpoint.DEMO, dtype=torch.float32).to(args.device).eval()
+    ids = torch.randint(4096, (2, 20), device=args.device)
     with torch.no_grad():
-        apart = GPT.from_pretrained("demo", args.device)(ids.to(args.device)) - theirs(ids.to(args.device)).logits
+        apart = GPT.from_pretrained("demo", args.device)(ids) - theirs(ids).logits
     c = SHAPES[args.shape]
     sizes = {name: getattr(c, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
     base = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)).to(args.device, dtype())
     model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)).to(args.device)
-    packed, peak = random_batch(c, 5000 if cuda() else 100).packed, Peak(args.device)
+    packed, peak = random_batch(c, 5000 if cuda() else 300).packed, Peak(args.device)
     padded = torch.randint(c.vocab_size, (len(packed.lengths), packed.longest), device=args.device)
     mask = (torch.arange(packed.longest) < torch.tensor(packed.lengths)[:, None]).long().to(args.device)
     taken = seconds(lambda: model(input_ids=padded, attention_mask=mask, labels=padded).loss.backward())
