@@ -283,7 +283,7 @@ class Generator(torch.Generator):
 def pretended_gpu(monkeypatch, capability=(9, 0)):
     """Inside, "cuda" is a GPU of this compute capability. Yields its GPU."""
     global current
-    from minigpt import cache, decode_kernel, kernel_check, kernels
+    from minigpt import attention, cache, decode_kernel, kernels
 
     current = gpu = GPU()
     for module, names in ((kernels, [k.fn.__name__ for k in kernels.KERNELS]), (decode_kernel, ["decode_kernel"])):
@@ -291,7 +291,7 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
             monkeypatch.setattr(module, name, Kernel(getattr(module, name)))
     monkeypatch.setattr(kernels, "KERNELS", tuple(getattr(kernels, k.fn.__name__) for k in kernels.KERNELS))
     monkeypatch.setattr(cache, "FAILED", set())
-    monkeypatch.setattr(kernel_check, "passed", lambda *a, **_: capability >= kernel_check.KERNELS_FROM)  # has tests of its own
+    monkeypatch.setattr(attention, "kernels_work", lambda *a, **_: capability >= attention.KERNELS_FROM)  # has tests of its own
     fakes = {
         "CUDAGraph": Graph, "graph": capture, "Event": Event, "device": lambda device: contextlib.nullcontext(),
         "get_device_capability": lambda device=None: capability, "is_available": lambda: True, "current_device": gpu.current_device,

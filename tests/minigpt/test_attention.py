@@ -5,14 +5,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
-from minigpt import UserError, kernel_check, kernels  # noqa: E402
+from minigpt import UserError, attention, kernels  # noqa: E402
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernels_that_work_have_no_fault(dtype):
-    assert kernel_check.kernel_fault(CPU, dtype, n_head=2, head_dim=16) is None
+    assert attention.kernel_fault(CPU, dtype, n_head=2, head_dim=16) is None
 
 
 def raising(*arguments):
@@ -33,15 +33,15 @@ right = kernels.triton_attention
 def test_a_kernel_that_is_at_fault_is_told(monkeypatch, fault):
     wrong, said = FAULTS[fault]
     monkeypatch.setattr(kernels, "triton_attention", wrong)
-    assert said in kernel_check.kernel_fault(CPU, torch.float32, n_head=2, head_dim=16)
+    assert said in attention.kernel_fault(CPU, torch.float32, n_head=2, head_dim=16)
 
 
 def test_a_fault_is_one_notice_or_an_error_for_fused_attention(monkeypatch, capsys):
-    monkeypatch.setattr(kernel_check, "kernel_fault", lambda *a: "no C compiler")
+    monkeypatch.setattr(attention, "kernel_fault", lambda *a: "no C compiler")
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    kernel_check.passed.cache_clear()
-    assert [kernel_check.passed("cuda:0", torch.float16, 2, 16) for _ in range(3)] == [False] * 3
+    attention.kernels_work.cache_clear()
+    assert [attention.kernels_work("cuda:0", torch.float16, 2, 16) for _ in range(3)] == [False] * 3
     assert capsys.readouterr().err == "Attention is torch's own, not the kernels', on this GPU: no C compiler\n"
     with pytest.raises(UserError, match="--attention fused does not work on this GPU: no C compiler"):
-        kernel_check.passed("cuda:0", torch.float16, 2, 16, must=True)
-    kernel_check.passed.cache_clear()
+        attention.kernels_work("cuda:0", torch.float16, 2, 16, must=True)
+    attention.kernels_work.cache_clear()
