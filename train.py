@@ -49,8 +49,7 @@ def add_options(parser):
     add = parser.add_argument_group("what is learned, from what").add_argument
     add("--prefix-len", **n(1, MAX_SLOTS), default=10, help="slots in each bank (10)")
     add("--model", help="a directory, demo, or a published name such as gpt2 (gpt2-xl if it is on disk, else demo)")
-    text = "CSV, TSV, JSON lines, or one text file per column (demo: the sample corpus)"
-    add("--data", nargs="+", metavar="FILE", help=text)
+    add("--data", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines, or a text file per column (the sample corpus)")
     add("--columns", nargs="+", metavar="NAME", help="columns to use, each the name of a bank (the first two)")
     add("--pairs", nargs="+", metavar="SOURCE:TARGET", help="directions to train (all that occur)")
     add("--limit", **n(1), help="read no more than N usable rows (all)")
@@ -70,15 +69,13 @@ def add_options(parser):
     add("--reparam", action="store_true", help="train slots through Li and Liang's MLP, for the training only (off)")
     add("--seed", **n(0), default=0, help="of the order and of random starts (0)")
     add("--out", type=Path, metavar="DIR", help="the run directory (runs/<time>)")
-    text = "go on with this run; --steps, --save-every, memory and machine may be new (begin one)"
-    add("--resume", type=Path, metavar="DIR", help=text)
+    add("--resume", type=Path, metavar="DIR", help="go on with this run; only its length and the machine may be new (none)")
     add("--dry-run", action="store_true", help="say what a run would take, from one timed micro-batch (off)")
     add("--eval-every", **n(0), help="steps between validations (a sixth); 0: never")
     add("--save-every", **n(1), help="steps between saves of last/ (50)")
 
     add = parser.add_argument_group("memory").add_argument
-    text = "tokens in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)"
-    add("--micro-batch-tokens", **n(1), help=text)
+    add("--micro-batch-tokens", **n(1), help="in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
     cli.add_machine_options(parser)
 

@@ -57,7 +57,7 @@ def test_numbers_below_those_of_float32_are_the_likeliest_token(demo):
 def caches(monkeypatch):
     """The (rows, capacity) of every cache that decoding takes from now on."""
     taken, build = [], Cache.__init__
-    monkeypatch.setattr(Cache, "__init__", lambda *given: (taken.append(given[2:]), build(*given))[1])
+    monkeypatch.setattr(Cache, "__init__", lambda *given: (taken.append(given[2:4]), build(*given))[1])
     return taken
 
 
