@@ -28,6 +28,7 @@ from prefix.trainer import Settings, Trainer
 
 MAX_SLOTS = 1 << 16  # of a bank: far more than any context has positions
 MAX_BATCH = 1 << 20  # pairs, whose list is in memory
+FAR = 30  # units: at the best rate of each base slots moved by 1 to 17, and where they moved by more it was worse
 
 
 def parse_arguments():
@@ -49,8 +50,7 @@ def add_options(parser):
     add = parser.add_argument_group("what is learned, from what").add_argument
     add("--prefix-len", **n(1, MAX_SLOTS), default=10, help="slots in each bank (10)")
     add("--model", help="a directory, demo, or a published name such as gpt2 (gpt2-xl if it is on disk, else demo)")
-    text = "CSV, TSV, JSON lines, or one text file per column (demo: the sample corpus)"
-    add("--data", nargs="+", metavar="FILE", help=text)
+    add("--data", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines, or a text file per column (the sample corpus)")
     add("--columns", nargs="+", metavar="NAME", help="columns to use, each the name of a bank (the first two)")
     add("--pairs", nargs="+", metavar="SOURCE:TARGET", help="directions to train (all that occur)")
     add("--limit", **n(1), help="read no more than N usable rows (all)")
@@ -70,15 +70,13 @@ def add_options(parser):
     add("--reparam", action="store_true", help="train slots through Li and Liang's MLP, for the training only (off)")
     add("--seed", **n(0), default=0, help="of the order and of random starts (0)")
     add("--out", type=Path, metavar="DIR", help="the run directory (runs/<time>)")
-    text = "go on with this run; --steps, --save-every, memory and machine may be new (begin one)"
-    add("--resume", type=Path, metavar="DIR", help=text)
+    add("--resume", type=Path, metavar="DIR", help="go on with this run; only its length and the machine may be new (none)")
     add("--dry-run", action="store_true", help="say what a run would take, from one timed micro-batch (off)")
     add("--eval-every", **n(0), help="steps between validations (a sixth); 0: never")
     add("--save-every", **n(1), help="steps between saves of last/ (50)")
 
     add = parser.add_argument_group("memory").add_argument
-    text = "tokens in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)"
-    add("--micro-batch-tokens", **n(1), help=text)
+    add("--micro-batch-tokens", **n(1), help="in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
     cli.add_machine_options(parser)
 
@@ -168,19 +166,27 @@ def to_go_on(out):
     return f"to go on: python train.py --resume {shlex.quote(str(out))}"
 
 
+def advice(progress, moved):
+    """What to try where a run went wrong: a line of its own, or nothing."""
+    base, best, far = progress.base_loss, progress.best, moved.get("moved_max", 0)
+    if base is not None and not best < base:
+        wrong = f"validation loss {best:.2f} is not below the {base:.2f} of the base without a prefix"
+        return f"Warning: {wrong}. Try --lr 0.03 0.1 0.3, or more --steps\n"
+    if far > FAR:
+        wrong = f"a slot moved by {far:.0f} units of the base's own keys and values, more than {FAR}"
+        return f"Warning: {wrong}. Try a third of --lr, or --lr 0.03 0.1 0.3\n"
+    return ""
+
+
 def closing_line(trainer, model):
-    """What a run came to, behind a warning where it is no better than the base."""
+    """What a run came to, behind advice where it went wrong."""
     p, out, trained = trainer.progress, trainer.out, sum(parameter.numel() for parameter in trainer.unfrozen)
     fraction = trained / sum(parameter.numel() for parameter in model.parameters())
     pace = f"in {p.seconds:.0f} s ({p.tokens / max(p.seconds, 1e-3):,.0f} tokens/s)"
     good = "not validated" if p.base_loss is None else f"validation loss {p.best:.4f} ({p.base_loss:.4f} without the prefix)"
     skipped = f"; {p.skipped} steps were not finite and skipped" if p.skipped else ""
-    warning = ""
-    if p.base_loss is not None and not p.best < p.base_loss:
-        warning = f"Warning: validation loss {p.best:.2f} is not below the {p.base_loss:.2f} of the base without a prefix. "
-        warning += "Try --lr 0.03 0.1 0.3, or more --steps\n"
     result = f"Trained {trained:,} parameters ({fraction:.2%} of the model) {pace}: {good}{skipped}"
-    return f"{warning}{result}; {out}/prefix.safetensors. Try: python evaluate.py --prefix {shlex.quote(str(out))}"
+    return f"{advice(p, trainer.banks.moved())}{result}; {out}/prefix.safetensors. Try: python evaluate.py --prefix {shlex.quote(str(out))}"
 
 
 if __name__ == "__main__":
