@@ -302,7 +302,7 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch, "Generator", Generator)
-    group = lambda lists, *_: {(CUDA, lists[0][0].dtype): (lists, list(range(len(lists[0]))))}
+    group = lambda lists, *_: {(lists[0][0].device, lists[0][0].dtype): (lists, list(range(len(lists[0]))))}
     for module in ("torch.nn.utils.clip_grad", "torch.optim.optimizer"):  # the original is C++, which sees the CPU
         if hasattr(sys.modules[module], "_group_tensors_by_device_and_dtype"):
             monkeypatch.setattr(sys.modules[module], "_group_tensors_by_device_and_dtype", group)

@@ -44,7 +44,7 @@ from prefix.translation import translate
 
 SHAPES = {"demo": GPTConfig.from_file(checkpoint.DEMO / "config.json"), **PUBLISHED}
 SENTENCE, SPREAD = 42, 0.5  # tokens of a sentence that is drawn, and the standard deviation of their logarithm
-ROOM = 5e8  # bytes that the part `memory` leaves free
+ROOM = 2e8  # bytes that the part `memory` leaves free
 args = None  # of the command line
 
 
@@ -110,7 +110,7 @@ def demo_trainer(folder, device, dtype=torch.float32):
     model, tokenizer = GPT.from_pretrained("demo", device, dtype), Tokenizer.from_pretrained("demo")
     corpus = data.load([DEMO_CORPUS], None, tokenizer, limit=400, home=folder)
     banks = random_banks(model.config, corpus.columns, 10, seed=1).to(device)
-    settings = Settings(steps=8, lr=0.05, batch_size=32 if cuda() else 4, warmup=1, eval_every=0)
+    settings = Settings(steps=8, lr=0.05, batch_size=8, warmup=1, eval_every=0)
     return Trainer(model, banks, BatchLoader(corpus, tokenizer, settings, model.device), settings, folder)
 
 
