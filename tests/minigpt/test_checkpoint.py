@@ -195,11 +195,6 @@ def test_a_tensor_of_another_model_is_an_error_that_names_it(name, tensor, why, 
     assert why_refused(tmp_path).startswith(f"{WEIGHTS}: {why}")
 
 
-def test_a_head_in_another_shard_is_compared_too(weights, tmp_path):
-    save_shards(tmp_path, {HEAD: torch.randn(50, 12)}, weights)
-    assert why_refused(tmp_path).endswith("lm_head.weight differs from wte.weight; only tied heads are implemented")
-
-
 @pytest.mark.parametrize(
     "content, what",
     [
@@ -220,14 +215,6 @@ def test_a_file_that_is_cut_or_something_else_is_an_error_that_says_what(content
         cut = isinstance(content, float)
         (tmp_path / WEIGHTS).write_bytes(sound[: int(content * len(sound))] if cut else content)
     assert why_refused(tmp_path).startswith(f"{WEIGHTS}: not a safetensors file: ") and what in why_refused(tmp_path)
-
-
-def test_a_refused_checkpoint_takes_no_memory(weights, tmp_path):
-    save_file(weights | {"ln_f.bias": torch.zeros(13)}, tmp_path / WEIGHTS)
-    with torch.device("meta"):
-        model = GPT(CONFIG)
-    assert "ln_f.bias has shape [13]" in refusal(checkpoint.load_weights, model, tmp_path, "cpu", torch.float32)
-    assert all(p.is_meta for p in model.parameters())
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
@@ -313,15 +300,6 @@ def place(directory, *files):
 
 def put_hub(monkeypatch, snapshot_download):
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
-
-
-def test_a_directory_is_the_checkpoint_in_it(home):
-    assert checkpoint.find(str(home)) == checkpoint.find(home) == home
-
-
-def test_the_demo_is_in_the_package_and_loads():
-    assert checkpoint.find("demo") == checkpoint.DEMO
-    assert GPT.from_pretrained("demo").config.vocab_size == 4096
 
 
 @pytest.mark.parametrize("name", ["gpt2-xl", "openai-community/gpt2", "distilbert/distilgpt2"])
