@@ -178,6 +178,7 @@ def answers(args, corpus, translate):
         rows = new_sentences(corpus, s, t, args.sentences)
         sources, references = ([corpus.text(row, column) for row in rows] for column in (s, t))
         outputs, seconds = cpu_seconds(partial(translate, sources, source, target))
+        references = [[text] for text in references]
         texts, cut = [output.text for output in outputs], sum(not output.finished for output in outputs)
         direction, result["answer_cpu_seconds"] = f"{source} -> {target}", result["answer_cpu_seconds"] + seconds
         result["outputs"][direction], result["references"][direction] = texts, references

@@ -147,7 +147,7 @@ class Bench:
         result, texts = {}, dict(zip(("en", "fr"), self.texts))
         for source, target in (("fr", "en"), ("en", "fr")):
             outputs = translate(texts[source], source, target)
-            result[f"{source} -> {target}"] = metrics.METRICS["bleu"]([output.text for output in outputs], texts[target])
+            result[f"{source} -> {target}"] = metrics.METRICS["bleu"]([output.text for output in outputs], [[text] for text in texts[target]])
         return result
 
     def best(self, **spec):
