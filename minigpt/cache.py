@@ -221,7 +221,9 @@ def first_step(model, cache, B):
         try:
             setattr(cache, name, prepare(model, cache))
             logits = run()
-            fault = None if agree(logits.float(), expected.float(), model.dtype) else "its numbers are not those of a plain step"
+            fault = (
+                None if agree(logits.float(), expected.float(), model.dtype) else "its numbers are not those of a plain step"
+            )
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of a compiler, a driver: whatever it is, there is another way

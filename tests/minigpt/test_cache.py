@@ -142,8 +142,18 @@ def replay_that_errs(graph):
 
 
 FAULTS = {  # what it is, what takes its place, what is said
-    "a kernel that raises": (decode_kernel, "decode_attention", kernel_that_raises, "its kernel on this GPU: no such instruction"),
-    "a kernel that errs": (decode_kernel, "decode_attention", kernel_that_errs, "its kernel on this GPU: its numbers are not those"),
+    "a kernel that raises": (
+        decode_kernel,
+        "decode_attention",
+        kernel_that_raises,
+        "its kernel on this GPU: no such instruction",
+    ),
+    "a kernel that errs": (
+        decode_kernel,
+        "decode_attention",
+        kernel_that_errs,
+        "its kernel on this GPU: its numbers are not those",
+    ),
     "a graph that raises": (torch.cuda, "graph", kernel_that_raises, "its graph on this GPU: no such instruction"),
     "a graph that errs": (FakeGraph, "replay", replay_that_errs, "its graph on this GPU: its numbers are not those"),
 }

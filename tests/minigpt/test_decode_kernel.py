@@ -34,7 +34,9 @@ def random_cache(rows, beams, n_head, head_dim, slots_per_bank, capacity, dtype)
     if slots_per_bank is not None:
         bank = torch.arange(len(slots_per_bank)).repeat_interleave(torch.tensor(slots_per_bank)).int()
         slots = Slots(*torch.randn(2, n_head, len(bank), head_dim).to(dtype), bank)
-    cache = SimpleNamespace(key=key, value=value, visible=visible, state=state, ids=torch.zeros(rows, beams), layers=[None, slots])
+    cache = SimpleNamespace(
+        key=key, value=value, visible=visible, state=state, ids=torch.zeros(rows, beams), layers=[None, slots]
+    )
     return cache
 
 
