@@ -13,7 +13,6 @@ the CPU. What asks for a device by name (factories, .to) passes through `Mode` f
 """
 
 import contextlib
-import sys
 import threading
 import traceback
 from collections import Counter
@@ -44,9 +43,10 @@ class GPU:
             raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
         while what.startswith("wait") and self.coming:
             torch.Tensor.copy_(*self.coming.pop())
-        frames = [f for f in traceback.extract_stack() if "/minigpt/" in f.filename or "/prefix/" in f.filename]
+        places = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
+        ours = (f"{file.rpartition('/')[2]}:{line}" for file, line in places if "/minigpt/" in file or "/prefix/" in file)
         self.counts[what] += 1
-        self.places[what, f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else "a test"] += 1
+        self.places[what, next(ours, "a test")] += 1
 
     def total(self, what):
         return sum(n for name, n in self.counts.items() if name.startswith(what))
@@ -206,9 +206,9 @@ class Mode(TorchFunctionMode):
             if name in ("numpy", "__array__"):
                 raise TypeError("can't convert cuda:0 device type tensor to numpy")
             if name == "backward":  # the engine's own entry, so that backwards written in Python find this mode, too
+                run, options = torch.autograd.Variable._execution_engine.run_backward, {"accumulate_grad": True}
                 with self:
-                    run = torch.autograd.Variable._execution_engine.run_backward
-                    return run((first,), (torch.ones_like(first),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+                    return run((first,), (torch.ones_like(first),), False, False, (), allow_unreachable=True, **options)
             if name == "one_hot":  # in C++ it makes a tensor of its own
                 return there(func(first.here, *args[1:], **kwargs))
             if name in ("data_ptr", "__reduce_ex__", "untyped_storage"):
@@ -286,26 +286,26 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
     from minigpt import attention, cache, decode_kernel, kernels
 
     current = gpu = GPU()
-    for module, names in ((kernels, [k.fn.__name__ for k in kernels.KERNELS]), (decode_kernel, ["decode_kernel"])):
-        for name in names:
-            monkeypatch.setattr(module, name, Kernel(getattr(module, name)))
-    monkeypatch.setattr(kernels, "KERNELS", tuple(getattr(kernels, k.fn.__name__) for k in kernels.KERNELS))
+    interpreted = tuple(map(Kernel, kernels.KERNELS))
+    for kernel in interpreted:
+        monkeypatch.setattr(kernels, kernel.fn.__name__, kernel)
+    monkeypatch.setattr(kernels, "KERNELS", interpreted)
+    monkeypatch.setattr(decode_kernel, "decode_kernel", Kernel(decode_kernel.decode_kernel))
     monkeypatch.setattr(cache, "FAILED", set())
     monkeypatch.setattr(attention, "kernels_work", lambda *a, **_: capability >= attention.KERNELS_FROM)  # has tests of its own
     fakes = {
         "CUDAGraph": Graph, "graph": capture, "Event": Event, "device": lambda device: contextlib.nullcontext(),
-        "get_device_capability": lambda device=None: capability, "is_available": lambda: True, "current_device": gpu.current_device,
-        "is_bf16_supported": lambda including_emulation=True: capability >= (8, 0), "set_device": gpu.set_device,
-        "mem_get_info": lambda device=None: (1 << 34, 1 << 34), "memory_reserved": lambda device=None: 0,
-        "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 0,
-    }  # fmt: skip
+        "current_device": gpu.current_device, "set_device": gpu.set_device, "is_available": lambda: True,
+        "get_device_capability": lambda device=None: capability,
+        "is_bf16_supported": lambda including_emulation=True: capability >= (8, 0),
+        "mem_get_info": lambda device=None: (1 << 34, 1 << 34),
+    } | dict.fromkeys(("memory_reserved", "memory_allocated", "max_memory_allocated"), lambda device=None: 0)  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch, "Generator", Generator)
     group = lambda lists, *_: {(lists[0][0].device, lists[0][0].dtype): (lists, list(range(len(lists[0]))))}
-    for module in ("torch.nn.utils.clip_grad", "torch.optim.optimizer"):  # the original is C++, which sees the CPU
-        if hasattr(sys.modules[module], "_group_tensors_by_device_and_dtype"):
-            monkeypatch.setattr(sys.modules[module], "_group_tensors_by_device_and_dtype", group)
+    for module in ("nn.utils.clip_grad", "optim.optimizer"):  # the original is C++, which sees the CPU
+        monkeypatch.setattr(f"torch.{module}._group_tensors_by_device_and_dtype", group, raising=False)
     monkeypatch.setattr("prefix.batches.ThreadPoolExecutor", threads)
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
