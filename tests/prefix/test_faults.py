@@ -27,6 +27,10 @@ pytestmark = pytest.mark.usefixtures("workplace")
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 OPTIONS = f"--steps {STEPS} --batch-size 4 --prefix-len 3 --eval-every 3 --save-every 2 --device cpu --dtype float32"
+torch.set_num_threads(1)
+p = torch.nn.Parameter(torch.zeros(1))  # what torch imports late is imported now, once for all forks
+p.sum().backward()
+torch.optim.AdamW([p]).step()
 LINE, STATE, FLUSH = "prefix.trainer.Trainer.log", "prefix.state.save_file", "minigpt.files.flush"
 
 
@@ -36,7 +40,6 @@ def train_until(arguments, home, said, moment):
     os.environ["MINIGPT_HOME"] = home
     for stream in (1, 2):
         os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
-    torch.set_num_threads(1)
     sys.modules["matplotlib"] = None
     sys.argv = ["train.py", *arguments]
     if moment:
