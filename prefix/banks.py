@@ -123,7 +123,7 @@ class Banks(nn.Module):
             if part.position_offset != one.position_offset:
                 offsets = f"{part.position_offset} in {path}, {one.position_offset} in {first}"
                 raise UserError(f"prefixes go together only where text starts at the same position: {offsets}")
-            for name in banks.keys() & part.names:
+            for name in (name for name in part.names if name in banks):
                 owner = next(path for path, other in parts if name in other.names)
                 raise UserError(f"bank {name!r} is there twice, in {owner} and in {path}: leave one out")
             banks |= dict(zip(part.names, part.key_values()))
