@@ -13,6 +13,7 @@ the CPU. What asks for a device by name (factories, .to) passes through `Mode` f
 """
 
 import contextlib
+import sys
 import threading
 import traceback
 from collections import Counter
@@ -301,8 +302,8 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch, "Generator", Generator)
     group = lambda lists, *_: {(lists[0][0].device, lists[0][0].dtype): (lists, list(range(len(lists[0]))))}
-    for module in ("nn.utils.clip_grad", "optim.optimizer"):  # the original is C++, which sees the CPU
-        monkeypatch.setattr(f"torch.{module}._group_tensors_by_device_and_dtype", group, raising=False)
+    for module in ("torch.nn.utils.clip_grad", "torch.optim.optimizer"):  # the original is C++, which sees the CPU
+        monkeypatch.setattr(sys.modules[module], "_group_tensors_by_device_and_dtype", group, raising=False)
     monkeypatch.setattr("prefix.batches.ThreadPoolExecutor", threads)
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
