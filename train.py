@@ -14,8 +14,9 @@ import torch
 
 from minigpt import UserError
 from minigpt.files import locked, remove_leftovers
+from minigpt.memory import tokens_that_fit
 from prefix import cli, distributed, run, state
-from prefix.batches import BatchLoader
+from prefix.batches import MICRO_BATCH_TOKENS, BatchLoader
 from prefix.cli import float_range, int_at_least
 from prefix.data import corpus as data
 from prefix.distributed import log
@@ -92,6 +93,7 @@ def main():
     corpus = load_corpus(config, model, tokenizer)
     first, out = distributed.rank() == 0, args.resume
     micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
+    micro_batch_tokens = micro_batch_tokens or tokens_that_fit(model, MICRO_BATCH_TOKENS[model.device.type])
 
     def make_trainer(lr, out):
         banks, settings = make_banks(config, model, tokenizer, corpus), Settings(**config["settings"] | {"lr": lr})

@@ -1,4 +1,4 @@
-"""How much memory is free, and how many rows of decoding fit into it: computed before any of it is taken."""
+"""How much memory is free, and how many tokens of training or rows of decoding fit: computed before any of it is taken."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 from minigpt.cache import kept_bytes
 
-SHARE = 0.8  # of the free memory that a cache may take
+SHARE = 0.8  # of the free memory that activations or a cache may take
 
 
 def out_of_memory(error):
@@ -34,6 +34,21 @@ def free_memory(device):
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux
         return math.inf
+
+
+def token_bytes(model):
+    """Bytes that a token in flight takes until backward: in each layer the residual twice, q, k, v, attention's output
+    and the MLP's hidden values (no input of a frozen matrix). With checkpointed activations, one residual a layer."""
+    c, size = model.config, model.dtype.itemsize
+    block = 6 * c.n_embd + c.mlp_dim
+    return size * (c.n_layer * c.n_embd + block if model.checkpoint_activations else c.n_layer * block)
+
+
+def tokens_that_fit(model, tokens):
+    """`tokens`, on a GPU halved until as many in flight fit into the free memory."""
+    while model.device.type == "cuda" and tokens > 1 and tokens * token_bytes(model) > SHARE * free_memory(model.device):
+        tokens //= 2
+    return tokens
 
 
 def row_bytes(model, capacity, beams=1):
