@@ -18,6 +18,7 @@ import threading
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -206,10 +207,6 @@ class Mode(TorchFunctionMode):
                 return getattr(first.detach().here.clone(), name)()
             if name in ("numpy", "__array__"):
                 raise TypeError("can't convert cuda:0 device type tensor to numpy")
-            if name == "backward":  # the engine's own entry, so that backwards written in Python find this mode, too
-                run, options = torch.autograd.Variable._execution_engine.run_backward, {"accumulate_grad": True}
-                with self:
-                    return run((first,), (torch.ones_like(first),), False, False, (), allow_unreachable=True, **options)
             if name == "one_hot":  # in C++ it makes a tensor of its own
                 return there(func(first.here, *args[1:], **kwargs))
             if name in ("data_ptr", "__reduce_ex__", "untyped_storage"):
@@ -275,6 +272,12 @@ def threads(workers, name, initializer=lambda: None, initargs=()):
     return ThreadPoolExecutor(workers, name, begin)
 
 
+def backward(run, *args, **options):
+    """The engine's own entry: backwards that are written in Python find a mode in it, too."""
+    with Mode():
+        return run(*args, **options)
+
+
 class Generator(torch.Generator):
     def __new__(cls, device="cpu"):
         return super().__new__(cls)
@@ -308,6 +311,7 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
     for module in ("torch.nn.utils.clip_grad", "torch.optim.optimizer"):  # the original is C++, which sees the CPU
         monkeypatch.setattr(sys.modules[module], "_group_tensors_by_device_and_dtype", group, raising=False)
     monkeypatch.setattr("prefix.batches.ThreadPoolExecutor", threads)
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward", partial(backward, torch.autograd._engine_run_backward))
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:

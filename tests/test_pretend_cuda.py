@@ -15,7 +15,7 @@ from minigpt import attention, generate
 from minigpt.generate import Sampler
 from minigpt.loss import nll_sum, padded, padded_rows, project
 from minigpt.model import GPT
-from prefix.banks import Banks
+from prefix.banks import Banks, compute_kv
 from prefix.decoding import Decoding
 from prefix.evaluation.attention_maps import look_at, nearest_tokens
 from prefix.evaluation.few_shot import Shots, few_shot
@@ -134,6 +134,7 @@ def test_decoding_gives_the_cpus_texts_and_a_token_waits_once(both, tokenizer, w
 
     def work(model, gpu):
         banks = Banks(slots).to(model.device)
+        compute_kv(model, [1])  # the first use sets things up
         gpu.forget()
         asked = [(texts, "fr", "en"), (texts[::-1], "en", "fr")]
         return [[r.text for r in translate(model, tokenizer, banks, *one, decoding())] for one in asked]
