@@ -13,7 +13,7 @@ import torch
 from minigpt import GPT, Tokenizer, UserError
 from minigpt.files import escape_control
 from minigpt.memory import out_of_memory
-from minigpt.quantize import prepack, quantize
+from minigpt.quantize import fastest_product, multiplies_bf16, prepack, quantize
 from prefix import prefix_file
 from prefix.banks import Banks
 from prefix.distributed import log
@@ -65,7 +65,7 @@ def add_machine_options(parser):
 
 
 def add_weights_option(parser):
-    text = "8-bit weights: faster on a CPU, for a sentence or two (as --dtype says)"
+    text = "8 bits for weights and what they multiply, faster on a CPU (as --dtype says)"
     parser.add_argument("--weights", choices=["int8"], help=text)
 
 
@@ -127,13 +127,25 @@ def load_with_base(args):
     if not name:
         raise UserError(f"{paths[0]} does not say which model it was trained on: name it with --model")
     if args.weights:
-        if args.dtype not in ("auto", "bfloat16") or args.device not in ("auto", "cpu"):
-            raise UserError(f"--weights {args.weights} is for bfloat16 on a CPU: leave out --dtype and --device")
-        args.device, args.dtype = "cpu", "bfloat16"
+        if args.dtype not in ("auto", "float32") or args.device not in ("auto", "cpu"):
+            raise UserError(f"--weights {args.weights} is for a CPU, in float32: leave out --dtype and --device")
+        args.device, args.dtype = "cpu", "float32"
     model, tokenizer = load_model(args, name)
-    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
-        (quantize if args.weights else prepack)(model)
+    if model.device.type == "cpu":
+        reform(model, args.weights)
     return model, tokenizer, Banks.joined([(path, Banks.load(path, model)) for path in paths]), paths
+
+
+def reform(model, weights):
+    """The form of the weights in which this CPU decodes fastest, at --dtype and --weights as asked for."""
+    if weights:
+        if product := fastest_product(model):
+            quantize(model, product)
+        log(f"8 bits: {f'multiplied by {product.__name__}' if product else 'torch has no product for this CPU; float32'}")
+    elif model.dtype == torch.bfloat16:
+        prepack(model)
+        if not multiplies_bf16():
+            log("This CPU has no instructions for bfloat16: --dtype float32 is many times as fast")
 
 
 def direction(args, banks):

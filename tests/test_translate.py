@@ -244,7 +244,7 @@ def test_other_forms_of_the_weights_translate(run, options):
         (["--beam", "5000"], ["--beam 5,000", "tokens of this model's vocabulary"]),
         (["--top-k", "99999"], ["--top-k 99,999", "tokens of this model's vocabulary"]),
         (["--batch-size", "65537"], ["--batch-size", "1 to 65,536"]),
-        (["--weights", "int8", "--dtype", "float16"], ["--weights int8 is for bfloat16 on a CPU"]),
+        (["--weights", "int8", "--dtype", "float16"], ["--weights int8 is for a CPU, in float32"]),
         (["--prefix", "nothing"], ["nothing: no prefix file there"]),
         (["--prefix", ROOT / "minigpt/demo/model.safetensors"], ["not a prefix file"]),
         (["--model", "nothing"], ["--model nothing: no such directory"]),

@@ -13,6 +13,7 @@ in float32 on a CPU.
 
     python tests/benchmarks/decode.py                     tokens/s at batches of 1, 8, 32, 128; time to the first token
     python tests/benchmarks/decode.py --shape gpt2-xl     ... on a GPU
+    python tests/benchmarks/decode.py --only int8         ... in 8 bits, CTranslate2's beside ours where it is installed
     python tests/benchmarks/decode.py --what file         a file of 1,000 sentences by prefix, by 3 shots, by 5 beams,
                                                           with the demo checkpoint (or --model) and the demo prefix
 
@@ -44,7 +45,7 @@ from common import (
 from minigpt import GPT, Tokenizer, checkpoint
 from minigpt.config import PUBLISHED
 from minigpt.generate import Prompt, generate
-from minigpt.quantize import prepack, quantize
+from minigpt.quantize import fastest_product, prepack, quantize
 from prefix import Banks
 from prefix.data import corpus as data
 from prefix.data.rows import Skipped, read_rows
@@ -114,7 +115,8 @@ def batches(args):
         if multiplies_bf16():
             rows["transformers, bfloat16"] = partial(transformers_batches, dtype="bfloat16")
             rows["ours, bfloat16"] = partial(our_batches, dtype="bfloat16")
-        rows["ours, int8"] = partial(our_batches, dtype="bfloat16", int8=True)
+        rows["ours, int8"] = partial(our_batches, dtype="float32", int8=True)
+        rows |= {f"CTranslate2, {kind}": partial(ctranslate2_batches, kind=kind) for kind in ctranslate2_types()}
     return rows
 
 
@@ -143,8 +145,10 @@ def cells(args, run):
 def our_batches(args, dtype, int8=False):
     model = GPT.from_pretrained(args.home, args.device, getattr(torch, dtype))
     bytes_per_weight = 1 if int8 else model.dtype.itemsize
-    if args.device == "cpu" and dtype == "bfloat16":
-        (quantize if int8 else prepack)(model)
+    if int8:
+        quantize(model, fastest_product(model))
+    elif args.device == "cpu" and dtype == "bfloat16":
+        prepack(model)
     slots = random_banks(model.config, ["en", "fr"], SLOTS).to(args.device).slots().to(model.dtype)
 
     def run(prompts, new):
@@ -153,6 +157,34 @@ def our_batches(args, dtype, int8=False):
         assert all(len(result.ids) == new for result in found)
 
     return cells(args, run) | {"bytes_per_weight": bytes_per_weight, "bytes_per_cached": model.dtype.itemsize}
+
+
+def ctranslate2_types():
+    """The 8-bit types that this CPU has in CTranslate2, where that is installed."""
+    try:
+        from ctranslate2 import get_supported_compute_types
+    except ImportError:
+        return []
+    return sorted(kind for kind in get_supported_compute_types("cpu") if kind.startswith("int8_"))
+
+
+def ctranslate2_batches(args, kind):
+    """Its generator, without slots, on the same checkpoint; transformers reads that for it."""
+    import ctranslate2
+
+    with tempfile.TemporaryDirectory() as home:
+        ctranslate2.converters.TransformersConverter(args.home).convert(home, quantization="int8", force=True)
+        generator = ctranslate2.Generator(home, compute_type=kind, intra_threads=torch.get_num_threads())
+    tokens = {i: token for token, i in json.loads(Path(args.home, "vocab.json").read_text()).items()}
+    options = {"sampling_topk": 1, "include_prompt_in_result": False, "max_batch_size": 0}
+
+    def run(prompts, new):
+        found = generator.generate_batch(
+            [[tokens[i] for i in ids] for ids in prompts], min_length=new, max_length=new, **options
+        )
+        assert all(len(result.sequences_ids[0]) == new for result in found)
+
+    return cells(args, run) | {"bytes_per_weight": 1, "bytes_per_cached": 4}
 
 
 def transformers_batches(args, dtype, static=False):
