@@ -2,10 +2,11 @@
 
 python evaluate.py                                             the newest run (else the demo prefix), on its own corpus
 python evaluate.py --prefix runs/x --limit 500 --json result.json
+python evaluate.py --metrics label=accuracy summary=rouge      several tasks, each scored by its own metric
 python evaluate.py --from tweet --to label --choices           a classifier: accuracy, macro-F1, a confusion matrix
-python evaluate.py --from article --to summary --metrics rouge --truncate-source
 """
 
+from argparse import ArgumentTypeError
 from datetime import datetime
 from itertools import permutations
 from pathlib import Path
@@ -22,8 +23,8 @@ from prefix.decoding import Decoding
 from prefix.distributed import log, printable
 from prefix.evaluation import report
 from prefix.evaluation.attention_maps import look_at
-from prefix.evaluation.compare import Plan, compare, has_enough, rows_to_read
-from prefix.evaluation.metrics import GROUPS, METRICS
+from prefix.evaluation.compare import DEFAULT, Plan, compare, has_enough, rows_to_read
+from prefix.evaluation.metrics import ACCURACY, NAMES
 from prefix.prefix_file import read_header
 
 ANY_LENGTH = 1 << 30  # tokens of a pair, where sources are cut later
@@ -55,6 +56,13 @@ def parse_arguments():
     return args
 
 
+def metric(text):
+    """An argparse type: one of NAMES, or a column, "=" and one of them."""
+    if (name := text.rpartition("=")[2]) not in NAMES:
+        raise ArgumentTypeError(f"{name!r} is none of {', '.join(NAMES)}")
+    return text
+
+
 def number(least, default=None):
     return {"type": cli.int_at_least(least), "default": default, "metavar": "N"}
 
@@ -67,9 +75,7 @@ def add_sentence_options(option):
     option("--split", choices=[*SPLITS, "all"], default="test", help="all: every row, for a file apart (test)")
     one = "all: rows with the same source are one sentence, their targets its references (one)"
     option("--references", choices=["one", "all"], default="one", help=one)
-    option(
-        "--limit", **number(1, 500), help="sentences in each direction, from the head of the file if it has them (500)"
-    )
+    option("--limit", **number(1, 500), help="sentences in each direction, from the head of the file if it has them (500)")
     option("--max-tokens", **number(3, 384), help="longest pair, in tokens (384)")
     cut = "take pairs of any length; cut a source at its end until an answer of --max-new-tokens fits behind it"
     option("--truncate-source", action="store_true", help=f"{cut} (by default a quarter of the context)")
@@ -87,9 +93,9 @@ def add_answer_options(option):
 
 
 def add_result_options(option):
-    names = [*METRICS, *GROUPS]
-    scored = f"of {', '.join(names)} (bleu chrf); the first picks the median draw; --choices has accuracy and macro-F1"
-    option("--metrics", nargs="+", choices=names, default=["bleu", "chrf"], metavar="NAME", help=scored)
+    scored = f"of {', '.join(NAMES)} (bleu chrf); the first picks the median draw. label=accuracy summary=rouge: by the"
+    scored += " column that is the target. accuracy (with macro-F1) answers with one of the training's labels"
+    option("--metrics", nargs="+", type=metric, default=DEFAULT, metavar="[COLUMN=]NAME", help=scored)
     option("--examples", **number(0, 3), help="sentences to show side by side (3)")
     option("--json", type=Path, metavar="FILE", help="write everything here as well")
     option("--hypotheses", type=Path, metavar="FILE.tsv", help="write source, reference, prefix, k-shot, one line each")
@@ -100,17 +106,19 @@ def main():
     args = parse_arguments()
     distributed.start(args.device)
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
-    wanted, longest = directions(args, banks), min(args.max_tokens, model.config.n_positions - banks.position_offset)
+    plan = Plan(args.split, args.limit, args.shots, args.draws, args.seed, metrics_of_columns(args, banks))
+    plan.directions, plan.truncate_source = directions(args, banks, prefixes), args.truncate_source
+    plan.multi_reference = args.references == "all"
+    longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
     paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names, args.columns)
     load = lambda limit, longest: data.load(paths, columns, tokenizer, limit, longest)
-    corpus = read(args, wanted, lambda limit: load(limit, ANY_LENGTH if args.truncate_source else longest))
+    needs_labels = not args.choices and any(ACCURACY in names for names in plan.metrics.values())
+    corpus = read(plan, needs_labels, lambda limit: load(limit, ANY_LENGTH if args.truncate_source else longest))
     for line in corpus.report:
         log(line)
-    plan = Plan(args.split, args.limit, args.shots, args.draws, args.seed, args.metrics, wanted)
-    plan.multi_reference, plan.truncate_source = args.references == "all", args.truncate_source
-    if args.split == "all" and (args.draws or args.choices == []):
+    if args.split == "all" and (args.draws or needs_labels):
         plan.training = training_text(prefixes, columns, tokenizer, longest)
-    elif args.truncate_source and args.draws:  # examples that are whole, and short enough for a few of them
+    elif args.truncate_source and args.draws:  # shots that are whole, and short enough for a few of them
         plan.training = load(rows_to_read(args.split, args.limit), longest)
     decoding = Decoding(args.max_new_tokens, beams=args.beam, batch_size=args.batch_size, choices=args.choices)
     results = compare(model, tokenizer, banks, corpus, plan, decoding)
@@ -121,7 +129,7 @@ def main():
     settings = settings_of(args, prefixes, model) | {"data": paths, "columns": columns}
     print(printable(report.to_text(settings, results)))
     first = results[0]
-    text, output = next((pair for pair in zip(first.sources, first.prefix.outputs) if pair[1]), (None, None))
+    text, output = next((both for both in zip(first.sources, first.prefix.outputs) if both[1]), (None, None))
     if output:
         first.attention = look_at(model, tokenizer, banks, text, (first.source, first.target), output).tables()
     for name, form in FILES.items():
@@ -130,19 +138,42 @@ def main():
                 temporary.write_text(form(settings, results), encoding="utf-8", errors="backslashreplace")
 
 
-def read(args, wanted, load):
-    """The Corpus to evaluate on: the head of the files, but all of them where --references or --choices depend on every
-    row, or where the head has too few sentences in a wanted direction."""
-    n_rows = rows_to_read(args.split, args.limit)
-    if args.references != "all" and args.choices != []:
+def metrics_of_columns(args, banks):
+    """{target column: names of metrics} as --metrics and --choices say, None for the other columns."""
+    found = {}
+    for column, _, name in (text.rpartition("=") for text in args.metrics):
+        found.setdefault(column or None, []).append(name)
+    banks.mask(found.keys() - {None})  # each is there
+    return {None: DEFAULT} | found | ({args.target: [ACCURACY]} if args.choices is not None else {})
+
+
+def directions(args, banks, prefixes):
+    """The (source, target) names that --columns, --from and --to leave of those that were trained, else of all."""
+    names, trained = args.columns or banks.names, set()
+    banks.mask([*names, *filter(None, [args.source, args.target])])  # each is there
+    wanted = {(s, t) for s, t in permutations(names, 2) if args.source in (None, s) and args.target in (None, t)}
+    if not wanted:
+        told = " ".join(f"--{end} {name}" for end, name in (("from", args.source), ("to", args.target)) if name)
+        raise UserError(f"{told or 'this prefix'}: no direction between {', '.join(names)} is like that")
+    for header in map(read_header, prefixes):
+        pairs = header["training"].get("pairs")
+        trained |= {ends for ends in permutations(header["banks"], 2) if not pairs or ":".join(ends) in pairs}
+    return wanted & trained or wanted
+
+
+def read(plan, needs_labels, load):
+    """The Corpus to evaluate on: the head of the files, but all of them where references or labels depend on every row,
+    or where the head has too few sentences in a wanted direction."""
+    n_rows = rows_to_read(plan.split, plan.limit)
+    if not (plan.multi_reference or needs_labels):
         head = load(n_rows)
-        if len(head) < n_rows or has_enough(head, args.split, args.limit, wanted):
+        if len(head) < n_rows or has_enough(head, plan.split, plan.limit, plan.directions):
             return head
     return load(None)
 
 
 def training_text(prefixes, columns, tokenizer, longest):
-    """The Corpus that the prefix was trained on: for --split all, it has the examples and labels."""
+    """The Corpus that the prefix was trained on: for --split all, it has the shots and labels."""
     record, paths = read_header(prefixes[0])["training"], run.data_paths(cli.data_of(prefixes))
     training = data.load(paths, record.get("columns"), tokenizer, record.get("limit"), longest)
     if lacking := set(columns) - set(training.columns):
@@ -156,19 +187,8 @@ def settings_of(args, prefixes, model):
     settings = {name: value for name, value in vars(args).items() if name not in FILES}
     settings |= {"prefix": list(map(str, prefixes)), "model": args.model or header["training"]["model"]}
     settings |= {"base": header["base"]["fingerprint"], "device": str(model.device), "dtype": str(model.dtype)}
-    settings |= {"decoding": searched if args.choices is None else "likeliest choice", "torch": torch.__version__}
+    settings |= {"decoding": searched, "torch": torch.__version__}
     return settings | {"date": datetime.now().astimezone().isoformat(" ", timespec="minutes")}
-
-
-def directions(args, banks):
-    """The (source, target) pairs of names that --columns, --from and --to leave."""
-    names = args.columns or banks.names
-    banks.mask([*names, *filter(None, [args.source, args.target])])  # each is there
-    wanted = {(s, t) for s, t in permutations(names, 2) if args.source in (None, s) and args.target in (None, t)}
-    if not wanted:
-        told = " ".join(f"--{end} {name}" for end, name in (("from", args.source), ("to", args.target)) if name)
-        raise UserError(f"{told or 'this prefix'}: no direction between {', '.join(names)} is like that")
-    return wanted
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ python train.py --prefix-len 10                                     the demo che
 python train.py --prefix-len 10 --model gpt2-xl --data en-fr.csv    full size, one GPU
 """
 
-import re
 import shlex
 import signal
 import sys
@@ -16,7 +15,7 @@ import torch
 from minigpt import UserError
 from minigpt.files import locked, remove_leftovers
 from prefix import cli, distributed, run, state
-from prefix.banks import MAX_SLOTS
+from prefix.batches import BatchLoader
 from prefix.cli import float_range, int_at_least
 from prefix.data import corpus as data
 from prefix.distributed import log
@@ -27,6 +26,7 @@ from prefix.rates import try_rates
 from prefix.state import METRICS
 from prefix.trainer import Settings, Trainer
 
+MAX_SLOTS = 1 << 16  # of a bank: far more than any context has positions
 MAX_BATCH = 1 << 20  # pairs, whose list is in memory
 FAR = 30  # units: at the best rate of each base slots moved by 1 to 17, and where they moved by more it was worse
 
@@ -46,18 +46,16 @@ def parse_arguments():
 
 
 def add_options(parser):
-    n = lambda least, most=2**63 - 1: {"type": int_at_least(least, most), "metavar": "N"}
+    n = lambda least, most=None: {"type": int_at_least(least, most), "metavar": "N"}
     add = parser.add_argument_group("what is learned, from what").add_argument
     add("--prefix-len", **n(1, MAX_SLOTS), default=10, help="slots in each bank (10)")
     add("--model", help="a directory, demo, or a published name such as gpt2 (gpt2-xl if it is on disk, else demo)")
-    text = "CSV, TSV, JSON lines, or one text file per column (demo: the sample corpus)"
-    add("--data", nargs="+", metavar="FILE", help=text)
+    add("--data", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines, or a text file per column (the sample corpus)")
     add("--columns", nargs="+", metavar="NAME", help="columns to use, each the name of a bank (the first two)")
     add("--pairs", nargs="+", metavar="SOURCE:TARGET", help="directions to train (all that occur)")
     add("--limit", **n(1), help="read no more than N usable rows (all)")
     add("--max-tokens", **n(3), default=384, help="longest pair, in tokens (384)")
-    text = "slots start as keys and values of real sentences, at random, or so that they change nothing (text)"
-    add("--init", choices=INITS, default="text", help=text)
+    add("--init", choices=INITS, default="text", help="slots start as real text, at random, or without effect (text)")
     add("--from-prefix", metavar="FILE_OR_RUN", help="banks that this prefix has start as they are there (none)")
     add("--train-banks", nargs="+", metavar="NAME", help="others stay as --from-prefix has them (all)")
     text = "where text starts (0); prefix: after as many positions as there are slots, as in peft"
@@ -72,23 +70,15 @@ def add_options(parser):
     add("--reparam", action="store_true", help="train slots through Li and Liang's MLP, for the training only (off)")
     add("--seed", **n(0), default=0, help="of the order and of random starts (0)")
     add("--out", type=Path, metavar="DIR", help="the run directory (runs/<time>)")
-    text = "go on with this run; --steps, --save-every, memory and machine may be new (begin one)"
-    add("--resume", type=Path, metavar="DIR", help=text)
+    add("--resume", type=Path, metavar="DIR", help="go on with this run; only its length and the machine may be new (none)")
     add("--dry-run", action="store_true", help="say what a run would take, from one timed micro-batch (off)")
     add("--eval-every", **n(0), help="steps between validations (a sixth); 0: never")
-    text = "steps between saves of last/ (50), or seconds, such as 60s"
-    add("--save-every", type=interval, metavar="N", help=text)
+    add("--save-every", **n(1), help="steps between saves of last/ (50)")
 
     add = parser.add_argument_group("memory").add_argument
-    text = "tokens in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)"
-    add("--micro-batch-tokens", **n(1), help=text)
+    add("--micro-batch-tokens", **n(1), help="in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
     cli.add_machine_options(parser)
-
-
-def interval(text):
-    """An argparse type: a number of steps, or of seconds such as 60s."""
-    return text if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?s", text) else int_at_least(1)(text)
 
 
 def main():
@@ -105,7 +95,8 @@ def main():
 
     def make_trainer(lr, out):
         banks, settings = make_banks(config, model, tokenizer, corpus), Settings(**config["settings"] | {"lr": lr})
-        return Trainer(model, tokenizer, banks, corpus, settings, out, micro_batch_tokens, directions)
+        loader = BatchLoader(corpus, tokenizer, settings, model.device, directions, micro_batch_tokens)
+        return Trainer(model, banks, loader, settings, out)
 
     trainer = make_trainer(rates[0], out)
     if args.dry_run:
@@ -114,14 +105,16 @@ def main():
     out = trainer.out = out or distributed.broadcast(run.make_directory(args.out) if first else None)
     with locked(out / METRICS) if first else nullcontext():
         if args.resume and len(rates) == 1:
-            trainer.resume(args.micro_batch_tokens)
+            trainer.resume()
+            if args.micro_batch_tokens:  # whatever ran out of memory before
+                trainer.loader.micro_batch_tokens = args.micro_batch_tokens
         elif first and not args.resume:
             run.check_unused(out)  # again: another run may have been faster
         if first:
             for folder in (out, out / "last"):
                 remove_leftovers(folder)
             run.write_config(out, config)
-        names, n = ", ".join(config["train_banks"] or config["columns"]), len(trainer.batches.train)
+        names, n = ", ".join(config["train_banks"] or config["columns"]), len(trainer.loader.train)
         log(f"Training {names} on {n:,} examples, {model.device}, {model.dtype}, {out}")
         if len(rates) > 1:
             trainer, config["settings"]["lr"] = try_rates(rates, make_trainer, out)
@@ -174,31 +167,26 @@ def to_go_on(out):
 
 
 def advice(progress, moved):
-    """What to try where a run went wrong: a line of its own, or nothing. moved: units, of the slot that moved most."""
-    base, best = progress.base_loss, progress.best
+    """What to try where a run went wrong: a line of its own, or nothing."""
+    base, best, far = progress.base_loss, progress.best, moved.get("moved_max", 0)
     if base is not None and not best < base:
         wrong = f"validation loss {best:.2f} is not below the {base:.2f} of the base without a prefix"
         return f"Warning: {wrong}. Try --lr 0.03 0.1 0.3, or more --steps\n"
-    if moved > FAR:
-        wrong = f"a slot moved by {moved:.0f} units of the base's own keys and values, more than {FAR}"
+    if far > FAR:
+        wrong = f"a slot moved by {far:.0f} units of the base's own keys and values, more than {FAR}"
         return f"Warning: {wrong}. Try a third of --lr, or --lr 0.03 0.1 0.3\n"
     return ""
 
 
 def closing_line(trainer, model):
-    p, out = trainer.progress, trainer.out
-    trained = sum(parameter.numel() for parameter in trainer.unfrozen)
-    share = trained / sum(parameter.numel() for parameter in model.parameters())
+    """What a run came to, behind advice where it went wrong."""
+    p, out, trained = trainer.progress, trainer.out, sum(parameter.numel() for parameter in trainer.unfrozen)
+    fraction = trained / sum(parameter.numel() for parameter in model.parameters())
     pace = f"in {p.seconds:.0f} s ({p.tokens / max(p.seconds, 1e-3):,.0f} tokens/s)"
-    good = f"validation loss {p.best:.4f}" if p.best < float("inf") else "not validated"
-    good += f" ({p.base_loss:.4f} without the prefix)" if p.base_loss is not None else ""
-    good += f"; {p.skipped} steps were not finite and skipped" if p.skipped else ""
-    where = shlex.quote(str(out))
-    reads_french = trainer.banks.names[1:2] == ["fr"]  # translate.py does, unless told otherwise
-    to_try = f'translate.py --prefix {where} "Bonjour"' if reads_french else f"evaluate.py --prefix {where}"
-    trained = f"Trained {trained:,} parameters ({share:.2%} of the model) {pace}"
-    warning = advice(p, trainer.banks.moved()["moved_max"])
-    return f"{warning}{trained}: {good}; {out}/prefix.safetensors. Try: python {to_try}"
+    good = "not validated" if p.base_loss is None else f"validation loss {p.best:.4f} ({p.base_loss:.4f} without the prefix)"
+    skipped = f"; {p.skipped} steps were not finite and skipped" if p.skipped else ""
+    result = f"Trained {trained:,} parameters ({fraction:.2%} of the model) {pace}: {good}{skipped}"
+    return f"{advice(p, trainer.banks.moved())}{result}; {out}/prefix.safetensors. Try: python evaluate.py --prefix {shlex.quote(str(out))}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python translate.py --from en --to fr < lines.txt   one per line of standard inp
 """
 
 import os
-import shlex
 import sys
 from collections import Counter
 
@@ -20,25 +19,22 @@ from prefix.lines import decode_line, lines_as_they_come
 from prefix.translation import Decoding, translate
 
 MAX_BATCH = 1 << 16  # sentences
-DASH = "; put -- before a text that begins with a dash"
 
 
 def parse_arguments():
-    parser = cli.Parser(prog="translate.py", description="Translate with a learned prefix.", dash=DASH)
+    parser = cli.Parser(prog="translate.py", description="Translate with a learned prefix.")
     add_options(parser)
     args = parser.parse_args()
     sampling = bool(args.top_k or args.top_p < 1)
     if args.temperature is None:
         args.temperature = float(sampling)
     sampling = sampling or args.temperature > 0
+    other = "--beam, --temperature, --top-k or --top-p"
     for wrong, message in (
         (not args.text and sys.stdin is None, "no text, and standard input is closed"),
         (args.length_penalty is not None and args.beam == 1, "--length-penalty goes with --beam"),
         (args.beam > 1 and sampling, "--beam does not go with --temperature, --top-k or --top-p"),
-        (
-            args.choices and (args.beam > 1 or sampling),
-            "--choices does not go with --beam, --temperature, --top-k or --top-p",
-        ),
+        (args.choices and (args.beam > 1 or sampling), f"--choices does not go with {other}"),
         (not all(choice.strip() for choice in args.choices or []), "--choices: an answer is empty"),
     ):
         if wrong:
@@ -48,7 +44,7 @@ def parse_arguments():
 
 def add_options(parser):
     add = parser.add_argument
-    add("text", nargs="*", help="sentences (the lines of standard input)")
+    add("text", nargs="*", help="sentences; put -- before one that begins with a dash (the lines of standard input)")
     add("--from", dest="source", metavar="BANK", help="source (the second bank, or the first that is not --to)")
     add("--to", dest="target", metavar="BANK", help="target (the first bank that is not --from)")
     cli.add_prefix_option(parser)
@@ -59,7 +55,7 @@ def add_options(parser):
         ("length-penalty", float_range(-10, 10), None, "X", "beams are ranked by log p / length ** X (1.0)"),
         ("temperature", float_range(0, 100), None, "X", "of samples (0: the likeliest; 1 with --top-k or --top-p)"),
         ("top-k", int_at_least(0), 0, "N", "sample among the N likeliest (0: all)"),
-        ("top-p", float_range(0, 1, open_low=True), 1.0, "X", "sample in this share of all probability (1.0)"),
+        ("top-p", float_range(0, 1, open_low=True), 1.0, "X", "sample in this part of all probability (1.0)"),
         ("seed", int_at_least(0), 0, "N", "of the samples (0)"),
         ("max-new-tokens", int_at_least(1), None, "N", "of an answer (twice the source plus 16)"),
         ("batch-size", int_at_least(1, MAX_BATCH), 32, "N", "sentences decoded at a time (32)"),
@@ -80,70 +76,35 @@ def main():
     penalty = 1.0 if args.length_penalty is None else args.length_penalty
     decoding = Decoding(args.max_new_tokens, sampler, args.beam, penalty, args.batch_size, args.choices)
     decoding.check(model.config)
-    say_what_is_read(args, source, target)
+    log(f"Translating {source} to {target}" + ("" if args.text else ", line by line from standard input"))
     chunks = iter([[os.fsencode(text) for text in args.text]]) if args.text else lines_as_they_come(args.batch_size)
-    first, output, counts = distributed.rank() == 0, Output(), Counter()
-    with progress(args.text) as bar:
+    first, counts = distributed.rank() == 0, Counter()
+    quiet = args.text or not first or sys.stdout.isatty() or not sys.stderr.isatty()
+    with tqdm(unit=" lines", disable=quiet, file=sys.stderr) as bar:
         while chunk := distributed.broadcast(next(chunks, None) if first else None):
             texts, faults = zip(*map(decode_line, chunk))
-            grow = output.grow if first and sys.stdout.isatty() and len(chunk) == 1 else None
-            results = translate(model, tokenizer, banks, texts, source, target, decoding, counts["all"], grow)
-            for result, fault in zip(results, faults):
-                counts["all"] += 1
+            for result, fault in zip(translate(model, tokenizer, banks, texts, source, target, decoding), faults):
+                decoding.first += 1
                 if first:
-                    output.line(result.text)
+                    print(printable(result.text), flush=True)
                 if fault := fault or result.fault:
-                    log(f"line {counts['all']}: {fault}")
+                    log(f"line {decoding.first}: {fault}")
                 counts["fault"] += bool(fault)
                 counts["cut"] += not (result.finished or fault)
                 counts["divided"] += result.pieces > 1
-            bar.update(sum(map(len, chunk)) + len(chunk))
-    say_what_was_wrong(counts)
+            bar.update(len(chunk))
+    say_what_was_wrong(counts, decoding.first)
     distributed.finish()
 
 
-def say_what_is_read(args, source, target):
-    if not (args.source and args.target):
-        log(f"Translating {source} to {target}")
-    if args.choices and not args.text:
-        log(f"Reading sentences from standard input: --choices took all of {', '.join(args.choices)}")
-    if not args.text and sys.stdin.isatty():
-        log(f"Reading {source} sentences, one per line; Ctrl-D ends.")
-    if file := next(filter(os.path.isfile, args.text), None):
-        log(f"{file} is translated as a sentence; for the lines of that file: translate.py < {shlex.quote(file)}")
-
-
-def say_what_was_wrong(counts):
-    """Raises UserError where a line has no translation."""
-    of_all = f"of {counts['all']}"
+def say_what_was_wrong(counts, n):
+    """Raises UserError where one of the n lines has no translation."""
     if counts["divided"]:
-        long = f"{counts['divided']} {of_all} texts were too long for the model's context"
-        log(f"{long}: translated sentence by sentence")
+        log(f"{counts['divided']} of {n} texts were too long for the model's context: translated sentence by sentence")
     if counts["cut"]:
-        log(f"{counts['cut']} {of_all} translations were cut at their token limit (--max-new-tokens)")
+        log(f"{counts['cut']} of {n} translations were cut at their token limit (--max-new-tokens)")
     if counts["fault"]:
-        raise UserError(f"{counts['fault']} {of_all} sentences could not be translated: their lines above say why")
-
-
-class Output:
-    """One line of standard output after another; on a terminal a line may grow before it is whole."""
-
-    there = ""
-
-    def grow(self, text, end=""):
-        print(printable(text[len(self.there) :]), end=end, flush=True)
-        self.there = text
-
-    def line(self, text):
-        self.grow(text, end="\n")
-        self.there = ""
-
-
-def progress(texts):
-    """A bar on standard error for a file: where that is a terminal, and standard output is not."""
-    quiet = texts or distributed.rank() > 0 or sys.stdout.isatty() or not sys.stderr.isatty()
-    total = None if quiet else os.fstat(sys.stdin.fileno()).st_size or None  # of a pipe: 0
-    return tqdm(total=total, unit="B", unit_scale=True, disable=quiet, file=sys.stderr)
+        raise UserError(f"{counts['fault']} of {n} sentences could not be translated: their lines above say why")
 
 
 if __name__ == "__main__":

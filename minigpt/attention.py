@@ -19,13 +19,17 @@ diagonal to the top left, so with slots in front, more keys than queries, it wou
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
 
+from minigpt.files import UserError
+
 KERNELS_FROM = (8, 0)  # compute capability: for older GPUs Triton has no tensor-core form of the kernels' products
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of ||ours - exact|| / ||exact||
 
 
 def to_device(x, device):
@@ -107,18 +111,18 @@ def slot_layers(slots, n_layer):
 def attend(qkv, n_head, packed, slots=None, backend="auto"):
     """qkv (N, 3 * n_embd), what c_attn makes of the tokens -> (N, n_embd). slots: those of this layer, or None.
 
-    backend: "plain" is the reference; "auto" and "fused" take the Triton kernels on a GPU that can, else torch's SDPA."""
+    backend: "plain" is the reference; "auto" takes the Triton kernels on a GPU where they work, else torch's SDPA; so does
+    "fused", but on a GPU where they do not it raises UserError."""
     if slots is not None and (slots.bank.numel() == 0 or not packed.has_banks):
         slots = None
     if backend == "plain":
         return reference_attention(qkv, n_head, packed, slots)
-    if qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= KERNELS_FROM:
-        from minigpt import (
-            kernels,  # here, because only CUDA builds of torch bring triton
-        )
+    if qkv.is_cuda:
+        if kernels_work(qkv.device, qkv.dtype, n_head, qkv.size(1) // 3 // n_head, must=backend == "fused"):
+            from minigpt.kernels import triton_attention  # here, because only CUDA builds of torch bring triton
 
-        with torch.cuda.device(qkv.device):  # Triton launches on the current one
-            return kernels.triton_attention(qkv, n_head, packed, slots)
+            with torch.cuda.device(qkv.device):  # Triton launches on the current one
+                return triton_attention(qkv, n_head, packed, slots)
     return sdpa_attention(qkv, n_head, packed, slots)
 
 
@@ -168,59 +172,38 @@ def visible(packed, slots):
     return torch.cat([slot, causal.expand(len(slot), 1, -1, -1)], dim=-1)
 
 
-def attend_cached(q, key, value, bias, slots=None, backend="auto"):
-    """Q queries for each of B cache rows, over the row's keys and over slots that all rows share.
-
-    q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
-    bias (B, Q, S + T): 0 for the slots and then the cached keys that a query sees, -inf for others
-    -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each row."""
-    if slots is None:  # also for one layer alone: prefix/evaluation closes layers
-        bias = bias[..., bias.size(-1) - key.size(2) :]
-    else:
-        slots = slots.to(q.dtype)
-    out = (flash_cached if q.device.type == "cpu" and backend != "plain" else reference_cached)(q, key, value, bias, slots)
-    return out.transpose(1, 2).flatten(2)  # (B, Q, n_embd)
+@cache
+def kernels_work(device, dtype, n_head, head_dim, must=False):
+    """Whether the kernels work for this dtype and these heads; if not, a notice says why. must: raise UserError then."""
+    with torch.cuda.device(device):
+        fault = kernel_fault(device, dtype, n_head, head_dim)
+    if fault and must:
+        raise UserError(f"--attention fused does not work on this GPU: {fault}")
+    if fault:
+        print(f"Attention is torch's own, not the kernels', on this GPU: {fault}", file=sys.stderr)
+    return not fault
 
 
-def reference_cached(q, key, value, bias, slots):
-    """The formula, with the slots' scores in front of the others."""
-    n_slots = bias.size(-1) - key.size(2)
-    scores = q @ key.transpose(-2, -1)  # (B, n_head, Q, T)
-    if n_slots:
-        slot_scores = fold_heads(q) @ slots.key.transpose(-2, -1)  # (n_head, B * Q, S)
-        scores = torch.cat([unfold_heads(slot_scores, q), scores], dim=-1)  # (B, n_head, Q, S + T)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(q.size(-1))
-    weights = (scores + bias[:, None]).softmax(dim=-1).to(q.dtype)
-    out = weights[..., n_slots:] @ value  # (B, n_head, Q, head_dim)
-    if n_slots:
-        out = out + unfold_heads(fold_heads(weights[..., :n_slots]) @ slots.value, q)
-    return out
+def kernel_fault(device, dtype, n_head, head_dim):
+    """Why the kernels do not work on `device`, in words, or None: output and all gradients are compared."""
+    if device.type == "cuda" and (has := torch.cuda.get_device_capability(device)) < KERNELS_FROM:
+        return f"its compute capability is {has[0]}.{has[1]}, they need {KERNELS_FROM[0]}.{KERNELS_FROM[1]}"
+    g, lengths, n_slots = torch.Generator().manual_seed(0), [70, 1, 33], 45
+    N, C, of_slots = sum(lengths), n_head * head_dim, (n_head, n_slots, head_dim)
+    inputs = [torch.randn(*shape, generator=g).to(device, dtype) for shape in ((N, 3 * C), of_slots, of_slots, (N, C))]
+    packed, results = PackedBatch(lengths, torch.randint(4, (N,), generator=g), device), []
+    try:
+        from minigpt.kernels import triton_attention
 
-
-def flash_cached(q, key, value, bias, slots):
-    """Two softmaxes, each by torch's fused attention for CPUs, merged exactly by their log-sum-exps.
-
-    lse = log(sum(exp(scores))) is the log of a softmax's denominator. Of the denominator of one softmax over both kinds
-    of keys the slots have the share exp(lse_slots) / (exp(lse_slots) + exp(lse_text)) = sigmoid(lse_slots - lse_text)."""
-    n_slots = bias.size(-1) - key.size(2)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(q, key, value, attn_mask=bias[:, None, :, n_slots:])  # (B, n_head, Q, head_dim), (B, n_head, Q)
-    if n_slots:
-        slot_bias = bias[..., :n_slots]  # (B, Q, S)
-        slot_out, slot_lse = flash(
-            fold_heads(q)[None], slots.key[None], slots.value[None], attn_mask=slot_bias.reshape(1, 1, -1, n_slots)
-        )
-        closed = slot_bias.amax(dim=-1)[:, None, :, None] == -torch.inf  # no slot visible: the log-sum-exp is meaningless, the share 0
-        share = (unfold_heads(slot_lse[0, ..., None], q) - lse[..., None]).masked_fill(closed, -torch.inf).sigmoid()
-        out = torch.lerp(out, unfold_heads(slot_out[0], q), share.to(out.dtype))
-    return out
-
-
-def fold_heads(x):
-    """(B, n_head, Q, ...) -> (n_head, B * Q, ...): all queries of a batch see the same slots."""
-    return x.transpose(0, 1).flatten(1, 2)
-
-
-def unfold_heads(x, q):
-    """The inverse: (n_head, B * Q, ...) -> (B, n_head, Q, ...)."""
-    return x.unflatten(1, (q.size(0), q.size(2))).transpose(0, 1)
+        for attention, precision in (triton_attention, dtype), (reference_attention, torch.float64):
+            qkv, key, value, grad = (x.detach().to(precision).requires_grad_() for x in inputs)
+            slots = Slots(key, value, (torch.arange(n_slots) % 2).int().to(device))
+            with torch.enable_grad():
+                out = attention(qkv, n_head, packed, slots)
+            results.append([out, *torch.autograd.grad(out, (qkv, key, value), grad)])
+        for name, ours, exact in zip(("output", "gradient of qkv", "of slot keys", "of slot values"), *results):
+            error = float((ours.detach().double() - exact.detach()).norm() / exact.detach().norm())
+            if not error <= TOLERANCE[dtype]:  # also where it is NaN
+                return f"{name}: relative error {error:.1g} in {dtype}"
+    except Exception as error:  # no triton, no C compiler, no room for a block: many libraries, many classes
+        return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -5,13 +5,14 @@
     row 2   [ p6 ##### +    ]       a new prompt fills its row at once (prefill)
 
 Each row holds one sequence, with positions 0, 1, 2 ... of its own, so its neighbours do not change it. Learned slots are
-not in the cache: a step reads them once for all rows (attention.attend_cached).
+not in the cache: a step reads them once for all rows (attend_cached).
 
 What the next step needs lies on the device and advances there: the newest tokens, where they go and what they see. So a
 GPU runs a step as one CUDA graph, with one attention kernel a layer, and waits for nothing. A cache on a GPU stays for
 the model's next decoding, and its graph with it.
 """
 
+import math
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from minigpt.attention import KERNELS_FROM, PackedBatch, attend, attend_cached, slot_layers, to_device
+from minigpt.attention import KERNELS_FROM, PackedBatch, attend, slot_layers, to_device
 
 KEPT = WeakKeyDictionary()  # of each model on a GPU: its last cache
 FAILED = set()  # what this GPU has not done as it should: "kernel", "graph"
@@ -167,7 +168,7 @@ def decode_step(model, cache, B, T):
 
 
 def plain_attention(model, cache, entry, T):
-    """attn_fn of a step by attention.attend_cached. entry (B, beams): where the new keys and values go."""
+    """attn_fn of a step by attend_cached. entry (B, beams): where the new keys and values go."""
     B, beams = entry.shape
     visible = cache.visible[:B, :, :T]
     if cache.slots is not None:
@@ -252,3 +253,61 @@ def agree(logits, expected, dtype):
     """Do two paths' logits (B, beams, vocab_size) differ by no more than rounding in `dtype`? (NaN: no.)"""
     spread = expected - expected.mean(dim=-1, keepdim=True)  # the logits of a base may all be far from 0
     return bool((logits - expected).norm() <= (0.01 if dtype == torch.float32 else 0.1) * spread.norm())
+
+
+def attend_cached(q, key, value, bias, slots=None, backend="auto"):
+    """Q queries for each of B cache rows, over the row's keys and over slots that all rows share.
+
+    q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
+    bias (B, Q, S + T): 0 for the slots and then the cached keys that a query sees, -inf for others
+    -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each row."""
+    if slots is None:  # also for one layer alone: prefix/evaluation closes layers
+        bias = bias[..., bias.size(-1) - key.size(2) :]
+    else:
+        slots = slots.to(q.dtype)
+    out = (flash_cached if q.device.type == "cpu" and backend != "plain" else reference_cached)(q, key, value, bias, slots)
+    return out.transpose(1, 2).flatten(2)  # (B, Q, n_embd)
+
+
+def reference_cached(q, key, value, bias, slots):
+    """The formula, with the slots' scores in front of the others."""
+    n_slots = bias.size(-1) - key.size(2)
+    scores = q @ key.transpose(-2, -1)  # (B, n_head, Q, T)
+    if n_slots:
+        slot_scores = fold_heads(q) @ slots.key.transpose(-2, -1)  # (n_head, B * Q, S)
+        scores = torch.cat([unfold_heads(slot_scores, q), scores], dim=-1)  # (B, n_head, Q, S + T)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(q.size(-1))
+    weights = (scores + bias[:, None]).softmax(dim=-1).to(q.dtype)
+    out = weights[..., n_slots:] @ value  # (B, n_head, Q, head_dim)
+    if n_slots:
+        out = out + unfold_heads(fold_heads(weights[..., :n_slots]) @ slots.value, q)
+    return out
+
+
+def flash_cached(q, key, value, bias, slots):
+    """Two softmaxes, each by torch's fused attention for CPUs, merged exactly by their log-sum-exps.
+
+    lse = log(sum(exp(scores))) is the log of a softmax's denominator. Of the denominator of one softmax over both kinds
+    of keys the slots have the share exp(lse_slots) / (exp(lse_slots) + exp(lse_text)) = sigmoid(lse_slots - lse_text)."""
+    n_slots = bias.size(-1) - key.size(2)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(q, key, value, attn_mask=bias[:, None, :, n_slots:])  # (B, n_head, Q, head_dim), (B, n_head, Q)
+    if n_slots:
+        slot_bias = bias[..., :n_slots]  # (B, Q, S)
+        slot_out, slot_lse = flash(
+            fold_heads(q)[None], slots.key[None], slots.value[None], attn_mask=slot_bias.reshape(1, 1, -1, n_slots)
+        )
+        closed = slot_bias.amax(dim=-1)[:, None, :, None] == -torch.inf  # no slot visible: the log-sum-exp is meaningless, the share 0
+        share = (unfold_heads(slot_lse[0, ..., None], q) - lse[..., None]).masked_fill(closed, -torch.inf).sigmoid()
+        out = torch.lerp(out, unfold_heads(slot_out[0], q), share.to(out.dtype))
+    return out
+
+
+def fold_heads(x):
+    """(B, n_head, Q, ...) -> (n_head, B * Q, ...): all queries of a batch see the same slots."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def unfold_heads(x, q):
+    """The inverse: (n_head, B * Q, ...) -> (B, n_head, Q, ...)."""
+    return x.unflatten(1, (q.size(0), q.size(2))).transpose(0, 1)

@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 
 from minigpt.config import PUBLISHED
 from minigpt.files import FLOATS, UserError, escape_control, open_tensors, read_object, reading, replacing
+from minigpt.loss import padded_rows
 
 DEMO = Path(__file__).parent / "demo"
 WEIGHTS, INDEX, PICKLES = "model.safetensors", "model.safetensors.index.json", "pytorch_model*.bin"
 FILES = ["config.json", "model*.safetensors*", "vocab.json", "merges.txt", "*token*.json"]  # of a repository
-HEAD, EMBEDDING = TIED = "lm_head.weight", "wte.weight"  # one matrix, used twice
+HEAD, EMBEDDING = "lm_head.weight", "wte.weight"  # one matrix, used twice
 OWN = re.compile(r"(transformer|h|wte|wpe|ln_f|lm_head)\.")  # other names are heads of other tasks
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # buffers of the causal mask, which some checkpoints hold
 CONVERT = (
@@ -102,16 +103,6 @@ def _from_hub(name, download):
     return Path(path)
 
 
-def check_size(config, directory):
-    """Refuse a config.json that promises more than the weights hold, before time or memory is spent on it."""
-    size = 0
-    for path in _weight_files(Path(directory)):
-        open_tensors(path)  # first of all, a file of another kind is refused as such
-        size += path.stat().st_size
-    if config.n_params > size:  # a number takes two bytes or more
-        raise UserError(f"{directory}: config.json says {config.n_params:,} parameters, the weights are {size:,} bytes")
-
-
 @torch.no_grad()
 def load_weights(model, directory, device, dtype):
     """Fill `model` (its parameters may be on the meta device) from `directory`. Every tensor is checked: missing,
@@ -121,7 +112,10 @@ def load_weights(model, directory, device, dtype):
     sources = _match(files, dict(model.named_parameters()), Path(directory))
     for module in model.modules():  # not by to_empty, for which torch imports a second's worth of sympy
         for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
+            rows = padded_rows(len(p)) if module is model.wte and torch.device(device).type == "cuda" else len(p)
+            memory = torch.empty(rows, *p.shape[1:], dtype=dtype, device=device)
+            memory[len(p) :] = 0
+            setattr(module, name, torch.nn.Parameter(memory[: len(p)]))
     parameters, samples, ends = dict(model.named_parameters()), {}, []
     for name, (path, stored) in sources.items():
         tensor = files[path].get_tensor(stored)
@@ -163,7 +157,7 @@ def _weight_files(directory):
         raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
     with reading(index, "an index of shards"):
         shards = sorted(set(read_object(index)["weight_map"].values()))
-        if not all(Path(shard).name == shard and os.path.isfile(directory / shard) for shard in shards or [""]):
+        if not all(Path(shard).name == shard and os.path.isfile(directory / shard) for shard in shards):
             raise ValueError(f"it names {shards!r:.200}, not all of them files beside it")
         return [directory / shard for shard in shards]
 
@@ -180,10 +174,8 @@ def _match(files, wanted, directory):
                 passed_over.append(stored)
             elif not MASK.fullmatch(name):
                 _check_tensor(path, stored, file.get_slice(stored), wanted.get(EMBEDDING if name == HEAD else name))
-                if name in sources:
-                    raise UserError(f"{path}: tensor {stored} is there twice, also as {sources[name][1]}")
                 sources[name] = path, stored
-    _tie(sources, files, directory)
+    _tie(sources, files)
     if missing := sorted(set(wanted) - set(sources)):
         raise UserError(f"{directory}: {len(missing)} of {len(wanted)} tensors missing, the first {missing[0]}")
     if passed_over:
@@ -202,10 +194,8 @@ def _check_tensor(path, stored, info, parameter):
         raise UserError(f"{path}: tensor {stored} has shape {shape}, config.json says {expected}")
 
 
-def _tie(sources, files, directory):
+def _tie(sources, files):
     """The head must be the token embedding: a checkpoint that trained them apart is another model."""
-    if not read_object(directory / "config.json").get("tie_word_embeddings", True) and not set(TIED) <= set(sources):
-        raise UserError(f"{directory}: tie_word_embeddings is False, but it holds only one of {', '.join(TIED)}")
     if HEAD not in sources:
         return
     path, stored = sources.pop(HEAD)

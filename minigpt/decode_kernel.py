@@ -2,7 +2,7 @@
 queries attend to them, to the row's own entries and to the slots, in one softmax.
 
 A program owns one row and head. Its queries, one or one for each beam, are one block. It reads on the device how many
-entries its row has, so none is rounded up, and one CUDA graph serves every length. attention.attend_cached is the
+entries its row has, so none is rounded up, and one CUDA graph serves every length. cache.attend_cached is the
 reference. Memory: H heads, D head_dim, Q queries a row; qkv (rows * Q, 3 H D), out (rows * Q, H D); the rest as in
 cache.Cache. BQ is Q, rounded up to what tl.dot takes; the other sizes are those of kernels.py.
 """

@@ -7,7 +7,6 @@ Whatever goes wrong there becomes one UserError that names the file, what was ex
 import json
 import os
 import re
-import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +18,6 @@ except ImportError:  # Windows
     fcntl = None
 
 TEMPORARY = ".tmp"  # the end of the names of files that are being written
-MAX_TEXT = 1 << 26  # bytes of a JSON file or a list of merges: twenty times gpt2's tokenizer.json
 FLOATS = ("F32", "F16", "BF16")  # as safetensors calls them
 SEEMS = {
     b"version https://git-lfs": "a git LFS pointer in place of the file: fetch it with `git lfs pull`",
@@ -73,10 +71,8 @@ def _seems(path):
 
 
 def read_text(path):
-    """The text of a UTF-8 file of at most MAX_TEXT bytes."""
+    """The text of a UTF-8 file."""
     with reading(path, "UTF-8 text"):
-        if os.path.getsize(path) > MAX_TEXT:
-            raise ValueError(f"larger than {MAX_TEXT:,} bytes")
         return Path(path).read_text(encoding="utf-8")
 
 
@@ -98,18 +94,16 @@ def open_tensors(path):
 @contextmanager
 def replacing(path):
     """Yield the path of a temporary file to write. On a clean exit it is flushed to the disk and renamed to `path`:
-    there is always the old file or the new one, whole, with the same permissions. On an error `path` stays as it was;
-    an error of the disk or the folder is a UserError. A device or a pipe is written to as it is."""
+    there is always the old file or the new one, whole. On an error `path` stays as it was; an error of the disk or the
+    folder is a UserError. A device or a pipe is written to as it is."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         yield Path(path)
         return
-    target = Path(os.path.realpath(path))  # of a symbolic link, so that it stays one
+    target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
     try:
         yield temporary
         flush(temporary)
-        if target.exists():
-            shutil.copymode(target, temporary)
         os.replace(temporary, target)
         with suppress(OSError):  # not every system can flush a folder
             flush(target.parent)

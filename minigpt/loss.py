@@ -1,16 +1,44 @@
-"""The negative log likelihood of target tokens, without ever holding the logits of all of them.
+"""The vocabulary projection, and the negative log likelihood of targets without holding the logits of all of them.
 
-The vocabulary projection is the widest product of the model (50,257 columns). It is computed for CHUNK tokens at a time.
+The projection is the widest product of the model (50,257 columns). For a loss it is computed for CHUNK tokens at a time.
 Since the head is frozen, the gradient with respect to a chunk's activations is computed right after its logits, which
 are then freed:
 
     logits = hidden @ wte.T          loss = logsumexp(logits) - logits[target]
                           d loss / d hidden = (softmax(logits) - onehot(target)) @ wte
+
+A GPU's logits are float32 also where the model is not: GPT-2's lie near -100, where bfloat16 holds multiples of 0.5 only.
 """
 
 import torch
 
 CHUNK = 1024  # tokens whose logits are held at a time
+PAD = 64  # a GPU multiplies matrices fast whose sizes are multiples of so many
+
+
+def project(hidden, wte):
+    """hidden (M, n_embd), wte (vocab_size, n_embd) -> logits (M, at least vocab_size), -inf past vocab_size."""
+    rows = padded(wte)
+    if not wte.is_cuda or wte.dtype == torch.float32:
+        logits = hidden @ rows.T
+    elif torch.is_grad_enabled() and hidden.requires_grad:  # the product below has no gradient
+        logits = hidden.float() @ rows.T.float()
+    else:
+        logits = torch.mm(hidden, rows.T, out_dtype=torch.float32)
+    if len(rows) > len(wte):
+        logits[:, len(wte) :] = -torch.inf
+    return logits
+
+
+def padded_rows(n):
+    return -(-n // PAD) * PAD
+
+
+def padded(wte):
+    """wte (vocab_size, n_embd) with the rows of zeros that follow it in a GPU's memory (checkpoint.load_weights)."""
+    rows = padded_rows(len(wte))
+    has_them = wte.is_cuda and wte.untyped_storage().nbytes() == rows * wte.size(1) * wte.itemsize
+    return wte.as_strided((rows, wte.size(1)), wte.stride()) if has_them else wte
 
 
 def nll_sum(hidden, wte, targets):
@@ -25,12 +53,12 @@ class NLL(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for i in range(0, len(hidden), CHUNK):
             target = targets[i : i + CHUNK, None]
-            logits = (hidden[i : i + CHUNK] @ wte.T).float()  # (CHUNK, vocab_size)
+            logits = project(hidden[i : i + CHUNK], wte).float()  # (CHUNK, vocab_size), and padding
             logp = torch.log_softmax(logits, dim=-1, out=logits)  # in place: fresh memory costs more than the sums
             loss -= logp.gather(1, target).sum()
             if grad is not None:
                 p = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logp.dtype))  # softmax - onehot
-                torch.mm(p.to(wte.dtype), wte, out=grad[i : i + CHUNK])
+                torch.mm(p.to(wte.dtype), padded(wte), out=grad[i : i + CHUNK])
         ctx.save_for_backward(grad)
         return loss
 

@@ -15,6 +15,15 @@ def out_of_memory(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
+def attempt(work, *arguments):
+    """work(*arguments), or None where memory runs out. By then all is free again that the error held on to."""
+    try:
+        return work(*arguments)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+
+
 def free_memory(device):
     """Bytes that can still be taken on `device`; infinity where the system does not say."""
     if device.type == "cuda":

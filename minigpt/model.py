@@ -21,6 +21,7 @@ from minigpt import checkpoint
 from minigpt.attention import PackedBatch, attend, slot_layers
 from minigpt.config import ACTIVATIONS, GPTConfig
 from minigpt.files import UserError
+from minigpt.loss import project
 
 ACTIVATE = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -53,8 +54,9 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
     def logits(self, hidden):
-        """(..., n_embd) -> (..., n): the head is the embedding itself, used backwards."""
-        return hidden @ self.weight.T
+        """(..., n_embd) -> (..., n) in float32: the head is the embedding itself, used backwards."""
+        logits = project(hidden.reshape(-1, hidden.size(-1)), self.weight)[:, : len(self.weight)]
+        return logits.view(*hidden.shape[:-1], -1)
 
 
 class Attention(nn.Module):
@@ -110,7 +112,6 @@ class GPT(nn.Module):
         if not (directory / "config.json").exists():
             raise UserError(f"{directory}: no checkpoint: there is no config.json in it")
         config = GPTConfig.from_file(directory / "config.json")
-        checkpoint.check_size(config, directory)
         with torch.device("meta"):  # shapes only: memory is taken once, in the dtype that is asked for
             model = cls(config)
         checkpoint.load_weights(model, directory, device, dtype)
@@ -160,5 +161,5 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden):
-        """hidden (..., n_embd) -> (..., vocab_size)."""
+        """hidden (..., n_embd) -> (..., vocab_size), float32 or better."""
         return self.wte.logits(hidden)

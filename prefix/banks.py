@@ -12,8 +12,8 @@ Banks are numbered in order. Bit b of a token's mask opens bank b to it, so each
     token       Il  pleut  .  <sep>  It  is  raining  .        banks: 0 "en", 1 "fr"
     bank_mask   10  10     10 11     11  11  11       11       (binary)
 
-Slots are float32; attention casts them to the model's dtype. Where they start is in init.py, their file in
-prefix_file.py, the MLP that may move them in reparam.py.
+Slots are float32; attention casts them to the model's dtype. Where they start is in init.py, how training moves them in
+reparam.py, their file in prefix_file.py.
 """
 
 import torch
@@ -26,7 +26,6 @@ from prefix import prefix_file
 
 MAX_BANKS = 31  # bits of a token's mask
 MAX_NAME = 100  # characters
-MAX_SLOTS = 1 << 16  # of a bank: far more than any context has positions
 
 
 class Banks(nn.Module):
@@ -37,15 +36,13 @@ class Banks(nn.Module):
 
     def __init__(self, banks, position_offset=0, training=None):
         """banks: {name: (key, value)}, each (n_layer, n_head, prefix_len, head_dim). Raises UserError for too many
-        banks or slots, or a name that cannot be shown."""
+        banks, or a name that cannot be shown."""
         super().__init__()
         if len(banks) > MAX_BANKS:
             raise UserError(f"{len(banks)} banks are more than the {MAX_BANKS} that a token's mask holds")
-        for name, (key, _) in banks.items():
+        for name in banks:
             if not 0 < len(name) <= MAX_NAME or escape_control(name) != name:
                 raise UserError(f"a bank's name has 1 to {MAX_NAME} characters, no control character: not {name!r:.99}")
-            if key.size(2) > MAX_SLOTS:
-                raise UserError(f"{key.size(2):,} slots in bank {name} are more than {MAX_SLOTS:,}")
         self.names = list(banks)
         self.key = nn.ParameterList(nn.Parameter(key.float()) for key, _ in banks.values())
         self.value = nn.ParameterList(nn.Parameter(value.float()) for _, value in banks.values())
@@ -64,7 +61,7 @@ class Banks(nn.Module):
         """Slots of each bank, in order."""
         return [key.size(2) for key in self.key]
 
-    def pairs(self):
+    def key_values(self):
         """(key, value) of each bank, as attention sees them now."""
         return list(zip(self.key, self.value))
 
@@ -81,7 +78,7 @@ class Banks(nn.Module):
 
     def slots(self):
         """All banks one after another, as attention takes them: key, value (n_layer, n_head, S, head_dim)."""
-        key, value = (torch.cat(side, dim=2) for side in zip(*self.pairs()))
+        key, value = (torch.cat(side, dim=2) for side in zip(*self.key_values()))
         return Slots(key, value, self.bank_of_slot)
 
     def logits(self, model, ids, open=()):
@@ -89,12 +86,13 @@ class Banks(nn.Module):
         B, T = ids.shape
         bank_mask = torch.full((B * T,), self.mask(open), device=ids.device)
         packed = PackedBatch([T] * B, bank_mask, ids.device)
-        hidden = model.hidden(ids.flatten(), packed, self.slots(), self.position_offset)  # (B * T, n_embd)
+        slots = self.slots() if open else None  # closed, they are not even masked: the base bit for bit
+        hidden = model.hidden(ids.flatten(), packed, slots, self.position_offset)  # (B * T, n_embd)
         return model.logits(hidden).view(B, T, -1)
 
     def save(self, path, model):
         """Write a prefix file, whole or not at all."""
-        banks = dict(zip(self.names, self.pairs()))
+        banks = dict(zip(self.names, self.key_values()))
         prefix_file.write(path, banks, prefix_file.base_of(model), self.position_offset, self.training_record)
 
     @classmethod
@@ -120,52 +118,16 @@ class Banks(nn.Module):
     def joined(cls, parts):
         """The banks of several prefix files of one base, as one. parts: [(path, Banks)]. Raises UserError where they
         disagree on position_offset, or where two have a bank of the same name."""
-        first, one = parts[0]
-        banks, owner = {}, {}
+        (first, one), banks = parts[0], {}
         for path, part in parts:
             if part.position_offset != one.position_offset:
                 offsets = f"{part.position_offset} in {path}, {one.position_offset} in {first}"
                 raise UserError(f"prefixes go together only where text starts at the same position: {offsets}")
-            for name, key, value in zip(part.names, part.key, part.value):
-                if name in banks:
-                    raise UserError(f"bank {name!r} is there twice, in {owner[name]} and in {path}: leave one out")
-                banks[name], owner[name] = (key.data, value.data), path
+            for name in (name for name in part.names if name in banks):
+                owner = next(path for path, other in parts if name in other.names)
+                raise UserError(f"bank {name!r} is there twice, in {owner} and in {path}: leave one out")
+            banks |= dict(zip(part.names, part.key_values()))
         return cls(banks, one.position_offset, one.training_record)
-
-
-class TrainableBanks(Banks):
-    """Banks while they are trained. AdamW moves z, which counts in the base's own units:
-
-        key = start + unit_k * z_k        value = start + unit_v * z_v
-
-    unit_k (unit_v) is the standard deviation of the keys (values) that the base computes for text, one number for each
-    layer and head. AdamW moves every number by about the learning rate in a step, however small its gradient; so a
-    rate means the same on every base. (Scale a base's keys by c and its queries by 1/c: it is the same function, and
-    its slots, c times as far from each other, arrive after as many steps.)"""
-
-    def __init__(self, start, units=None, train=None):
-        """start: Banks. units: two (n_layer, n_head, 1, 1), None: 1. train: names of the banks that move, None: all."""
-        super().__init__(dict(zip(start.names, start.pairs())), start.position_offset, start.training_record)
-        units = units or torch.ones(2, *self.key[0].shape[:2], 1, 1, device=self.key[0].device).unbind()
-        self.unit = nn.ParameterList(units)  # parameters so that they are saved with the slots; none of these moves
-        self.requires_grad_(False)
-        self.z = nn.ParameterList(nn.Parameter(torch.zeros(2, *key.shape, device=key.device)) for key in self.key)
-        for name, z in zip(self.names, self.z):
-            z.requires_grad_(train is None or name in train)
-
-    def moves(self):
-        """(z_k, z_v) of each bank."""
-        return self.z
-
-    def pairs(self):
-        starts = zip(self.key, self.value, self.moves())
-        return [(key + self.unit[0] * z_k, value + self.unit[1] * z_v) for key, value, (z_k, z_v) in starts]
-
-    def moved(self):
-        """The median and the largest distance of the trained slots from their start: root mean square of z, in units."""
-        trained = [z.detach() for z in self.moves() if z.requires_grad]  # (2, n_layer, n_head, prefix_len, head_dim)
-        distance = torch.cat([z.square().mean(dim=(0, 1, 2, 4)).sqrt() for z in trained])  # (slots,)
-        return {"moved": float(distance.median()), "moved_max": float(distance.max())}
 
 
 @torch.no_grad()

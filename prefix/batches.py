@@ -1,10 +1,10 @@
 """What each optimizer step sees.
 
     all training examples, shuffled anew each epoch
-        -> the next batch_size of them -> this process's share, sorted by length
-        -> micro-batches of like length, packed, on the device
+        -> the next batch_size of them -> this process's shard, sorted by length: a Batch
+        -> pairs of like length, packed, on the device: its MicroBatches
 
-An example is a pair in one direction: (row, source column, target column) of the corpus. All directions are shuffled
+An example is a row of the corpus in one direction: (row, source column, target column). All directions are shuffled
 together. The examples of step s follow from the seed and s alone, so a run can go on exactly after any step.
 """
 
@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from minigpt.files import UserError
-from minigpt.memory import out_of_memory
+from minigpt.memory import attempt
 from prefix import distributed
 from prefix.data.corpus import sample_rows
-from prefix.sequences import n_tokens, pack_pairs, separator
+from prefix.sequences import n_tokens, pack_pairs, pairs_of, separator
 
 VALIDATION_EXAMPLES = 1000  # at most: enough to choose the best prefix by
 MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}  # on a CPU small, for the sake of its caches
@@ -28,21 +28,21 @@ MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}  # on a CPU small
 
 @dataclass
 class Batch:
-    """A process's share of the examples whose losses are summed. n_targets, n_tokens: of all processes together."""
+    """This process's pairs of a step, the shortest first. n_targets, n_tokens: of all processes together."""
 
-    examples: list  # (source ids, target ids, source bank, target bank), the shortest first
+    pairs: list
     n_targets: int
     n_tokens: int
-    micro_batches: list = ()  # TrainingBatches of at most micro_batch_tokens
-    micro_batch_tokens: int = 0
+    micro_batches: list = ()
+    micro_batch_tokens: int = 0  # how many each MicroBatch was allowed
 
 
-class Batches:
-    def __init__(self, corpus, tokenizer, device, batch_size, seed=0, directions=None, micro_batch_tokens=None):
-        """corpus: data.Corpus whose columns are the banks, in order. directions: the (source, target) columns to train,
-        by number; None: all. micro_batch_tokens: tokens in memory at a time; None: by MICRO_BATCH_TOKENS.
-        Raises UserError where nothing is left to train on."""
-        self.corpus, self.device, self.batch_size, self.seed = corpus, device, batch_size, seed
+class BatchLoader:
+    def __init__(self, corpus, tokenizer, settings, device, directions=None, micro_batch_tokens=None):
+        """corpus: data.Corpus whose columns are the banks, in order. settings: the trainer's, of which batch_size and
+        seed. directions: the (source, target) columns to train, by number; None: all. micro_batch_tokens: tokens in
+        memory at a time; None: by MICRO_BATCH_TOKENS. Raises UserError where nothing is left to train on."""
+        self.corpus, self.device, self.batch_size, self.seed = corpus, device, settings.batch_size, settings.seed
         self.sep, self.eot = separator(tokenizer), tokenizer.eot
         self.train = only(corpus.examples("train"), directions)
         self.validation = sample_rows(only(corpus.examples("validation"), directions), VALIDATION_EXAMPLES)
@@ -65,57 +65,55 @@ class Batches:
                 yield batch
 
     def step(self, step):
-        """The Batch of a step: the batch_size next examples of an endless row of shuffled epochs."""
-        n, tokens = len(self.train), self.micro_batch_tokens
+        """The Batch of a step: the next batch_size examples of epoch after epoch, each shuffled."""
+        n = len(self.train)
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        batch = self.share([self.train[self.epoch_order(i // n)[i % n]] for i in places])
-        batch.micro_batches, batch.micro_batch_tokens = list(self.pack(batch.examples, tokens)), tokens
+        return self.batch_of([self.train[self.epoch_order(i // n)[i % n]] for i in places])
+
+    def batch_of(self, examples):
+        """This process's Batch of some examples. Processes get like amounts of tokens."""
+        pairs = sorted(pairs_of(self.corpus, examples), key=n_tokens)
+        n_targets = sum(len(target) + 1 for _, target, _, _ in pairs)
+        batch = Batch(distributed.shard(pairs), n_targets, sum(map(n_tokens, pairs)))
+        self.cut(batch)
         return batch
 
-    def share(self, rows):
-        """This process's Batch of some examples, not packed yet. Processes get like amounts."""
-        ids = self.corpus.ids
-        examples = [(ids(row, s), ids(row, t), int(s), int(t)) for row, s, t in rows]
-        n_targets = sum(len(target) + 1 for _, target, _, _ in examples)
-        mine = distributed.shard(sorted(examples, key=n_tokens))
-        return Batch(mine, n_targets, sum(map(n_tokens, examples)))
+    def cut(self, batch):
+        """Cut a Batch into MicroBatches of at most micro_batch_tokens."""
+        batch.micro_batch_tokens = self.micro_batch_tokens
+        batch.micro_batches = list(self.pack(batch.pairs, batch.micro_batch_tokens))
 
-    def fitting(self, batch, work, where):
-        """work(the micro-batches of a Batch) -> its result. If memory runs out, they are halved until they fit.
-        where: for messages. Raises UserError where one example alone does not fit."""
+    def pack(self, pairs, tokens):
+        """Yield MicroBatches of at most so many tokens (a longer pair stays alone). pairs: by length."""
+        groups, total = [], 0
+        for pair in pairs:
+            if not groups or total + n_tokens(pair) > tokens:
+                groups.append([])
+                total = 0
+            groups[-1].append(pair)
+            total += n_tokens(pair)
+        for group in groups:
+            yield pack_pairs(group, self.sep, self.eot, self.device)
+
+    def within_memory(self, batch, work, where):
+        """work(the MicroBatches of `batch`) -> its result. Where memory runs out, the batch is cut into smaller ones,
+        and all of the work is done again; later batches are cut so from the start. where: named in messages. Raises
+        UserError where one pair alone does not fit."""
+        if batch.micro_batch_tokens != self.micro_batch_tokens:
+            self.cut(batch)
         too_many = None  # tokens
-        while True:
-            if batch.micro_batch_tokens != (tokens := self.micro_batch_tokens):
-                batch.micro_batches, batch.micro_batch_tokens = list(self.pack(batch.examples, tokens)), tokens
-            try:
-                result = work(batch.micro_batches)
-                break
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-            # Behind the except clause the activations that the error held on to are free again.
+        while (result := attempt(work, batch.micro_batches)) is None:
             largest = max((len(micro_batch.ids) for micro_batch in batch.micro_batches), default=0)
             if all(len(micro_batch.packed.lengths) == 1 for micro_batch in batch.micro_batches):
                 even = f"out of memory, even with one pair of {largest:,} tokens at a time"
                 raise UserError(f"{where}: {even}: set --checkpoint-activations, or lower --max-tokens")
             too_many = too_many or largest
-            self.micro_batch_tokens = self.fitting_tokens = min(largest, tokens) // 2
+            self.micro_batch_tokens = self.fitting_tokens = min(largest, self.micro_batch_tokens) // 2
+            self.cut(batch)
         if too_many:
             say = f"out of memory with micro-batches of {too_many:,} tokens; {self.micro_batch_tokens:,} fit"
             tqdm.write(f"{where}: {say}", file=sys.stderr)
         return result
-
-    def pack(self, examples, tokens):
-        """Yield TrainingBatches of at most so many tokens (a longer example stays alone). examples: by length."""
-        groups, total = [], 0
-        for example in examples:
-            if not groups or total + n_tokens(example) > tokens:
-                groups.append([])
-                total = 0
-            groups[-1].append(example)
-            total += n_tokens(example)
-        for group in groups:
-            yield pack_pairs(group, self.sep, self.eot, self.device)
 
     def epoch_order(self, epoch):
         """The numbers of all training examples, shuffled: one epoch in memory, in the smallest type that holds them."""

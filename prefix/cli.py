@@ -4,15 +4,13 @@ Imported by scripts and by the `__main__` part of modules, and by nothing else.
 """
 
 import argparse
-import difflib
 import os
 import sys
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
 
-from minigpt import GPT, Tokenizer, UserError, __version__
+from minigpt import GPT, Tokenizer, UserError
 from minigpt.files import escape_control
 from minigpt.memory import out_of_memory
 from minigpt.quantize import prepack, quantize
@@ -25,32 +23,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MACHINE = {
     "device": (["cpu", "cuda", "mps"], "where to compute (auto: a GPU if there is one)"),
     "dtype": ([*DTYPES], "what the frozen model computes in (auto: 16 bits on a GPU, else float32)"),
-    "attention": (
-        ["fused", "plain"],
-        "fused: the fast kernels, or an error; plain: the formula, to compare with (auto)",
-    ),
+    "attention": (["fused", "plain"], "fused: the fast kernels, or an error; plain: the formula, to compare with (auto)"),
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, and with one line for a mistake. dash: a hint for arguments that begin with a
-    dash and are no options."""
+    """argparse without abbreviations, and with one line for a mistake."""
 
-    def __init__(self, *args, dash="", **settings):
-        super().__init__(*args, allow_abbrev=False, **settings)
-        self.dash = dash
-        versions = f"{__version__}, torch {torch.__version__}"
-        self.add_argument("--version", action="version", version=versions, help="print this project's and torch's")
-
-    def parse_args(self, args=None, namespace=None):
-        args, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            argument = next((text for text in unknown if text.startswith("-")), unknown[0])
-            name, options = argument.partition("=")[0], list(self._option_string_actions)
-            like = [option for option in options if option.startswith(name)] or difflib.get_close_matches(name, options)
-            meant = f": did you mean {like[0]}?" if like else ""
-            self.error(f"unrecognized argument {argument}{meant}{self.dash if argument.startswith('-') else ''}")
-        return args
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {escape_control(message)} (--help lists the options)\n")
@@ -93,29 +74,24 @@ def add_prefix_option(parser):
     parser.add_argument("--prefix", action="append", metavar="FILE_OR_RUN", help=text)
 
 
-def int_at_least(least, most=2**63 - 1):
-    """An argparse type: a whole number from `least` to `most`."""
-
-    def parse(text):
-        with suppress(ValueError):
-            if int(text) > most:
-                raise argparse.ArgumentTypeError(f"{text} is too large: {most:,} at most")
-            if int(text) >= least:
-                return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-
-    return parse
+def int_at_least(least, most=None):
+    """An argparse type: a whole number from `least` to `most`, or of any size that 64 bits hold."""
+    inside = lambda value: least <= value <= (most or 2**63 - 1)
+    return number(int, inside, f"a whole number from {least} to {most:,}" if most else f"a whole number of {least} or more")
 
 
 def float_range(least, most, open_low=False):
     """An argparse type: a number from `least` to `most`, `least` itself left out if open_low."""
+    inside = lambda value: least <= value <= most and not (open_low and value == least)
+    return number(float, inside, f"a number {'above' if open_low else 'from'} {least} to {most}")
 
+
+def number(kind, inside, words):
     def parse(text):
         with suppress(ValueError):
-            if least <= float(text) <= most and not (open_low and float(text) == least):
-                return float(text)
-        words = f"{'above' if open_low else 'from'} {least} to {most}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number {words}")
+            if inside(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
 
     return parse
 
@@ -150,8 +126,6 @@ def load_with_base(args):
     name = args.model or prefix_file.read_header(paths[0])["training"].get("model")
     if not name:
         raise UserError(f"{paths[0]} does not say which model it was trained on: name it with --model")
-    if not args.model and Path(name).is_absolute() and not Path(name).is_dir():
-        raise UserError(f"{paths[0]} was trained on {name}, which is no longer there: say with --model where it is")
     if args.weights:
         if args.dtype not in ("auto", "bfloat16") or args.device not in ("auto", "cpu"):
             raise UserError(f"--weights {args.weights} is for bfloat16 on a CPU: leave out --dtype and --device")
@@ -166,8 +140,7 @@ def direction(args, banks):
     """(source, target) bank names: --from and --to, by default the second bank to the first."""
     names = banks.names
     if len(names) < 2:
-        one = f"this prefix has one bank, {names[0]}; translating takes two"
-        raise UserError(f"{one}: name another file, --prefix, too")
+        raise UserError(f"this prefix has one bank, {names[0]}; translating takes two: name another file, --prefix, too")
     target = args.target or next(name for name in names if name != args.source)
     source = args.source or next(name for name in [names[1], *names] if name != target)
     banks.mask([source, target])  # both are there
@@ -179,9 +152,6 @@ def direction(args, banks):
 def data_of(prefixes):
     """The files that these prefixes were trained on. Raises UserError where they do not say, or differ."""
     records = [prefix_file.read_header(path)["training"].get("data") for path in prefixes]
-    for path, files in zip(prefixes, records):
-        if not files:
-            raise UserError(f"{path} does not say what it was trained on: name the text with --data")
-        if files != records[0]:
-            raise UserError(f"{path} was trained on other text than {prefixes[0]}: name some with --data")
+    if not records[0] or any(files != records[0] for files in records):
+        raise UserError(f"{', '.join(map(str, prefixes))}: no one text that they were trained on: name some with --data")
     return records[0]

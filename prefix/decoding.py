@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from minigpt.beam import beam_search
 from minigpt.files import UserError
 from minigpt.generate import Sampler, generate
-from minigpt.memory import SHARE, free_memory, out_of_memory, row_bytes, rows_that_fit
+from minigpt.memory import SHARE, attempt, free_memory, row_bytes, rows_that_fit
 from minigpt.scoring import likeliest_answer, max_new_tokens
 from prefix.distributed import log_once
 
@@ -14,7 +14,8 @@ from prefix.distributed import log_once
 class Decoding:
     """How to decode. max_new: tokens of an answer at most; None: twice the source plus 16; never past the context.
     sampler: None takes the likeliest token. beams: 1 is no beam search. batch_size: sentences at a time; where memory
-    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken."""
+    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken. first: the number of the
+    first text; each is sampled from a random stream of its number."""
 
     max_new: int | None = None
     sampler: Sampler | None = None
@@ -22,17 +23,13 @@ class Decoding:
     length_penalty: float = 1.0
     batch_size: int = 32
     choices: list | None = None
+    first: int = 0
 
     def check(self, config):
         """Raises UserError for more than a model of this config can use."""
-        vocabulary = config.vocab_size, "tokens of this model's vocabulary"
-        for option, value, (most, what) in (
-            ("--beam", self.beams, vocabulary),
-            ("--top-k", self.sampler.top_k if self.sampler else 0, vocabulary),
-            ("--max-new-tokens", self.max_new or 0, (config.n_positions, "positions of this model's context")),
-        ):
-            if value > most:
-                raise UserError(f"{option} {value:,} is more than the {most:,} {what}")
+        for option, value in (("--beam", self.beams), ("--top-k", self.sampler.top_k if self.sampler else 0)):
+            if value > config.vocab_size:
+                raise UserError(f"{option} {value:,} is more than the {config.vocab_size:,} tokens of this model's vocabulary")
 
     def room_for_answer(self, n, room, answers):
         """New tokens that a source of n tokens may have where `room` positions are left for both and <sep>; 0 if that
@@ -43,7 +40,7 @@ class Decoding:
         return min(usual, left) if left >= min(usual, n) else 0
 
 
-def decode(model, prompts, stop, slots, position_offset, decoding, answers=(), on_token=None):
+def decode(model, prompts, stop, slots, position_offset, decoding, answers=()):
     """Prompts -> a list of Generated, in the same order: the likeliest of `answers` (lists of ids), or by beams, or
     token by token. stop: ids that end an answer. Where memory runs out, rows are halved until they fit."""
 
@@ -56,7 +53,7 @@ def decode(model, prompts, stop, slots, position_offset, decoding, answers=(), o
             return beam_search(model, prompts, stop, **common)
         if decoding.sampler:
             decoding.sampler.streams.clear()  # also where an attempt has drawn from them
-        return generate(model, prompts, stop, **common, sampler=decoding.sampler, on_token=on_token)
+        return generate(model, prompts, stop, **common, sampler=decoding.sampler)
 
     if not prompts:
         return []
@@ -69,9 +66,9 @@ def rows_in_memory(model, prompts, rows, beams):
     longest = max(len(prompt.ids) + prompt.max_new * beams for prompt in prompts)
     fitting = rows_that_fit(model, longest, rows, beams)
     if not fitting:
-        taken, free = row_bytes(model, longest, beams) / 1e9, SHARE * free_memory(model.device) / 1e9
-        one = f"one sentence takes {taken:,.1f} GB with --beam {beams}"
-        raise UserError(f"{one}, and there is memory for {free:,.1f}: lower --beam or --max-new-tokens")
+        need = f"one sentence takes {row_bytes(model, longest, beams) / 1e9:,.1f} GB with --beam {beams}"
+        free = f"there is memory for {SHARE * free_memory(model.device) / 1e9:,.1f}"
+        raise UserError(f"{need}, and {free}: lower --beam or --max-new-tokens")
     if fitting < rows:
         log_once(f"Memory has room for {fitting} sentences at a time, not {rows}")
     return fitting
@@ -80,14 +77,8 @@ def rows_in_memory(model, prompts, rows, beams):
 def halving(work, prompts, rows, decoding):
     """work(prompts, rows), again with half the rows for as long as memory runs out."""
     fitting = rows
-    while True:
-        try:
-            results = work(prompts, fitting)
-            break
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-        if fitting == 1:  # here, outside, what the error held on to is free again
+    while (results := attempt(work, prompts, fitting)) is None:
+        if fitting == 1:
             raise UserError("out of memory, even with one sentence at a time: lower --beam or --max-new-tokens")
         fitting //= 2
     if fitting < rows:

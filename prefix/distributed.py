@@ -10,9 +10,7 @@ files, and prints. In a program that torchrun did not start there is one process
 import functools
 import os
 import sys
-from contextlib import contextmanager
 from datetime import timedelta
-from threading import Timer
 
 import torch
 import torch.distributed as dist
@@ -20,47 +18,24 @@ import torch.distributed as dist
 from minigpt.files import UserError, escape_control
 
 TIMEOUT = timedelta(hours=6)  # processes wait for the first to encode a large file, or to read a slow pipe
-SAY_AFTER = 10.0  # seconds of waiting
-INSTEAD = "start several processes with torchrun, or unset WORLD_SIZE for one"
 
 
 def start(device="auto"):
     """Join the other processes, if torchrun started any; each takes the GPU of its local number. device: as --device.
     Raises UserError where the environment is not torchrun's, or a machine has fewer GPUs than processes."""
-    if environment("WORLD_SIZE", "1") < 2:
-        return
-    for name in ("RANK", "MASTER_PORT"):
-        environment(name)
-    if not os.environ.get("MASTER_ADDR"):
-        raise UserError(f"MASTER_ADDR is not set, though WORLD_SIZE is: {INSTEAD}")
-    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
-    if cuda:
-        if (here := environment("LOCAL_WORLD_SIZE")) > (gpus := torch.cuda.device_count()):
-            raise UserError(f"{here} processes on a machine with {gpus} GPUs: give torchrun --nproc_per_node={gpus}")
-        torch.cuda.set_device(environment("LOCAL_RANK"))
-    with waiting():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
-
-
-def environment(name, default=""):
-    """A number that torchrun sets."""
-    value = os.environ.get(name, default)
-    if not value.isdecimal():
-        raise UserError(f"{name} is {value!r} in the environment, not a number: {INSTEAD}")
-    return int(value)
-
-
-@contextmanager
-def waiting():
-    """Inside, this process may wait for others; if it takes long, it says so."""
-    say = f"process {os.environ.get('RANK')} is waiting for the others"
-    timer = Timer(SAY_AFTER, print, [say], {"file": sys.stderr})
-    timer.daemon = True
-    timer.start()
     try:
-        yield
-    finally:
-        timer.cancel()
+        if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+            return
+        cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+        if cuda:
+            here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+            if here > gpus:
+                raise ValueError(f"{here} processes on a machine with {gpus} GPUs: give torchrun --nproc_per_node={gpus}")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    except (KeyError, ValueError) as error:
+        instead = "start several processes with torchrun, or unset WORLD_SIZE for one"
+        raise UserError(f"WORLD_SIZE is set, but: {error}; {instead}") from error
 
 
 def finish():
@@ -87,8 +62,7 @@ def all_reduce_sum(tensors):
     if world_size() == 1:
         return
     flat = torch.cat([t.flatten().float() for t in tensors])
-    with waiting():
-        dist.all_reduce(flat)
+    dist.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
         tensor.copy_(part.view_as(tensor))
 
@@ -97,8 +71,7 @@ def all_gather(parts):
     """The results of shard(items) from all processes -> those of all items, in order, in every process."""
     everyone = [parts] * world_size()
     if world_size() > 1:
-        with waiting():
-            dist.all_gather_object(everyone, parts)
+        dist.all_gather_object(everyone, parts)
     results = [None] * sum(map(len, everyone))
     for number, part in enumerate(everyone):
         results[number :: world_size()] = part
@@ -109,14 +82,13 @@ def broadcast(value):
     """Process 0's value, in every process."""
     box = [value]
     if world_size() > 1:
-        with waiting():
-            dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box)
     return box[0]
 
 
 def rank0_first(work):
     """work() in the first process of each machine, then in the others, which find its files made."""
-    first = world_size() == 1 or environment("LOCAL_RANK", "0") == 0
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     result = work() if first else None
     all_gather([])  # all first ones are done
     return result if first else work()

@@ -12,9 +12,9 @@ import torch
 
 from minigpt.attention import attend
 from minigpt.files import UserError
-from prefix.banks import Banks, TrainableBanks, compute_kv
-from prefix.reparam import Reparametrised
-from prefix.sequences import n_tokens, pack_pairs, separator
+from prefix.banks import Banks, compute_kv
+from prefix.reparam import Reparametrised, TrainableBanks
+from prefix.sequences import n_tokens, pack_pairs, pairs_of, separator
 
 INITS = ("text", "random", "zero-effect")
 NOISE, QUIET_NOISE = 0.5, 0.15  # standard deviations of the noise of random and zero-effect, in units
@@ -27,31 +27,35 @@ TEXT_SLOTS = 10
 
 
 def initial_banks(config, model, tokenizer, corpus):
-    """The Banks before the first step. config: of the run (run.py)."""
-    names, prefix_len, seed = corpus.columns, config["prefix_len"], config["settings"]["seed"]
-    ids = {name: first_tokens(corpus, column, TEXT_SLOTS) for column, name in enumerate(names)}
-    units = units_of(model, corpus)
-    if config["init"] == "random":
-        banks = random_banks(model.config, names, prefix_len, seed, units)
-    else:
-        n = min(prefix_len, TEXT_SLOTS) if config["init"] == "text" else 0  # slots of text
-        banks = from_text(model, ids, n)
-        if n < prefix_len:
-            batch = first_pairs(model, tokenizer, corpus)
-            quiet = zero_effect(model, batch, names, prefix_len - n, seed, config["position_offset"], units)
-            both = zip(names, banks.pairs(), quiet.pairs())
-            banks = Banks({name: [torch.cat(side, dim=2) for side in zip(*pairs)] for name, *pairs in both})
+    """The TrainableBanks before the first step. config: of the run (run.py)."""
+    units, seed = units_of(model, corpus), config["settings"]["seed"]
+    banks = banks_by_init(config, model, tokenizer, corpus, units)
     if config.get("from_prefix"):
         there = Banks.load(config["from_prefix"], model)
         if there.position_offset != config["position_offset"]:
             starts = f"position {there.position_offset}, in this run at {config['position_offset']}"
             raise UserError(f"{config['from_prefix']}: its text starts at {starts} (--position-offset)")
-        trained = dict(zip(there.names, there.pairs()))
-        banks = Banks({name: trained.get(name, new) for name, new in zip(names, banks.pairs())})
-    banks.position_offset, banks = config["position_offset"], banks.to(model.device)
+        trained = dict(zip(there.names, there.key_values()))
+        banks = Banks({name: trained.get(name, new) for name, new in zip(banks.names, banks.key_values())})
+    banks.position_offset = config["position_offset"]
     if config.get("reparam"):
-        return Reparametrised(banks, units, seed).to(model.device)
-    return TrainableBanks(banks, units, config.get("train_banks"))
+        return Reparametrised(banks.to(model.device), units, seed).to(model.device)
+    return TrainableBanks(banks.to(model.device), units, config.get("train_banks"))
+
+
+def banks_by_init(config, model, tokenizer, corpus, units):
+    """Banks as --init says."""
+    names, prefix_len, seed = corpus.columns, config["prefix_len"], config["settings"]["seed"]
+    if config["init"] == "random":
+        return random_banks(model.config, names, prefix_len, seed, units)
+    n_text = min(prefix_len, TEXT_SLOTS) if config["init"] == "text" else 0
+    text = from_text(model, {name: first_tokens(corpus, i, TEXT_SLOTS) for i, name in enumerate(names)}, n_text)
+    if n_text == prefix_len:
+        return text
+    batch = first_pairs(model, tokenizer, corpus)
+    quiet = zero_effect(model, batch, names, prefix_len - n_text, seed, config["position_offset"], units)
+    both = zip(names, text.key_values(), quiet.key_values())
+    return Banks({name: [torch.cat(sides, dim=2) for sides in zip(*two)] for name, *two in both})
 
 
 def units_of(model, corpus):
@@ -83,22 +87,24 @@ def from_text(model, ids, prefix_len):
 
 
 def zero_effect(model, batch, names, prefix_len, seed, position_offset, units):
-    """Slots that leave the model nearly as it is: values of zero, and keys that hardly any query of the sentences in
-    `batch` (a TrainingBatch) scores high, with noise that tells the slots apart. A wider margin is quieter but learns
-    more slowly: at 10, gradients sink below AdamW's epsilon."""
+    """Slots that hardly change the model: values of zero, and keys with low scores for the queries of `batch` (a
+    MicroBatch). Noise tells the slots apart. A wider margin would change less, but learn more slowly: at 10, gradients
+    sink below AdamW's epsilon."""
     margin = QUIET_MARGIN + math.log(max(1, len(names) * prefix_len))
-    unit = units[0]  # (n_layer, n_head, 1, 1)
-    keys = quiet_keys(model, batch.ids, batch.packed, margin, unit, position_offset)[:, :, None]
-    noise = random_banks(model.config, names, prefix_len, seed, (unit, 0.0), QUIET_NOISE)
-    return Banks({name: (keys + key, value) for name, (key, value) in zip(names, noise.pairs())})
+    keys = quiet_keys(model, batch, margin, units[0], position_offset)[:, :, None]  # (n_layer, n_head, 1, head_dim)
+    noise = random_banks(model.config, names, prefix_len, seed, (units[0], 0.0), QUIET_NOISE)
+    return Banks({name: (keys + key, value) for name, (key, value) in zip(names, noise.key_values())})
 
 
 @torch.no_grad()
-def quiet_keys(model, ids, packed, margin, unit, position_offset=0):
-    """For every layer and head, a key that its queries score at least `margin` below the log of the sum of exp(score)
-    of their text, as far as one key of few units can -> (n_layer, n_head, head_dim), float32."""
-    keys, n_head = [], model.config.n_head
-    future = torch.ones(packed.longest, packed.longest, dtype=torch.bool, device=ids.device).triu(1)
+def quiet_keys(model, batch, margin, unit, position_offset=0):
+    """One quiet key for each layer and head -> (n_layer, n_head, head_dim), float32. unit: (n_layer, n_head, 1, 1).
+
+    A slot takes attention by exp(its score), the text by the sum of exp(score) over its tokens. So a key is quiet if
+    every query scores it at least `margin` below the log of that sum: the ceiling. smallest_below finds the shortest
+    key (in units) that nearly does, with the queries of `batch`."""
+    keys, n_head, packed = [], model.config.n_head, batch.packed
+    future = torch.ones(packed.longest, packed.longest, dtype=torch.bool, device=batch.ids.device).triu(1)
 
     def attn_fn(i, qkv):
         q, k, _ = qkv.float().unflatten(-1, (3, n_head, -1)).permute(1, 2, 0, 3)  # (n_head, N, head_dim)
@@ -110,14 +116,17 @@ def quiet_keys(model, ids, packed, margin, unit, position_offset=0):
         keys.append(unit[i, :, 0] * smallest_below(unit[i] * q, torch.cat(text, 1) - margin))
         return attend(qkv, n_head, packed, backend=model.attention)
 
-    model.blocks(model.embed(ids, packed.position + position_offset), attn_fn)
+    model.blocks(model.embed(batch.ids, packed.position + position_offset), attn_fn)
     return torch.stack(keys)
 
 
 def smallest_below(q, ceiling, steps=20):
-    """q (n_head, N, head_dim), ceiling (n_head, N) -> the k (n_head, head_dim) that has the least
-    sum of max(0, q . k - ceiling)^2 + |k|^2. Newton's method: least squares over the queries that k still misses, again
-    until they stay the same (Chapelle 2007, section 2.3)."""
+    """q (n_head, N, head_dim), ceiling (n_head, N) -> k (n_head, head_dim), which minimises
+
+        sum over queries of max(0, q . k - ceiling)^2 + |k|^2
+
+    by Newton's method: least squares over the queries above their ceiling, again until they stay the same (Chapelle
+    2007, section 2.3)."""
     missed = torch.ones_like(ceiling)
     eye = torch.eye(q.size(-1), device=q.device)
     for _ in range(steps):
@@ -129,13 +138,13 @@ def smallest_below(q, ceiling, steps=20):
 
 def first_pairs(model, tokenizer, corpus):
     """The first training pairs, in every direction, packed: QUERY_TOKENS tokens or a few more."""
-    examples, n = [], 0
-    for row, s, t in corpus.examples("train"):
-        examples.append((corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)))
-        n += n_tokens(examples[-1])
+    pairs, n = [], 0
+    for example in corpus.examples("train"):
+        pairs += pairs_of(corpus, [example])
+        n += n_tokens(pairs[-1])
         if n >= QUERY_TOKENS:
             break
-    return pack_pairs(examples, separator(tokenizer), tokenizer.eot, model.device)
+    return pack_pairs(pairs, separator(tokenizer), tokenizer.eot, model.device)
 
 
 def first_tokens(corpus, column, n):

@@ -4,14 +4,14 @@
     python -m prefix.peft import DIR --bank fr --model M --out FILE
 
 An adapter is a folder of two files: adapter_config.json, and adapter_model.safetensors with the one tensor
-`prompt_embeddings` (prefix_len, 2 * n_layer * n_embd). A slot is a row; in it stand, all heads side by side,
+`prompt_embeddings` (prefix_len, 2 * n_layer * n_embd). Each row is a slot; in it stand, all heads side by side,
 
     key in layer 0 | value in layer 0 | key in layer 1 | value in layer 1 | ...
 
 peft knows one bank, open from the first token on, and counts its slots as positions: text starts at prefix_len, where
 ours starts at the bank's position_offset, 0 as a rule. So a bank gives the same logits there only if it was trained
-with `train.py --position-offset prefix`; an imported one keeps peft's positions here. An exported bank's own offset
-goes along in the metadata of adapter_model.safetensors, which peft does not read, so that the way back keeps it.
+with `train.py --position-offset prefix`; an imported one keeps peft's positions here. The
+metadata of adapter_model.safetensors, which peft does not read, keeps the offset of a bank of ours for the way back.
 """
 
 import json
@@ -31,15 +31,15 @@ from prefix.run import model_name
 CONFIG, WEIGHTS, TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 
 
-def to_rows(key, value):
+def to_embeddings(key, value):
     """Two of (n_layer, n_head, prefix_len, head_dim) -> prompt_embeddings (prefix_len, 2 * n_layer * n_embd)."""
     both = torch.stack([key, value], dim=1)  # (n_layer, 2, n_head, prefix_len, head_dim)
     return both.permute(3, 0, 1, 2, 4).flatten(1).contiguous()
 
 
-def from_rows(rows, config):
-    """The inverse of to_rows -> (key, value)."""
-    both = rows.view(len(rows), config.n_layer, 2, config.n_head, config.head_dim)
+def from_embeddings(embeddings, config):
+    """The inverse of to_embeddings -> (key, value)."""
+    both = embeddings.view(len(embeddings), config.n_layer, 2, config.n_head, config.head_dim)
     key, value = both.permute(2, 1, 3, 0, 4).contiguous()  # each (n_layer, n_head, prefix_len, head_dim)
     return key, value
 
@@ -47,7 +47,7 @@ def from_rows(rows, config):
 def export_bank(banks, name, directory):
     """Write the bank `name` of a Banks as an adapter into `directory`, which is made."""
     banks.mask([name])  # it is there
-    key, value = (side.detach().cpu() for side in banks.pairs()[banks.names.index(name)])
+    key, value = (side.detach().cpu() for side in banks.key_values()[banks.names.index(name)])
     n_layer, n_head, prefix_len, head_dim = key.shape
     if not prefix_len:
         raise UserError(f"bank {name!r} has no slots to export")
@@ -69,7 +69,7 @@ def export_bank(banks, name, directory):
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / WEIGHTS) as temporary:
         metadata = {"format": "pt", "position_offset": str(banks.position_offset)}
-        save_file({TENSOR: to_rows(key, value)}, temporary, metadata)
+        save_file({TENSOR: to_embeddings(key, value)}, temporary, metadata)
     with replacing(directory / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -92,10 +92,11 @@ def import_bank(directory, bank, model):
         sound = len(shape) == 2 and shape[0] and shape[1] == width and dtype in FLOATS
         fitting = f"[prefix length, {width}] in one of {', '.join(FLOATS)}"
         check(sound, f"{TENSOR} is {shape} in {dtype}, expected {fitting}")
-        rows, offset = file.get_tensor(TENSOR).float(), int((file.metadata() or {}).get("position_offset", shape[0]))
+        offset = int((file.metadata() or {}).get("position_offset", shape[0]))
         check(0 <= offset < c.n_positions, f"text would start at {offset}, not one of {c.n_positions} positions")
-    checkpoint.check_finite(path, TENSOR, rows)
-    return Banks({bank: from_rows(rows, c)}, offset)
+        embeddings = file.get_tensor(TENSOR).float()
+    checkpoint.check_finite(path, TENSOR, embeddings)
+    return Banks({bank: from_embeddings(embeddings, c)}, offset)
 
 
 def parse_arguments():
@@ -122,10 +123,8 @@ def main():
         banks = Banks.read(prefix_file.find(args.source))
         export_bank(banks, args.bank, args.out)
         ours, theirs = banks.position_offset, banks.prefix_len[banks.names.index(args.bank)]
-        said = f"text starts at position {ours} in both: peft gives the same logits"
-        if ours != theirs:
-            said = f"text starts at position {ours} here but at {theirs} in peft, so logits there will differ; "
-            said += "train with --position-offset prefix for a bank that gives the same in both"
+        same = "the same logits" if ours == theirs else "other logits (train with --position-offset prefix for the same)"
+        said = f"text starts at position {ours} here, at {theirs} in peft: {same}"
     else:
         model = GPT.from_pretrained(args.model, "cpu", torch.bfloat16)  # only its shape and its weights' names matter
         banks = import_bank(args.source, args.bank, model)

@@ -72,10 +72,9 @@ def read_header(path):
         header = {name: json.loads(metadata[name]) for name in ("base", "banks", "training")}
         header |= {name: int(metadata[name]) for name in ("prefix_len", "position_offset")}
         config, training = GPTConfig.from_dict(header["base"]["config"]), header["training"]
-        for field in ("data", "columns"):
-            check(isinstance(training.get(field, []), list), f"{field} is no list")
-        texts = [header["base"]["fingerprint"], *header["banks"], *training.get("data", []), *training.get("columns", [])]
-        texts.append(training.get("model") or "")
+        files, columns = training.get("data") or [], training.get("columns") or []
+        texts = [header["base"]["fingerprint"], *header["banks"], *files, *columns, training.get("model") or ""]
+        check(isinstance(files, list) and isinstance(columns, list), "data or columns are no list")
         check(all(isinstance(text, str) for text in texts), "a name is no text")
         check(isinstance(training.get("limit") or 1, int), "limit is no number")
         check(0 < len(set(header["banks"])) == len(header["banks"]), "banks need different names")

@@ -7,10 +7,9 @@ the same batches, and the best on validation goes on, exactly as a run with that
 import math
 import shutil
 
-from minigpt.files import UserError, replacing
+from minigpt.files import UserError
 from prefix import distributed
 from prefix.distributed import log
-from prefix.state import METRICS, state_file
 
 
 def try_rates(rates, make_trainer, out):
@@ -21,7 +20,7 @@ def try_rates(rates, make_trainer, out):
     for rate in rates:
         trial = make_trainer(rate, out / f"lr-{rate:g}")
         end = max(1, trial.settings.steps // 10)
-        if not len(trial.batches.validation):
+        if not len(trial.loader.validation):
             raise UserError("several --lr are compared on validation pairs, and there are none: give one --lr")
         if distributed.rank() == 0:
             trial.out.mkdir(exist_ok=True)
@@ -34,16 +33,8 @@ def try_rates(rates, make_trainer, out):
     best = min(losses, key=losses.get)
     log(f"Going on with --lr {best:g}")
     trainer = make_trainer(best, out)
-    if distributed.rank() == 0:
-        copy_run(out / f"lr-{best:g}", out)
+    if distributed.rank() == 0:  # if it is killed here, the next call does it again
+        shutil.copytree(out / f"lr-{best:g}", out, dirs_exist_ok=True)
     trainer.resume()
+    trainer.save()  # on the disk, which a copy need not be yet
     return trainer, best
-
-
-def copy_run(trial, out):
-    """The files of a run into another directory. metrics.jsonl there is locked, so it stays the same file."""
-    shutil.copyfile(trial / METRICS, out / METRICS)
-    (out / "last").mkdir(exist_ok=True)
-    for name in (state_file(trial).relative_to(trial), "prefix.safetensors"):
-        with replacing(out / name) as temporary:
-            shutil.copyfile(trial / name, temporary)

@@ -14,7 +14,6 @@ python -m prefix.run lists the runs.
 import itertools
 import json
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from minigpt import UserError, checkpoint
@@ -46,26 +45,14 @@ def resolve(args):
         check_unused(args.out)
     name = args.model or checkpoint.default(log)
     base = "demo" if checkpoint.find(name).resolve() == checkpoint.DEMO.resolve() else "published"
-    if base == "demo" and not args.model and args.data not in (None, ["demo"]):
-        toy = "The demo is a toy that knows short English and French sentences. A real model learns your data better"
-        log(f"{toy}: --model gpt2 (0.5 GB to download), or gpt2-xl on a GPU (6.4 GB)")
-    if args.init == "zero-effect" and args.position_offset == "prefix":
-        behind = f"--position-offset prefix starts text at position {args.prefix_len}, behind nothing"
-        log(f"{behind}, where the base itself is worse: --init text stands in those positions")
     steps = args.steps or STEPS[base]
     rates = args.lr or [REPARAM_LR if args.reparam else LR]
-    settings = Settings(
-        steps=steps,
-        lr=rates if len(rates) > 1 else rates[0],
-        batch_size=args.batch_size,
-        warmup=steps // 20 if args.warmup is None else args.warmup,
-        eval_every=max(1, steps // 6) if args.eval_every is None else args.eval_every,
-        save_every=args.save_every or 50,
-        seed=args.seed,
-    )
+    warmup = steps // 20 if args.warmup is None else args.warmup
+    eval_every = max(1, steps // 6) if args.eval_every is None else args.eval_every
+    lr = rates if len(rates) > 1 else rates[0]
+    settings = Settings(steps, lr, args.batch_size, warmup, eval_every, args.save_every or 50, args.seed)
     paths = data_paths(args.data)
-    in_pairs = dict.fromkeys(name for pair in args.pairs or () for name in pair.split(":"))
-    named = args.columns or [*in_pairs] or None
+    named = args.columns or [*dict.fromkeys(name for pair in args.pairs or () for name in pair.split(":"))] or None
     columns = list(rows.resolve_columns(paths, named))
     if not named and (unused := rows.unused_columns(paths, columns)):
         log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
@@ -85,10 +72,9 @@ def directions(config):
     Raises UserError for a pair or a bank that is not there, and for one that would start anew and never be trained."""
     columns, trained = config["columns"], config["train_banks"] or config["columns"]
     pairs = {f"{s}:{t}": (columns.index(s), columns.index(t)) for s, t in itertools.permutations(columns, 2)}
-    for name in sorted(set(trained) - set(columns)):
-        raise UserError(f"--train-banks {name}: no such column; there are {', '.join(columns)}")
-    for pair in sorted(set(config["pairs"] or ()) - set(pairs)):
-        raise UserError(f"--pairs {pair}: not two of the columns {', '.join(columns)} with a colon between")
+    for option, named, there in (("train-banks", trained, columns), ("pairs", config["pairs"] or (), pairs)):
+        for name in sorted(set(named) - set(there)):
+            raise UserError(f"--{option} {name}: not one of {', '.join(there)}")
     chosen = [pairs[pair] for pair in config["pairs"] or pairs]
     chosen = [(s, t) for s, t in chosen if columns[s] in trained or columns[t] in trained]
     for name in sorted(set(trained) - {columns[i] for pair in chosen for i in pair}):
@@ -114,12 +100,14 @@ def resume_config(args):
 def read_config(path):
     """The config of a run. Raises UserError where there is none, or one that another version wrote."""
     if not path.is_file():
-        raise UserError(f"{path.parent}: no run to go on with: no {path} (python -m prefix.run lists the runs)")
+        raise UserError(f"no run to go on with: no {path} (python -m prefix.run lists the runs)")
     config = read_object(path)
     for part, fields in ((config, FIELDS), (config.get("settings", {}), Settings.__dataclass_fields__)):
         for name in sorted(part.keys() ^ set(fields)):
             what = "unknown" if name in part else "missing"
             raise UserError(f"{path}: not the config of a run of this version: {name} is {what}")
+    if isinstance(config["settings"]["save_every"], str):  # in seconds, as an earlier version could
+        config["settings"]["save_every"] = Settings.save_every
     return config
 
 
@@ -132,16 +120,10 @@ def check_unused(out):
 
 
 def make_directory(out):
-    """`out`, or a new directory named by the time."""
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        return out
-    with suppress(FileExistsError):  # by a run of this same second
-        out = RUNS / time.strftime("%Y%m%d-%H%M%S")
-        out.mkdir(parents=True)
-        return out
-    time.sleep(0.1)
-    return make_directory(None)
+    """`out`, or runs/<time>."""
+    out = out or RUNS / time.strftime("%Y%m%d-%H%M%S")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def write_config(out, config):
@@ -160,16 +142,10 @@ def each_run(file, read):
 
 
 def newest_run(needs=()):
-    """The prefix file of the newest run that has two banks or more, and those in `needs`; or None. A run that ended
-    above its base's own loss is passed over with a notice."""
+    """The prefix file of the newest run that has two banks or more, and those in `needs`; or None."""
     for path, header in each_run(PREFIX, prefix_file.read_header):
-        loss, base_loss = (header["training"].get(name) for name in ("val_loss", "base_loss"))
-        if len(header["banks"]) < 2 or not set(needs) <= set(header["banks"]):
-            continue
-        if loss is None or base_loss is None or loss < base_loss:
+        if len(header["banks"]) > 1 and set(needs) <= set(header["banks"]):
             return path
-        above = f"its validation loss, {loss:.2f}, is not below the base's own, {base_loss:.2f}"
-        log(f"Passing over {path.parent}: {above}")
     return None
 
 

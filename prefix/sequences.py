@@ -1,4 +1,4 @@
-"""How a pair of sentences becomes one sequence, for training and for decoding.
+"""How a pair of texts becomes one sequence, for training and for decoding.
 
     open source                 open target
       |                           |
@@ -8,7 +8,9 @@
       sees source bank            sees both banks
       no loss                     the token after each of these counts
 
-<sep> is the token of "\\n". Nothing here knows which languages there are: a direction is a pair of bank numbers.
+<sep> is the token of "\\n". Nothing here knows which languages there are. A pair is a tuple:
+
+    (source ids, target ids, number of the source's bank, number of the target's bank)
 """
 
 from dataclasses import dataclass
@@ -27,10 +29,21 @@ def separator(tokenizer):
     return ids[0]
 
 
+def pairs_of(corpus, examples):
+    """Examples of a Corpus, (row, source column, target column) each -> pairs. Column i's bank has the number i."""
+    return [(corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)) for row, s, t in examples]
+
+
+def n_tokens(pair):
+    """How many tokens a pair takes: its two sides and the separator."""
+    source, target, _, _ = pair
+    return len(source) + 1 + len(target)
+
+
 @dataclass
-class TrainingBatch:
-    """Packed sequences. ids: (N,); packed: where each starts and which banks each token sees; target_index: (M,) tokens
-    whose successor counts; targets: (M,) these successors."""
+class MicroBatch:
+    """Packed pairs, as many as go through the model at once. ids: (N,); packed: where each pair starts and which banks
+    each token sees; target_index: (M,) tokens whose successor counts; targets: (M,) these successors."""
 
     ids: torch.Tensor
     packed: PackedBatch
@@ -38,23 +51,17 @@ class TrainingBatch:
     targets: torch.Tensor
 
 
-def pack_pairs(examples, sep, eot, device="cpu"):
-    """examples: (source ids, target ids, source bank, target bank) each -> TrainingBatch on `device`."""
-    ids, bank_mask, target_index, targets, lengths = [], [], [], [], []
-    for source, target, source_bank, target_bank in examples:
-        target_index.append(torch.arange(len(target) + 1) + sum(lengths) + len(source))
+def pack_pairs(pairs, sep, eot, device="cpu"):
+    """Pairs, one behind the other -> MicroBatch on `device`."""
+    ids, targets, bank_mask, target_index, lengths = [], [], [], [], []
+    for source, target, source_bank, target_bank in pairs:
         source, target = (torch.as_tensor(side, dtype=torch.int64) for side in (source, target))  # either may be empty
-        row = torch.cat([source, torch.tensor([sep]), target])
-        ids.append(row)
-        bank_mask += [1 << source_bank] * len(source) + [1 << source_bank | 1 << target_bank] * (len(target) + 1)
-        targets.append(torch.cat([row[len(source) + 1 :], torch.tensor([eot])]))
-        lengths.append(len(row))
+        n_targets = len(target) + 1
+        target_index.append(torch.arange(n_targets) + sum(lengths) + len(source))
+        ids += [source, torch.tensor([sep]), target]
+        targets += [target, torch.tensor([eot])]
+        bank_mask += [1 << source_bank] * len(source) + [1 << source_bank | 1 << target_bank] * n_targets
+        lengths.append(len(source) + n_targets)
     packed = PackedBatch(lengths, torch.tensor(bank_mask), device)
     ids, target_index, targets = (to_device(torch.cat(parts), packed.device) for parts in (ids, target_index, targets))
-    return TrainingBatch(ids, packed, target_index, targets)
-
-
-def n_tokens(example):
-    """How many real tokens an example takes: its two sides and the separator."""
-    source, target, _, _ = example
-    return len(source) + 1 + len(target)
+    return MicroBatch(ids, packed, target_index, targets)

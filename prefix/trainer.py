@@ -1,6 +1,6 @@
-"""The training loop: a frozen model, a stream of sentence pairs, and AdamW on the slots alone.
+"""The training loop: a frozen model, a stream of pairs of texts, and AdamW on the slots alone.
 
-    for each step:                      batches.py deals out its examples
+    for each step:                      batches.py deals out its pairs
         for each micro-batch:
             loss, backward              summed over target tokens
         gradients / all targets         one weight for each target token of the step, however it was cut
@@ -24,7 +24,6 @@ from tqdm import tqdm
 from minigpt.files import UserError
 from minigpt.loss import nll_sum
 from prefix import distributed, state
-from prefix.batches import Batches
 from prefix.prefix_file import base_of
 from prefix.state import METRICS, Progress
 
@@ -41,7 +40,7 @@ class Settings:
     batch_size: int = 64  # examples per optimizer step
     warmup: int = 20  # steps
     eval_every: int = 50  # steps; 0: never
-    save_every: int | str = 50  # steps; or seconds, such as "60s"
+    save_every: int = 50  # steps
     seed: int = 0
     clip: float = 1.0  # the largest norm of the slots' gradient
 
@@ -51,21 +50,20 @@ class Settings:
 
 
 class Trainer:
-    def __init__(self, model, tokenizer, banks, corpus, settings, out, micro_batch_tokens=None, directions=None):
-        """banks: Banks named as the columns of `corpus`, in order; what requires a gradient is trained. out: the run
-        directory, which exists. micro_batch_tokens, directions: see Batches."""
+    def __init__(self, model, banks, loader, settings, out):
+        """banks: Banks named as the columns of the loader's corpus, in order; what requires a gradient is trained.
+        loader: a BatchLoader. out: the run directory, which exists."""
         moving = [name for name, p in model.named_parameters() if p.requires_grad]
         assert not moving, f"the base model must be frozen, but {moving[0]} requires a gradient"
-        self.model, self.banks, self.settings, self.out, s = model, banks, settings, out and Path(out), settings
-        self.batches = Batches(corpus, tokenizer, model.device, s.batch_size, s.seed, directions, micro_batch_tokens)
+        self.model, self.banks, self.loader, self.settings, self.out = model, banks, loader, settings, out and Path(out)
         self.unfrozen = [p for p in banks.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.unfrozen, lr=s.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.unfrozen, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
         self.scaler = torch.amp.GradScaler(  # so that float16 gradients neither vanish nor overflow
             model.device.type, FIRST_SCALE, growth_interval=SCALE_DOUBLES_AFTER, enabled=model.dtype == torch.float16
         )
-        self.progress, self.saved_at = Progress(), -math.inf
+        self.progress = Progress()
         self.stop, self.stopped = [], False  # the signals received; whether all processes agreed to stop
-        self.identity = identity(model, banks, corpus, settings)
+        self.identity = identity(model, banks, loader.corpus, settings)
         state.check_identity(f"process {distributed.rank()}", self.identity, distributed.broadcast(self.identity))
 
     def run(self, end=None):
@@ -76,15 +74,15 @@ class Trainer:
         with stop_signals() as self.stop, self.progress_bar() as bar:
             if p.step == 0:
                 self.save()  # from here on there is something to go on from
-            for batch in self.batches.steps(p.step, end):
+            for batch in self.loader.steps(p.step, end):
                 record = self.optimizer_step(batch)
                 p.seconds = record["seconds"] = round(time.monotonic() - began, 3)
                 self.log(record)
                 bar.set_postfix_str(f"loss {record['loss']:.3f}, {p.tokens / p.seconds:,.0f} tokens/s", refresh=False)
                 bar.update()
                 due = s.eval_every and (p.step % s.eval_every == 0 or p.step == s.steps)
-                better = due and len(self.batches.validation) and self.validate()
-                if better or self.save_is_due() or p.step == end or self.stopped:
+                better = due and len(self.loader.validation) and self.validate()
+                if better or p.step % s.save_every == 0 or p.step == end or self.stopped:
                     self.save()
                 if self.stopped:
                     break
@@ -97,7 +95,7 @@ class Trainer:
         p, lr = self.progress, self.settings.lr_at(self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self.batches.fitting(batch, self.forward_backward, f"step {p.step + 1}") / batch.n_targets
+        loss = self.loader.within_memory(batch, self.forward_backward, f"step {p.step + 1}") / batch.n_targets
         for parameter in self.unfrozen:
             parameter.grad /= batch.n_targets
         stop = torch.full_like(loss, len(self.stop))
@@ -153,10 +151,10 @@ class Trainer:
     @torch.no_grad()
     def validation_loss(self, base=False):
         """Mean negative log likelihood of the validation targets. base: all banks closed."""
-        batch, slots = self.batches.share(self.batches.validation), None if base else self.banks.slots()
-        zero = torch.zeros((), device=self.model.device)  # for a process without examples
+        batch, slots = self.loader.batch_of(self.loader.validation), None if base else self.banks.slots()
+        zero = torch.zeros((), device=self.model.device)  # for a process without pairs
         work = lambda micro_batches: sum((self.loss(micro_batch, slots) for micro_batch in micro_batches), zero)
-        total = self.batches.fitting(batch, work, f"validation after step {self.progress.step}")
+        total = self.loader.within_memory(batch, work, f"validation after step {self.progress.step}")
         distributed.all_reduce_sum([total])
         return float(total) / batch.n_targets
 
@@ -175,23 +173,15 @@ class Trainer:
             self.banks.training_record |= record | {"settings": asdict(self.settings)}
             self.banks.save(self.out / "prefix.safetensors", self.model)
 
-    def save_is_due(self):
-        every = self.settings.save_every
-        if isinstance(every, str):
-            return time.monotonic() - self.saved_at >= float(every.removesuffix("s"))
-        return self.progress.step % every == 0
-
     def save(self):
         """Keep all that is needed to go on exactly."""
         if distributed.rank() == 0:
-            self.progress.scaler, self.progress.fitting_tokens = self.scaler.state_dict(), self.batches.fitting_tokens
+            self.progress.scaler, self.progress.fitting_tokens = self.scaler.state_dict(), self.loader.fitting_tokens
             state.save(self.out, self.progress, self.banks, self.optimizer, self.identity)
-            self.saved_at = time.monotonic()
 
-    def resume(self, micro_batch_tokens=None):
+    def resume(self):
         """Go on from the state in self.out; without one, where the run was killed before its first save, begin. Process
-        0 reads it for all. micro_batch_tokens: how many to try, whatever ran out of memory before.
-        Raises UserError for the state of another run, or of more steps than settings.steps."""
+        0 reads it for all. Raises UserError for the state of another run, or of more steps than settings.steps."""
         found = distributed.broadcast(state.read(self.out) if distributed.rank() == 0 else None)
         if found is None:
             return
@@ -204,9 +194,9 @@ class Trainer:
         state.restore(tensors, self.banks, self.optimizer)
         if p.scaler:  # it is empty in other dtypes
             self.scaler.load_state_dict(p.scaler)
-        batches = self.batches
-        batches.fitting_tokens = None if micro_batch_tokens else p.fitting_tokens
-        batches.micro_batch_tokens = micro_batch_tokens or min(batches.micro_batch_tokens, p.fitting_tokens or math.inf)
+        if p.fitting_tokens:
+            self.loader.fitting_tokens = p.fitting_tokens
+            self.loader.micro_batch_tokens = min(self.loader.micro_batch_tokens, p.fitting_tokens)
         if distributed.rank() == 0:
             state.cut_after(self.out / METRICS, p.step)
 
@@ -230,14 +220,13 @@ def identity(model, banks, corpus, settings):
 @contextmanager
 def stop_signals():
     """Inside, SIGINT and SIGTERM only fill the list that this yields; a second one ends the program as usual."""
-    received, handlers = [], {}
+    received = []
 
     def note(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, note)
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

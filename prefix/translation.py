@@ -30,14 +30,12 @@ class Translation:
     pieces: int = 1
 
 
-def translate(model, tokenizer, banks, texts, source, target, decoding=None, first=0, on_text=None):
+def translate(model, tokenizer, banks, texts, source, target, decoding=None):
     """List of texts -> list of Translation, in the same order; an empty text gives an empty one.
 
-    source, target: bank names. decoding: a Decoding; None: greedy. first: the number of the first text; each text is
-    sampled from a random stream of its number. on_text(text so far): called as it grows, if there is one text in one
-    piece and no beam search. A text that is too long for the context is divided at the ends of its sentences, since a
-    prefix is trained on single ones. Several processes share the texts, and each returns all results.
-    Raises UserError for banks or numbers that the model does not have."""
+    source, target: bank names. decoding: a Decoding; None: greedy. A text that is too long for the context is divided
+    at the ends of its sentences, since a prefix is trained on single ones. Each of several processes answers some of the
+    texts, and returns all. Raises UserError for banks or numbers that the model does not have."""
     decoding = decoding or Decoding()
     decoding.check(model.config)
     sees_source, sees_both, sep = banks.mask([source]), banks.mask([source, target]), separator(tokenizer)
@@ -51,7 +49,7 @@ def translate(model, tokenizer, banks, texts, source, target, decoding=None, fir
 
     texts = [clean(text) for text in texts]  # as training read them: a newline would be a separator
     pieces = [[text] if fits(text) else SENTENCE_END.split(text) for text in texts]
-    flat = [(first + i, j, piece) for i, parts in enumerate(pieces) for j, piece in enumerate(parts)]
+    flat = [(decoding.first + i, j, piece) for i, parts in enumerate(pieces) for j, piece in enumerate(parts)]
     results, prompts = [Translation() for _ in flat], {}
     for number, (i, j, text) in enumerate(flat):
         if len(text) > MAX_FIELD:  # tiktoken panics on such texts, which is no exception
@@ -60,8 +58,7 @@ def translate(model, tokenizer, banks, texts, source, target, decoding=None, fir
             ids = tokenizer.encode(text)
             most = decoding.room_for_answer(len(ids), room, answers)
             prompts[number] = Prompt([*ids, sep], most, [sees_source] * len(ids) + [sees_both], stream=(i, j))
-    on_token = whole_characters(on_text, tokenizer) if on_text and len(prompts) == 1 else None
-    answer = lambda prompts: decode(model, prompts, [tokenizer.eot], slots, offset, decoding, answers, on_token)
+    answer = lambda prompts: decode(model, prompts, [tokenizer.eot], slots, offset, decoding, answers)
     parts = iter(answered(results, prompts, answer, tokenizer))
     return [join([next(parts) for _ in one]) for one in pieces]
 
@@ -71,19 +68,6 @@ def join(parts):
     fault = next((part.fault for part in parts if part.fault), None)
     text = " ".join(part.text for part in parts if part.text)
     return Translation(text, all(part.finished for part in parts), fault, len(parts))
-
-
-def whole_characters(on_text, tokenizer):
-    """An on_token for generate that calls on_text(the text so far) whenever it ends with a whole character."""
-    ids = []
-
-    def on_token(number, token):
-        ids.append(token)
-        text = clean(tokenizer.decode(ids))
-        if not text.endswith("\ufffd"):
-            on_text(text)
-
-    return on_token
 
 
 def answered(results, prompts, answer, tokenizer):

@@ -18,6 +18,7 @@ import train
 from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
 from prefix import cli, distributed
 from prefix.banks import Banks
+from prefix.batches import BatchLoader
 from prefix.data import corpus as data
 from prefix.data.splits import split_of
 from prefix.init import random_banks
@@ -266,14 +267,15 @@ def trainer(model, tokenizer, corpus, tmp_path):
         if slots:
             banks.load_state_dict(slots)
         settings = Settings(**dict(steps=6, lr=0.05, batch_size=8, warmup=2, eval_every=0) | settings)
-        return Trainer(model, tokenizer, banks, corpus, settings, tmp_path / out, micro, directions)
+        loader = BatchLoader(corpus, tokenizer, settings, model.device, directions, micro)
+        return Trainer(model, banks, loader, settings, tmp_path / out)
 
     return build
 
 
 def one_step(trainer):
     """The line of metrics of a trainer's next step."""
-    return trainer.optimizer_step(trainer.batches.step(trainer.progress.step))
+    return trainer.optimizer_step(trainer.loader.step(trainer.progress.step))
 
 
 def slots_of(trainer):

@@ -98,17 +98,11 @@ def test_an_evaluation_scores_the_outputs_that_it_keeps_in_both_directions(place
     assert ends(directions) == [("fr", "en"), ("en", "fr")] and "fr -> en, 5 sentences" in out
 
 
-@pytest.mark.parametrize("right, median, shown", [
-    ((4, 1, 3), 2, "53.33 ± 24.9"),
-    ((4, 1, 3, 2), 2, "50.00 ± 22.4"),
-    ((2, 2), 1, "40.00 ± 0.0"),
-])  # fmt: skip
-def test_the_prefix_is_compared_with_the_median_draw_or_the_better_of_two(
-    place, evaluated, monkeypatch, right, median, shown
-):
+@pytest.mark.parametrize("right, median, shown", [((4, 1, 3), 2, "53.33 ± 24.9"), ((4, 1, 3, 2), 2, "50.00 ± 22.4")])
+def test_the_prefix_is_compared_with_the_median_draw_or_the_better_of_two(place, evaluated, monkeypatch, right, median, shown):
     draws, references = iter(right), [row[0] for row in rows_of(place, "en-fr")]
 
-    def some_right(model, tokenizer, shots, texts, decoding):
+    def some_right(*_):
         n = next(draws)
         return [Translation(text if i < n else "wrong") for i, text in enumerate(references)]
 
@@ -133,33 +127,25 @@ def test_an_evaluation_translates_as_translate_does_and_is_repeatable(place, eva
         assert direction == other
 
 
-def test_each_draw_prompts_with_other_training_pairs_in_the_form_that_suits_the_model(place, evaluated):
-    _, _, directions = evaluated("en-fr", "--shots", 3)
+def test_each_draw_prompts_with_other_training_pairs_that_are_not_evaluated_in_the_form_that_suits_the_model(place, evaluated):
     training = {tuple(row) for row in rows_of(place, "en-fr", 19)[:12]}
-    for direction in directions:
+    for direction in evaluated("en-fr", "--split", "train", "--limit", 8, "--shots", 3)[2]:
         assert direction["form"] == max(direction["form_log_p"], key=direction["form_log_p"].get)
-        one, other = (draw["prompt"] for draw in direction["draws"])
-        lines = list(filter(None, one.splitlines()))
+        prompts = [draw["prompt"] for draw in direction["draws"]]
+        lines = list(filter(None, prompts[0].splitlines()))
         if direction["form"] == "names":
             assert [line.split(": ")[0] for line in lines] == [direction["source"], direction["target"]] * 3
             lines = [line.split(": ", 1)[1] for line in lines]
         pairs = {(a, b) if direction["source"] == "en" else (b, a) for a, b in zip(lines[::2], lines[1::2])}
-        assert one != other and len(pairs) == 3 and pairs <= training
-
-
-def test_of_the_training_split_no_evaluated_sentence_is_an_example(evaluated):
-    for direction in evaluated("en-fr", "--split", "train", "--limit", 8, "--shots", 3)[2]:
-        assert len(direction["sources"]) == 8
-        prompts = [draw["prompt"] for draw in direction["draws"]]
+        assert prompts[0] != prompts[1] and len(pairs) == 3 and pairs <= training and len(direction["sources"]) == 8
         assert not any(source in prompt for prompt in prompts for source in direction["sources"])
 
 
 def test_no_shots_have_one_draw_and_no_draws_have_none(evaluated):
-    assert [[draw["prompt"] for draw in direction["draws"]] for direction in evaluated("en-fr", "--shots", 0)[2]] == [
-        [""]
-    ] * 2
-    out, _, directions = evaluated("en-fr", "--draws", 0)
-    assert [direction["draws"] for direction in directions] == [[], []] and "shot " not in out
+    (direction,) = evaluated("en-fr", "--from", "fr", "--shots", 0)[2]
+    assert [draw["prompt"] for draw in direction["draws"]] == [""]
+    out, _, (direction,) = evaluated("en-fr", "--from", "fr", "--draws", 0)
+    assert direction["draws"] == [] and "shot " not in out
 
 
 def test_columns_in_any_order_are_evaluated_on_the_sentences_that_training_held_out(place, evaluated):
@@ -173,15 +159,18 @@ def test_columns_in_any_order_are_evaluated_on_the_sentences_that_training_held_
     assert [direction["sources"] for direction in directions] == [[row[i] for row in rows] for i in (2, 1)]
 
 
-def test_a_direction_that_the_head_of_a_file_lacks_is_sought_in_all_of_it(evaluated, monkeypatch):
+def test_a_direction_or_labels_that_the_head_of_a_file_lacks_are_sought_in_all_of_it(evaluated, monkeypatch):
     monkeypatch.setattr(evaluate, "rows_to_read", lambda split, limit: 4)
     rows = [[*row, ""] for row in random_rows("test", 6)] + [[a, "", b] for a, b in random_rows("test", 3)]
-    table = write_table("sparse.csv", [["en", "fr", "de"], *rows])
-    options = ["--data", table, "--limit", 2, "--draws", 0]
+    options = ["--data", write_table("sparse.csv", [["en", "fr", "de"], *rows]), "--limit", 2, "--draws", 0]
     _, _, (direction,) = evaluated("en-fr-de", *options, "--from", "fr", "--to", "en")
     assert {*direction["sources"]} < {row[1] for row in rows[:4]}  # there, the head is enough
     _, _, (direction,) = evaluated("en-fr-de", *options, "--from", "de")
     assert direction["target"] == "en" and {*direction["sources"]} < {row[2] for row in rows[6:]}
+    rows = [[text, x] for x in ("joy", "anger") for n in (("train", 4), ("test", 2)) for text, _ in random_rows(*n)]
+    options[1] = write_table("sorted.csv", [["tweet", "label"], *rows])
+    _, _, (direction,) = evaluated("tweet-label", *options, "--from", "tweet", "--to", "label", "--choices")
+    assert direction["choices"] == ["anger", "joy"]
 
 
 def test_rows_with_the_same_source_can_be_one_sentence_with_several_references(place, evaluated):
@@ -236,25 +225,34 @@ def test_a_classifier_answers_with_labels_of_training_and_is_scored_by_them(eval
     assert direction["choices"] == sorted(LABELS) == direction["classes"]
     for system in [direction["prefix"], *direction["draws"]]:
         right = sum(map(str.__eq__, system["outputs"], references))
-        assert {*system["outputs"]} <= {*LABELS} and (system["counts"]["empty"], system["counts"]["truncated"]) == (
-            0,
-            0,
-        )
-        assert system["scores"]["accuracy"] == pytest.approx(20 * right)
-        assert [*system["scores"]] == ["accuracy", "macro-F1"]
+        assert {*system["outputs"]} <= {*LABELS} and system["counts"]["empty"] == system["counts"]["truncated"] == 0
+        assert [*system["scores"]] == ["accuracy", "macro-F1"] and system["scores"]["accuracy"] == pytest.approx(20 * right)
         assert sum(system["confusion"][i][i] for i in range(3)) == right and sum(map(sum, system["confusion"])) == 5
     assert f"{direction['difference']['accuracy']['delta']:+.2f} accuracy" in out and "BLEU" not in out
     assert "likeliest choice" in out and "would have accuracy 60.00" in out
 
 
-def test_the_labels_of_training_are_those_of_the_whole_file(evaluated, monkeypatch):
-    monkeypatch.setattr(evaluate, "rows_to_read", lambda split, limit: 6)
-    rows = [
-        [text, label] for label in ("joy", "anger") for n in (("train", 4), ("test", 2)) for text, _ in random_rows(*n)
-    ]
-    table = write_table("sorted.csv", [["tweet", "label"], *rows])
-    options = ["--data", table, "--from", "tweet", "--to", "label", "--limit", 2, "--draws", 0]
-    assert evaluated("tweet-label", *options, "--choices")[2][0]["choices"] == ["anger", "joy"]
+def test_several_tasks_are_scored_in_one_run_in_the_directions_that_were_trained_each_by_its_own_metric(place, run):
+    banks = random_banks(GPT.from_pretrained(place / "base").config, ["tweet", "label", "article", "summary"], 3, seed=2)
+    tweets = [[text, LABELS[i % 2], "", ""] for i, (text, _) in enumerate(random_rows("train", 9) + random_rows("test", 4))]
+    rows = tweets + [["", "", *pair] for pair in random_rows("train", 9) + random_rows("test", 6)]
+    table = write_table("tasks.csv", [banks.names, *rows])
+    banks.training_record = {"model": str(place / "base"), "data": [str(table)], "columns": banks.names}
+    banks.training_record["pairs"] = ["tweet:label", "article:summary"]
+    banks.save("tasks.safetensors", GPT.from_pretrained(place / "base"))
+    options = ["--prefix", "tasks.safetensors", "--shots", 1, "--draws", 1, "--json", "tasks.json"]
+    code, out, err = run(evaluate, *options, "--metrics", "label=accuracy", "summary=rouge", "--hypotheses", "tasks.tsv")
+    assert code == 0, err
+    labels, summaries = json.loads(Path("tasks.json").read_text())["directions"]
+    assert ends([labels, summaries]) == [("tweet", "label"), ("article", "summary")]
+    assert [*labels["signatures"]] == ["accuracy", "macro-F1"] and {*labels["prefix"]["outputs"]} <= {*LABELS[:2]}
+    assert [*summaries["signatures"]] == ["ROUGE-1", "ROUGE-2", "ROUGE-L"] and summaries["choices"] is None
+    assert [len(one["sources"]) for one in (labels, summaries)] == [4, 6] and len(
+        Path("tasks.tsv").read_text().splitlines()
+    ) == 11
+    assert all(f"{label} {text}" in out for one in (labels, summaries) for label, text in one["signatures"].items())
+    assert run(evaluate, *options, "--draws", 0, "--from", "label")[0] == 0  # which was not trained
+    assert ends(json.loads(Path("tasks.json").read_text())["directions"]) == [("label", "tweet")]
 
 
 def test_choices_that_are_named_are_the_only_answers(place, evaluated, run):
@@ -280,16 +278,15 @@ def test_the_page_the_table_and_the_settings_are_written(place, evaluated):
         assert title in page and all(f">{cell}</td>" in page for _, *cells in rows[1:] for cell in cells)
 
 
-@pytest.mark.parametrize("options", [[], ["--beam", 2], ["--from", "fr", "--to", "en", "--choices", "a", "b"]])
-def test_on_a_terminal_each_system_has_a_bar_that_moves_by_batches_to_its_end(place, run, monkeypatch, options):
+def test_on_a_terminal_each_system_has_a_bar_that_moves_by_batches_to_its_end(place, run, monkeypatch):
     bars, bar = [], compare.tqdm
-    arguments = ["--prefix", place / "en-fr.safetensors", "--limit", 5, "--shots", 1, "--draws", 1, *options]
+    arguments = ["--prefix", place / "en-fr.safetensors", "--limit", 5, "--shots", 1, "--draws", 1, "--batch-size", 2]
     monkeypatch.setattr(compare, "tqdm", lambda **kwargs: bars.append(bar(**kwargs, mininterval=0)) or bars[-1])
     monkeypatch.setattr(compare, "BATCHES", 1)
-    assert "5/5" not in run(evaluate, *arguments, "--batch-size", 2)[2] and all(bar.disable for bar in bars)
+    assert "5/5" not in run(evaluate, *arguments)[2] and all(bar.disable for bar in bars)
     bars.clear()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    _, _, err = run(evaluate, *arguments, "--batch-size", 2)
+    _, _, err = run(evaluate, *arguments)
     assert [bar.desc for bar in bars[:2]] == ["fr -> en prefix", "fr -> en 1-shot"]
     assert all((bar.n, bar.total) == (5, 5) for bar in bars) and " 2/5 " in err and " 4/5 " in err
 
@@ -300,6 +297,7 @@ def test_on_a_terminal_each_system_has_a_bar_that_moves_by_batches_to_its_end(pl
     ("en-fr", ["--json", "nowhere/result.json"], ["--json nowhere/result.json"]),
     ("en-fr", ["--report", "."], ["--report ."]),
     ("en-fr", ["--metrics", "meteor"], ["--metrics", "'meteor'", "rouge"]),
+    ("en-fr", ["--metrics", "de=bleu"], ["no bank 'de'"]),
     ("en-fr", ["--data", "nothing.csv"], ["nothing.csv: no such file"]),
     ("en-fr", ["--columns", "en", "de"], ["no bank 'de'"]),
     ("en-fr", ["--limit", 0], ["--limit"]),

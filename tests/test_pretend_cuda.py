@@ -3,6 +3,7 @@ Behind them: a fault that is planted in each of these is noticed."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import one_step, same, slots_of, small_model
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
@@ -12,13 +13,14 @@ from pretend_cuda import GPU, here, pretended_gpu
 
 from minigpt import attention, generate
 from minigpt.generate import Sampler
+from minigpt.loss import nll_sum, padded, padded_rows, project
 from minigpt.model import GPT
-from prefix.banks import Banks, TrainableBanks, compute_kv
+from prefix.banks import Banks, compute_kv
 from prefix.decoding import Decoding
 from prefix.evaluation.attention_maps import look_at, nearest_tokens
 from prefix.evaluation.few_shot import Shots, few_shot
 from prefix.init import first_pairs, from_text, initial_banks, random_banks, units_of
-from prefix.reparam import Reparametrised
+from prefix.reparam import Reparametrised, TrainableBanks
 from prefix.trainer import Trainer
 from prefix.translation import translate
 
@@ -55,7 +57,7 @@ WAYS = {
     "no kernels": {},
     "no kernels, float16": {"dtype": torch.float16},
     "checkpointed activations, micro-batches of 40 tokens": {"checkpointing": True, "micro": 40},
-    "the network of --reparam": {"kind": Reparametrised},
+    "the network of --reparam": {"kind": Reparametrised, "lr": 0.003},  # at 0.05 AdamW makes steps of rounding errors
 }
 
 
@@ -72,13 +74,13 @@ def test_training_gives_the_cpus_numbers_and_a_step_waits_once_or_twice(both, tr
     def work(model, gpu):
         model.checkpoint_activations = checkpointing
         t, numbers = trainer(model=model, banks=some_banks(model, corpus, kind), **options), []
-        t.batches.validation = t.batches.validation[:1]
-        for batch in t.batches.steps(0, 2):
+        t.loader.validation = t.loader.validation[:1]
+        for batch in t.loader.steps(0, 2):
             gpu.forget()  # only the second step is counted: the first sets things up
             record = t.optimizer_step(batch)
             numbers += [record["loss"], record["grad_norm"]]
         counted.append((gpu.total("wait"), gpu.total("pageable"), gpu.where()))
-        return [torch.tensor([*numbers, t.validation_loss()]), *(p.detach() for pair in t.banks.pairs() for p in pair)]
+        return [torch.tensor([*numbers, t.validation_loss()]), *(p.detach() for pair in t.banks.key_values() for p in pair)]
 
     counted = []
     ours, theirs, gpu = both(work, capability, dtype)
@@ -107,7 +109,7 @@ def test_a_run_that_is_resumed_goes_on_with_the_same_bits(gpu, trainer, model, c
 def test_the_thread_that_prepares_batches_works_on_the_gpu_of_its_process(gpu, trainer, model, corpus):
     torch.cuda.set_device(1)
     model = model.to("cuda")
-    next(trainer(model=model, banks=some_banks(model, corpus)).batches.steps(0, 1))
+    next(trainer(model=model, banks=some_banks(model, corpus)).loader.steps(0, 1))
     assert gpu.device_of == {"MainThread": 1, "batches_0": 1}
 
 
@@ -188,6 +190,43 @@ def test_attention_maps_are_the_cpus(both, tokenizer, corpus):
     (mass, nearest), (their_mass, their_nearest), _ = both(work)
     torch.testing.assert_close(mass, their_mass, rtol=1e-3, atol=1e-4)
     assert torch.equal(nearest, their_nearest)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", [-35.0, -100.0])
+def test_logits_far_from_zero_are_not_rounded_to_16_bits(gpu, dtype, level):
+    """GPT-2's are: all of them near -35 in one place, near -100 in another. In bfloat16 they then come in steps of 0.5."""
+    hidden = torch.cat([torch.randn(40, 32), torch.ones(40, 1)], dim=1).to(dtype)
+    wte = torch.cat([0.4 * torch.randn(1000, 32), torch.full((1000, 1), level)], dim=1).to(dtype)
+    targets, ours = torch.randint(1000, (40,)), hidden.to("cuda").requires_grad_()
+    loss = nll_sum(ours, wte.to("cuda"), targets.to("cuda"))
+    loss.backward()
+    exact = hidden.double().requires_grad_()
+    logits = exact @ wte.double().T
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    expected.backward()
+    rounded = hidden @ wte.T  # what 16-bit logits would be
+    assert torch.equal(here(project(ours.detach(), wte.to("cuda"))).argmax(dim=-1), logits.argmax(dim=-1))
+    assert float(here(loss)) == pytest.approx(float(expected), rel=1e-5)
+    error = lambda grad: float((grad.double() - exact.grad).norm() / exact.grad.norm())
+    assert error(here(ours.grad)) < 10 * torch.finfo(dtype).eps
+    if dtype == torch.bfloat16 and level == -100:
+        assert not torch.equal(rounded.float().argmax(dim=-1), logits.argmax(dim=-1))
+
+
+def test_a_padded_vocabulary_gives_the_logits_and_gradients_of_the_plain_one(gpu):
+    hidden, wte, targets = torch.randn(9, 16), torch.randn(100, 16), torch.randint(100, (9,))
+    memory = torch.zeros(padded_rows(100), 16)
+    memory[:100] = wte
+    there = memory.to("cuda")[:100]
+    assert len(padded(there)) == 128 and len(padded(wte)) == 100
+    assert torch.equal(here(project(hidden.to("cuda"), there))[:, :100], project(hidden, wte))
+    grads = []
+    for h, w, t in ((hidden.to("cuda"), there, targets.to("cuda")), (hidden, wte, targets)):
+        h.requires_grad_()
+        nll_sum(h, w, t).backward()
+        grads.append(here(h.grad))
+    torch.testing.assert_close(*grads)
 
 
 # What the pretended GPU notices

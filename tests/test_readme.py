@@ -71,17 +71,13 @@ def test_a_link_of_a_readme_leads_to_a_file_and_its_heading(readme):
 
 
 @every_readme
-def test_a_path_that_a_readme_names_exists(readme):
-    """Of modules and pages; in a README a module's name may stand for any folder below."""
-    for path in set(re.findall(r"(?<![\w./])[\w./-]+\.(?:py|md)\b", readme.read_text(encoding="utf-8"))):
+def test_a_module_page_or_folder_that_a_readme_names_exists(readme):
+    """A module's name may stand for any folder below. runs/ and what begins with / or $ are the reader's."""
+    text = readme.read_text(encoding="utf-8")
+    for path in set(re.findall(r"(?<![\w./])[\w./-]+\.(?:py|md)\b", text)):
         there = any((folder / path).exists() for folder in (ROOT, readme.parent))
         assert there or ("/" not in path and [*readme.parent.glob(f"**/{path}")]), path
-
-
-@every_readme
-def test_a_folder_that_a_readme_names_exists(readme):
-    """Of the project's own: runs/ and what begins with / or $ are the reader's."""
-    for path in set(re.findall(r"(?<![\w./$-])(?:minigpt|prefix|tests)/[\w/]*", readme.read_text(encoding="utf-8"))):
+    for path in set(re.findall(r"(?<![\w./$-])(?:minigpt|prefix|tests)/[\w/]*", text)):
         assert (ROOT / path).exists() or [*ROOT.glob(f"{path}.*")], path
 
 
@@ -96,17 +92,13 @@ def test_the_first_readme_says_how_to_train_on_several_gpus_and_machines():
 
 
 @every_readme
-def test_a_command_in_a_readme_has_the_options_that_it_is_given(readme, options):
-    for name, rest in commands(readme.read_text(encoding="utf-8")):
+def test_a_command_or_an_option_that_a_readme_names_is_there(readme, options):
+    text = readme.read_text(encoding="utf-8")
+    for name, rest in commands(text):
         if name in options:
             assert {*OPTION.findall(rest)} <= options[name], f"{name}{rest}"
         else:
             module = name.removeprefix("-m ")
             where = f"{module.replace('.', '/')}.py" if name != module else name
             assert module in ("pytest", "venv") or (ROOT / where).exists(), name
-
-
-@every_readme
-def test_an_option_that_a_readme_names_is_one_of_some_command(readme, options):
-    named = {*OPTION.findall(readme.read_text(encoding="utf-8"))}
-    assert named - TORCHRUN <= set().union(*options.values())
+    assert {*OPTION.findall(text)} - TORCHRUN <= set().union(*options.values())

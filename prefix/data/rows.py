@@ -20,19 +20,17 @@ from prefix.data.tables import MAX_FIELD
 FIRST_ROWS = 100  # which tell what a column holds
 SAME = 3  # rows that make one value a constant
 
-# ISO 639 codes, and names in English and their own; without those that mostly mean another thing: id, mt, cat, may.
+# ISO 639 codes and English names, without those that mostly mean another thing: id, mt, cat, may.
 LANGUAGES = set(
     """
     ar bg bn ca cs da de el en es et eu fa fi fr ga gl he hi hr hu hy is it ja ka ko la lt lv mk ms nb nl nn no pl pt
     ro ru sk sl sq sr sv sw ta te th tl tr uk ur vi zh
-    ara bul ben ces cze dan deu ger ell gre eng spa est eus baq fas fin fra fre gle glg heb hin hrv hun hye ind isl ice
-    ita jpn kat kor lat lit lav mkd msa nld dut nor nob nno pol por ron rum rus slk slv sqi srp swe swa tam tha fil tur
-    ukr urd vie zho chi cmn
-    arabic bulgarian bengali catalan czech danish german greek english spanish estonian basque farsi persian finnish
-    french irish galician hebrew hindi croatian hungarian armenian icelandic indonesian italian japanese georgian korean
-    latin lithuanian latvian macedonian malay dutch norwegian polish portuguese romanian russian slovak slovenian
-    albanian serbian swedish swahili tamil telugu thai tagalog turkish ukrainian urdu vietnamese chinese
-    deutsch español français francais italiano nederlands polski português svenska türkçe русский 中文 日本語
+    ara bul ben ces dan deu ell eng spa est eus fas fin fra gle glg heb hin hrv hun hye ind isl ita jpn kat kor lat lit
+    lav mkd msa nld nor nob nno pol por ron rus slk slv sqi srp swe swa tam tha tur ukr urd vie zho cmn
+    arabic bulgarian bengali catalan czech danish german greek english spanish estonian basque persian finnish french
+    irish galician hebrew hindi croatian hungarian armenian icelandic indonesian italian japanese georgian korean latin
+    lithuanian latvian macedonian malay dutch norwegian polish portuguese romanian russian slovak slovenian albanian
+    serbian swedish swahili tamil thai turkish ukrainian urdu vietnamese chinese
     """.split()
 )
 REGION = "(?!id)[a-z]{2}|[0-9]{3}|latn|cyrl|arab|deva|hans|hant"  # en_US, es-419, zho_Hans
@@ -78,14 +76,12 @@ def inspect(paths, columns=None):
             raise UserError(f"{where}: {len(paths)} text files, but {len(columns)} columns: name one for each file")
         return Contents(list(columns or names), [], True)
     names = list(map(clean, names))
-    rows = [values for _, values in islice(found, FIRST_ROWS) if not isinstance(values, str)]
-    columns_of = zip(*(values for values in rows if len(values) == len(names)))
-    samples = [list(filter(None, map(_text, column))) for column in columns_of] or [[] for _ in names]
-    has_header = line == 0 or not _is_row(names, samples)
+    rows = [values for _, values in islice(found, FIRST_ROWS) if len(values) == len(names) and type(values) is list]
+    samples = [list(filter(None, map(_text, column))) for column in zip(*rows)] or [[] for _ in names]
+    has_header = line == 0 or not _is_row(names)
     if columns and not has_header and not set(columns) & set(names):
-        places = range(len(names))
-        if len(columns) < len(names):  # the first that hold texts
-            places = [place for place in places if not _no_text("", samples[place])]
+        every = len(columns) == len(names)  # else the first that hold texts
+        places = [place for place, sample in enumerate(samples) if every or not _no_text("", sample)]
         if len(columns) > len(places):
             raise UserError(f"{where}: {len(columns)} columns, but line 1 has {len(places)} texts: {_listed(names)}")
         named = dict(zip(places, columns))
@@ -155,7 +151,7 @@ def _default_columns(where, there):
 
 
 def is_language(name):
-    """Is this a code or name of a language, such as fr, fra, fr_FR, French or français?"""
+    """Is this a code or name of a language, such as fr, fra, fr_FR or French?"""
     found = re.fullmatch(f"([^-_]+)([-_]({REGION}))*", name.casefold())
     return bool(found) and found[1] in LANGUAGES
 
@@ -169,16 +165,9 @@ def _no_text(name, sample):
         return f"is always {sample[0]!r:.80}"
 
 
-def _is_row(names, samples):
-    """Does line 1 hold texts like those below? Not if two are languages. It does if one looks like a sentence or stands
-    below again, or if all columns mostly hold single words, as line 1 then may too."""
-    if sum(map(is_language, names)) > 1:
-        return False
-    if any(len(name.split()) > 3 or SENTENCE.search(name) for name in names):
-        return True
-    if any(name in sample for name, sample in zip(names, samples)):
-        return True
-    return all(sum(" " not in text for text in sample) > len(sample) / 2 for sample in samples)
+def _is_row(names):
+    """Does line 1 hold texts? Not if two are languages; else if one looks like a sentence."""
+    return sum(map(is_language, names)) < 2 and any(len(n.split()) > 3 or SENTENCE.search(n) for n in names)
 
 
 def _require(where, columns, there):

@@ -2,8 +2,8 @@
 
     files -> lines -> records: (line number, values), one value for each column
 
-The first lines tell the format, more than the name does. A file of another kind is a UserError that says what it is.
-A record that cannot be read is a str, the reason, in place of its values. Memory does not grow with the file.
+The first line tells the format where the name does not. A file of another kind is a UserError that says what it is.
+A record that cannot be read is a str, the reason, in place of its values.
 """
 
 import codecs
@@ -19,9 +19,7 @@ from pathlib import Path
 from minigpt.files import UserError, reading
 
 MAX_FIELD = 100_000  # characters
-MAX_LINE = 1 << 20  # bytes
-TOO_LONG = b"x" * (MAX_FIELD + 1)  # stands for a longer line: too long a field in any format
-MAX_LINES = 100  # of one record: a quote still open after them was never closed; as many tell the format
+MAX_LINES = 100  # of one record: a quote still open after them was never closed
 FIRST_LINES = 1000  # of JSON: among them a column must turn up
 JSON_NAMES = (".jsonl", ".ndjson", ".json")
 TABLE_NAMES = (".csv", ".tsv", *JSON_NAMES)
@@ -43,15 +41,14 @@ def records(paths):
 
     The first is (line number, names of the columns): line 1 of a table, or 0 where no line holds them. The values are
     str, or what JSON has. Of a record that cannot be read they are a str that says why."""
-    heads = [list(itertools.islice(lines_of(path), MAX_LINES)) for path in paths]  # opens each of them
-    first = next((line for _, line in heads[0] if line.strip()), "")
-    suffixes = [Path(path).suffix.lower() for path in paths]
+    firsts = [next((line for _, line in lines_of(path) if line.strip()), "") for path in paths]  # opens each of them
+    first, suffixes = firsts[0], [Path(path).suffix.lower() for path in paths]
     if len(paths) > 1 and not set(suffixes) & set(TABLE_NAMES):
         return _aligned(paths)
-    if len(paths) == 1 and (suffixes[0] in JSON_NAMES or _object(first)):
+    if len(paths) == 1 and (suffixes[0] in JSON_NAMES or first.startswith("{")):
         return _objects(paths[0])
     if len(paths) == 1 and (suffixes[0] in TABLE_NAMES or "\t" in first):
-        return _fields(lines_of(paths[0]), *_dialect(heads[0], comma=suffixes[0] == ".csv"))
+        return _fields(paths[0], first, ",;\t|" if suffixes[0] == ".csv" else "\t,;|")
     expected = f"expected one table, named {', '.join(TABLE_NAMES)}, or two or more text files, one per column"
     raise UserError(f"{' '.join(map(str, paths))}: {expected}")
 
@@ -61,7 +58,7 @@ def _aligned(paths):
     yield 0, [Path(path).suffix[1:] for path in paths]
     counts = [sum(1 for _ in lines_of(path)) for path in paths]
     if len(set(counts)) > 1:
-        told = ", ".join(f"{path} has {n:,} line{'s' * (n != 1)}" for path, n in zip(paths, counts))
+        told = ", ".join(f"{path} has {n:,} lines" for path, n in zip(paths, counts))
         raise UserError(f"{told}: line by line they must be translations of each other")
     for row in zip(*map(lines_of, paths)):
         yield row[0][0], [line for _, line in row]
@@ -79,7 +76,7 @@ def _objects(path):
         if (found := _object(line)) is not None:
             yield number, [found.get(name) for name in names]
         elif line.strip():
-            yield number, "field too long" if len(line) > MAX_FIELD else "not a JSON object"
+            yield number, "not a JSON object"
 
 
 def _object(line):
@@ -93,45 +90,23 @@ def _object(line):
     return found if isinstance(found, dict) else None
 
 
-def _dialect(lines, comma):
-    """(delimiter, whether quotes are quoting): so that the most records have as many fields as the first, at least two.
+def _fields(path, first, delimiters):
+    """Yield the records of a table, without blank lines. The delimiter is the first of these that line 1 has.
 
-    A tie goes to the delimiter of the file's name. Most .tsv files have no quoting: a quote is a character there."""
-    tabs, others = [("\t", False), ("\t", True)], [(mark, True) for mark in ",;|"]
-    if lines and lines[0][1].startswith('"'):
-        tabs.reverse()
-
-    def agreement(dialect):
-        found = [fields for _, fields in _fields(lines, *dialect)]
-        widths = [0 if isinstance(fields, str) else len(fields) for fields in found]
-        return widths.count(widths[0]) / len(widths) if widths and widths[0] > 1 else 0
-
-    return max(others + tabs if comma else tabs + others, key=agreement)
-
-
-def _fields(lines, delimiter, quoting):
-    """Yield the records of a table, without blank lines."""
-    if quoting:
-        found = _quoted(lines, delimiter)
+    Most .tsv files have no quoting: a quote is a character there, unless line 1 is quoted throughout."""
+    delimiter = next((mark for mark in delimiters if mark in first), delimiters[0])
+    if delimiter != "\t" or first.startswith('"') and '"\t"' in first:
+        found = _quoted(lines_of(path), delimiter)
     else:
-        found = ((number, list(map(_undoubled, line.split(delimiter)))) for number, line in lines)
+        found = ((number, line.split(delimiter)) for number, line in lines_of(path))
     for number, fields in found:
         if len(fields) > 1 or "".join(fields).strip():
             yield number, fields
 
 
-def _undoubled(field):
-    """A field of a table without quoting. One with doubled quotes inside quotes was quoted all the same."""
-    inside = field[1:-1]
-    if '""' in inside and field[0] == field[-1] == '"' and '"' not in inside.replace('""', ""):
-        return inside.replace('""', '"')
-    return field
-
-
 def _quoted(lines, delimiter):
     """Yield records of as many lines as their quotes ask for. Where these do not match (text follows a closing quote,
     or none closes in MAX_LINES), only the first line is given up: the next record starts below it."""
-    lines = iter(lines)
     ahead = deque(itertools.islice(lines, MAX_LINES))
     while ahead:
         # To csv a lone \r ends a record; to rows.clean both are line breaks.
@@ -152,12 +127,7 @@ def lines_of(path):
     """Yield (line number, line without its end). Only "\\n" ends a line, or files with other breaks inside their
     sentences would fall out of step. Bytes that are not UTF-8 become lone surrogates."""
     with open_bytes(path) as file:
-        for number in itertools.count(1):
-            line = part = file.readline(MAX_LINE)
-            if not line:
-                return
-            while len(part) == MAX_LINE and not part.endswith(b"\n"):
-                line, part = TOO_LONG, file.readline(MAX_LINE)
+        for number, line in enumerate(file, 1):
             yield number, line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
 
 

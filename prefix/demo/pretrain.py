@@ -1,12 +1,12 @@
 """How minigpt/demo was made: a small bilingual GPT-2, pretrained from nothing on plain text.
 
-    python -m prefix.demo.pretrain --data tatoeba.en-fr.tsv:1 tatoeba.fr.txt:1.5 novels.en-fr.tsv:0.15 ... --out DIR
+    python -m prefix.demo.pretrain --data tatoeba.en-fr.tsv:1 tatoeba.fr.txt:1 books.en-fr.tsv:0.15 ... --out DIR
 
 A file is a table of sentences and translations (.tsv or .csv, with a header) or a list of sentences (.txt); behind it
 stands how often one of its sentences is drawn. documents.py says what is made of them. A run goes on exactly from
 DIR/state.pt. So it may end at any time: stop it, and start it again with fewer --tokens. It needs the `tokenizers`
-package (it comes with transformers). On a CPU, set MALLOC_MMAP_THRESHOLD_=4294967296 and
-MALLOC_TRIM_THRESHOLD_=8589934592: steps that keep their memory are three times as fast.
+package (it comes with transformers). On a CPU a malloc that keeps its memory whole makes steps up to three times as fast:
+LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=thp:always,dirty_decay_ms:5000,muzzy_decay_ms:5000
 """
 
 import argparse

@@ -3,14 +3,13 @@
 python -m prefix.evaluation.attention_maps runs/x "Il pleut." --out attention.svg     as text and as a picture
 python -m prefix.evaluation.attention_maps runs/x "Il pleut." --ablate                and what closing slots does
 
-The sentence is followed by <sep> and the model's own translation, so both banks are open in it. In each layer and head
-a token's attention is one softmax over the slots that it sees and the text before it. A bank's mass is the sum over its
-slots; all masses of a token sum to one.
+The sentence is followed by <sep> and the model's own translation, so both banks are open in it. A token's attention is one
+softmax over the slots that it sees and the text before it. A bank's mass is the sum over its slots; all masses of a token
+sum to one.
 
-A slot has a key but no token. Its nearest tokens are those with the most similar keys: the keys that the frozen model
-computes in that layer for training text, with all banks closed. A token that comes several times counts where it is
-nearest. The mean of the text's keys is subtracted first, from the text's and from the slots': it moves all scores of a
-query alike, and a softmax does not see it. The similarity is the mean over heads of the cosine.
+A slot's nearest tokens are those with the most similar keys, which the frozen model computes in that layer for training
+text with all banks closed; a token counts where it is nearest. The similarity is the mean over heads of the cosine. The
+mean key of the text is subtracted first: it moves all scores of a query alike, and a softmax does not see it.
 """
 
 import copy
@@ -51,17 +50,17 @@ class Attention:
     mass: torch.Tensor
 
     def tables(self):
-        """[(title, rows of cells)], in per cent: layers and heads for each open bank, then token by token."""
+        """[(title, lines of cells)], in per cent: layers and heads for each open bank, then token by token."""
         found, shown = [], self.seen.any(dim=0).nonzero()[:, 0].tolist()
         cells = lambda values: [f"{100 * x:.1f}" for x in values.tolist()]
         for bank in shown:
             by_head = self.mass[:, :, self.seen[:, bank], bank].mean(dim=2)  # (n_layer, n_head)
             head = ["layer", *(f"h{i}" for i in range(by_head.size(1))), "mean"]
-            layers = [[str(i), *cells(torch.cat([row, row.mean()[None]]))] for i, row in enumerate(by_head)]
+            layers = [[str(i), *cells(torch.cat([heads, heads.mean()[None]]))] for i, heads in enumerate(by_head)]
             title = f"bank {self.banks[bank]}: % of attention, mean over the {int(self.seen[:, bank].sum())} tokens"
             found.append((f"{title} at which it is open", [head, *layers]))
         by_token = self.mass.mean(dim=(0, 1))[:, [*shown, -1]]
-        tokens = [[token, *cells(row)] for token, row in zip(self.tokens, by_token)]
+        tokens = [[token, *cells(mass)] for token, mass in zip(self.tokens, by_token)]
         head = ["token", *(self.banks[bank] for bank in shown), "text"]
         return [*found, ("token by token: % of attention, mean over layers and heads", [head, *tokens])]
 
@@ -118,8 +117,8 @@ def label(tokenizer, i):
 
 @torch.no_grad()
 def nearest_tokens(model, banks, ids, packed, n):
-    """The tokens of a packed text, ids (N,), whose keys are most like those of each slot -> for each layer (cosine,
-    token id), both (S, n), the nearest first. n at most the number of different tokens."""
+    """The tokens of a packed text, ids (N,), nearest to each slot -> for each layer (cosine, token id), both (S, n), the
+    nearest first. n at most the number of different tokens."""
     slots, n_head, found = banks.slots(), model.config.n_head, []
 
     def attn_fn(i, qkv):
@@ -138,11 +137,11 @@ def nearest_tokens(model, banks, ids, packed, n):
 
 def nearest_lines(model, tokenizer, banks, corpus, n):
     """Slot by slot, the n nearest tokens in each layer, of the first TEXT_PAIRS training pairs of a corpus."""
-    pairs = corpus.examples("train")[:TEXT_PAIRS]
-    if not len(pairs):
+    examples = corpus.examples("train")[:TEXT_PAIRS]
+    if not len(examples):
         raise UserError(f"none of the {len(corpus)} usable pairs falls into the training split: give more data")
-    examples = [(corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)) for row, s, t in pairs]
-    text = pack_pairs(examples, separator(tokenizer), tokenizer.eot, model.device)
+    encoded = [(corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)) for row, s, t in examples]
+    text = pack_pairs(encoded, separator(tokenizer), tokenizer.eot, model.device)
     found = nearest_tokens(model, banks, text.ids, text.packed, min(n, len(text.ids.unique())))
     slots = [(name, slot) for name, n_slots in zip(banks.names, banks.prefix_len) for slot in range(n_slots)]
     lines = ["nearest token keys: mean over heads of the cosine, after the text's mean key has been subtracted"]
@@ -161,9 +160,7 @@ class ClosedLayer(Slots):
     closed: int = 0
 
     def layers(self):
-        layers = super().layers()
-        layers[self.closed] = None
-        return layers
+        return [None if i == self.closed else layer for i, layer in enumerate(super().layers())]
 
 
 def without(banks, bank=None, layer=None):
@@ -178,21 +175,21 @@ def without(banks, bank=None, layer=None):
 def ablate(model, tokenizer, banks, texts, references, ends):
     """Translate `texts` with nothing closed, without each bank of `ends`, without each layer's slots -> {name: (output
     of the first text, BLEU of the others against `references`)}."""
-    closed = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in ends}
-    closed |= {f"layer {i}": without(banks, layer=i) for i in range(model.config.n_layer)}
-    for name, part in tqdm(closed.items(), desc="closing", disable=not sys.stderr.isatty()):
+    parts, found = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in ends}, {}
+    parts |= {f"layer {i}": without(banks, layer=i) for i in range(model.config.n_layer)}
+    for name, part in tqdm(parts.items(), desc="closing", disable=not sys.stderr.isatty()):
         output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, *ends))
-        closed[name] = output, METRICS["bleu"](outputs, references)
-    return closed
+        found[name] = output, METRICS["bleu"](outputs, references)
+    return found
 
 
-def ablation_rows(found, attention):
-    """Rows of cells; for a layer, also the share of attention on its slots in the one sentence."""
+def ablation_table(found, attention):
+    """Lines of cells; for a layer, also the share of attention on its slots in the one sentence."""
     on_slots = 100 * (1 - attention.mass[..., -1]).mean(dim=(1, 2))  # (n_layer,)
     shares = {f"layer {i}": f"{share:.1f}" for i, share in enumerate(on_slots.tolist())}
     whole = found["nothing"][1]
-    rows = [[name, f"{bleu:.2f}", f"{bleu - whole:+.2f}", shares.get(name, "")] for name, (_, bleu) in found.items()]
-    return [["closed", "BLEU", "change", "% on slots"], *rows]
+    lines = [[name, f"{bleu:.2f}", f"{bleu - whole:+.2f}", shares.get(name, "")] for name, (_, bleu) in found.items()]
+    return [["closed", "BLEU", "change", "% on slots"], *lines]
 
 
 def parse_arguments():
@@ -204,9 +201,7 @@ def parse_arguments():
     option("text", help="the sentence")
     option("--from", dest="source", metavar="BANK", help="source language (the prefix's second bank)")
     option("--to", dest="target", metavar="BANK", help="target language (the prefix's first bank)")
-    option(
-        "--ablate", action="store_true", help=f"close each bank and layer: the output, BLEU on {SENTENCES} sentences"
-    )
+    option("--ablate", action="store_true", help=f"close each bank and layer: the output, BLEU on {SENTENCES} sentences")
     option("--out", type=Path, metavar="FILE", help="draw the attention, or what closing does: .svg or .png")
     option("--nearest", type=cli.int_at_least(0), default=5, metavar="N", help="tokens to list for each slot (5)")
     option("--model", help="where the base lies, if not where the prefix file says")
@@ -240,12 +235,12 @@ def main():
             raise UserError(f"{paths[0]} does not have both {' and '.join(ends)}: name some text with --data")
         sources, references = sentences(corpus, Plan(limit=SENTENCES), *ends)
         found = ablate(model, tokenizer, banks, [args.text, *sources], references, ends)
-        closed = ablation_rows(found, attention)
-        lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(closed), ""]
+        table = ablation_table(found, attention)
+        lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(table), ""]
         lines += [f"  {name:10}  {output}" for name, (output, _) in found.items()]
     print(printable("\n".join(lines)))
     if args.out:
-        draw_ablation(closed, args.out) if args.ablate else draw_attention(tables, args.out)
+        draw_ablation(table, args.out) if args.ablate else draw_attention(tables, args.out)
 
 
 if __name__ == "__main__":

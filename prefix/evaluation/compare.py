@@ -2,20 +2,21 @@
 
 The score of k-shot prompting depends on its examples, so they are drawn several times: its numbers are the mean and the
 standard deviation over the draws. The prefix is compared with the draw of the median score, so neither a lucky nor an
-unlucky draw decides. The examples are never among the evaluated sentences.
+unlucky draw decides. The examples are never among the evaluated sentences. Each direction is scored by the metrics that
+its target column has, so one evaluation may be of several tasks.
 """
 
 import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
 from minigpt.files import UserError
 from prefix import distributed
+from prefix.batches import only
 from prefix.data.corpus import sample_rows
 from prefix.data.splits import SPLITS, TEST, VALIDATION
 from prefix.decoding import Decoding
@@ -26,22 +27,23 @@ from prefix.translation import translate
 
 MAX_CHOICES = 1000  # texts of a column among which an answer can be chosen
 BATCHES = 4  # decoded between two steps of the progress bar
+DEFAULT = ["bleu", "chrf"]
 
 
 @dataclass
 class Plan:
-    """What to evaluate. split: one of SPLITS, or "all". limit: sentences in each direction. metrics: names
-    of metrics.METRICS; the first picks the median draw. directions: pairs of column names (None: all there are).
-    multi_reference: rows with the same source are one sentence with several references. truncate_source: cut sources
-    that do not fit the context. training: the Corpus whose training split gives examples and labels (None: the
-    evaluated one); its columns may be in another order."""
+    """What to evaluate. split: one of SPLITS, or "all". limit: sentences in each direction. metrics: {target column:
+    names of metrics.NAMES}, None for all other columns; the first picks the median draw. directions: (source, target)
+    column names (None: all there are). multi_reference: rows with the same source are one sentence with several
+    references. truncate_source: cut sources that do not fit the context. training: the Corpus whose training split gives
+    shots and labels (None: the evaluated one); its columns may be in another order."""
 
     split: str = "test"
     limit: int = 500
     shots: int = 3
     draws: int = 3
     seed: int = 0
-    metrics: list = field(default_factory=lambda: ["bleu", "chrf"])
+    metrics: dict = field(default_factory=lambda: {None: DEFAULT})
     directions: set | None = None
     multi_reference: bool = False
     truncate_source: bool = False
@@ -64,10 +66,10 @@ class System:
 
 @dataclass
 class Result:
-    """One direction. references: a list of texts for each source. choices: the allowed answers; classes: these and all
-    that occur. signatures: {metric: settings}. form_log_p: decided the form of the prompts. median: the draw that the
-    prefix is compared with. difference: {metric: metrics.paired_bootstrap of prefix and median draw}. attention: tables
-    of one sentence, from attention_maps."""
+    """One direction. references: a list of texts for each source. choices: the texts that an answer may be, if they are
+    labels; classes: these and all that occur. signatures: {metric: settings}. form_log_p: decided the form of the
+    prompts. median: the draw that the prefix is compared with. difference: {metric: metrics.paired_bootstrap of prefix
+    and median draw}. attention: tables of one sentence, from attention_maps."""
 
     source: str
     target: str
@@ -90,38 +92,40 @@ class Result:
         return [self.prefix, *self.draws[self.median :][:1]]
 
 
+# Which sentences
+
+
 def rows_to_read(split, limit):
     """How many rows of a file surely hold `limit` sentences of a split (a quarter more, against bad luck)."""
-    share = {"train": 1 - TEST - VALIDATION, "test": TEST, "validation": VALIDATION, "all": 1}[split]
-    return math.ceil(1.25 * limit / share) + 1000
+    held = {"train": 1 - TEST - VALIDATION, "test": TEST, "validation": VALIDATION, "all": 1}[split]
+    return math.ceil(1.25 * limit / held) + 1000
 
 
-def has_enough(corpus, split, limit, directions):
-    """Has the corpus `limit` sentences of a split in each of these directions between its columns?"""
-    pairs = [(s, t) for s, t in directions if {s, t} <= {*corpus.columns}]
-    return all(len(rows_of(corpus, split, *pair)) >= limit for pair in pairs)
-
-
-def examples_of(corpus, split):
-    """The corpus's examples (n, 3) of a split or, for "all", of every split, in the order of the rows."""
+def in_split(corpus, split):
+    """The corpus's examples (n, 3), row, source and target column, of a split or, for "all", of every one, by row."""
     examples = np.concatenate([corpus.examples(name) for name in SPLITS if split in (name, "all")])
     return examples[np.argsort(examples[:, 0], kind="stable")]
 
 
 def rows_of(corpus, split, source, target):
     """The numbers of a split's rows that have texts in both of these columns."""
-    examples, ends = examples_of(corpus, split), [corpus.columns.index(name) for name in (source, target)]
-    return examples[(examples[:, 1:] == ends).all(axis=1), 0]
+    return only(in_split(corpus, split), [[*map(corpus.columns.index, (source, target))]])[:, 0]
+
+
+def has_enough(corpus, split, limit, directions):
+    """Has the corpus `limit` sentences of a split in each of these directions between its columns?"""
+    there = [ends for ends in directions if {*ends} <= {*corpus.columns}]
+    return all(len(rows_of(corpus, split, *ends)) >= limit for ends in there)
 
 
 def directions_of(corpus, plan):
     """The (source, target) column names to evaluate, in order of the target. Raises UserError if there are none."""
-    columns, found = corpus.columns, np.unique(examples_of(corpus, plan.split)[:, 1:], axis=0).tolist()
-    pairs = [(columns[s], columns[t]) for s, t in sorted(found, key=lambda pair: pair[::-1])]
-    pairs = [pair for pair in pairs if plan.directions is None or pair in plan.directions]
-    if not pairs:
+    found = np.unique(in_split(corpus, plan.split)[:, :0:-1], axis=0).tolist()
+    found = [(corpus.columns[s], corpus.columns[t]) for t, s in found]
+    found = [ends for ends in found if plan.directions is None or ends in plan.directions]
+    if not found:
         raise UserError(f"none of the {len(corpus)} usable pairs falls into the {plan.split} split: give more data")
-    return pairs
+    return found
 
 
 def sentences(corpus, plan, source, target):
@@ -140,24 +144,29 @@ def labels_of(corpus, name):
     column = corpus.columns.index(name)
     texts = sorted({corpus.text(row, column) for row in corpus.rows("train")} - {""})
     if not 0 < len(texts) <= MAX_CHOICES:
-        raise UserError(f"--choices: {len(texts):,} different texts in column {name!r}, not 1 to {MAX_CHOICES:,}")
+        raise UserError(f"labels: {len(texts):,} different texts in column {name!r}, not 1 to {MAX_CHOICES:,}")
     return texts
 
 
+# The comparison
+
+
 def compare(model, tokenizer, banks, corpus, plan, decoding):
-    """Evaluate the directions between the corpus's columns -> a list of Result. decoding.choices: [] stands for the
-    labels that the training split has in the target column."""
+    """Evaluate the directions between the corpus's columns -> a list of Result. Where a target has the metric accuracy,
+    answers are chosen among decoding.choices or, without any, the labels that the training split has there."""
     results, training = [], plan.training or corpus
-    if plan.truncate_source and not decoding.max_new and decoding.choices is None:
+    if plan.truncate_source and not decoding.max_new:
         decoding = replace(decoding, max_new=model.config.n_positions // 4)
     for source, target in directions_of(corpus, plan):
-        result, scored = Result(source, target, *sentences(corpus, plan, source, target)), metrics.named(plan.metrics)
-        result.choices = labels_of(training, target) if decoding.choices == [] else decoding.choices
-        if result.choices is not None:
+        result = Result(source, target, *sentences(corpus, plan, source, target))
+        names = plan.metrics.get(target) or plan.metrics[None]
+        if metrics.ACCURACY in names:
+            result.choices = decoding.choices or labels_of(training, target)
             result.classes = sorted({*result.choices, *(refs[0] for refs in result.references)})
-            scored = [replace(metrics.METRICS["exact"], label="accuracy"), metrics.macro_f1(result.classes)]
+        scored = metrics.named(names, result.classes or [])
         result.signatures = {metric.label: metric.signature(result.references) for metric in scored}
-        comparison = Comparison(model, tokenizer, plan, replace(decoding, choices=result.choices), scored, result)
+        chosen = replace(decoding, choices=result.choices)
+        comparison = Comparison(model, tokenizer, plan, chosen, scored, result)
         comparison.run_prefix(banks)
         if plan.draws:
             comparison.run_few_shot(training)
@@ -179,41 +188,44 @@ class Comparison:
     def run_prefix(self, banks):
         ends = self.result.source, self.result.target
         answer = lambda texts: translate(self.model, self.tokenizer, banks, texts, *ends, self.decoding)
-        length = lambda text: banks.position_offset + len(self.tokenizer.encode(text)) + 1
+        length = lambda text: banks.position_offset + self.n_tokens(text) + 1
         self.result.prefix = self.measure("prefix", answer, length)
 
     def run_few_shot(self, training):
         plan, result = self.plan, self.result
-        draw = partial(draw_shots, training, result.source, result.target, plan.shots, avoid={*result.sources})
-        drawn = [draw(seed=plan.seed + i) for i in range(plan.draws)]
+        ends, avoid = (result.source, result.target), {*result.sources}
+        drawn = [draw_shots(training, *ends, plan.shots, plan.seed + i, avoid) for i in range(plan.draws)]
         result.form_log_p = form_log_p(self.model, self.tokenizer, *drawn[0])
         result.form = max(result.form_log_p, key=result.form_log_p.get, default=FORMS[0])
         result.draws = [self.run_draw(replace(shots, form=result.form)) for shots, _ in drawn]
         by_score = sorted(range(plan.draws), key=lambda i: result.draws[i].scores[self.scored[0].label])
         result.median = by_score[plan.draws // 2]  # of an even number, the better of the two in the middle
-        outputs = *(system.outputs for system in result.systems), result.references
-        result.difference = {metric.label: metrics.paired_bootstrap(metric, *outputs) for metric in self.scored}
+        outputs = [system.outputs for system in result.systems]
+        compared = lambda metric: metrics.paired_bootstrap(metric, *outputs, result.references)
+        result.difference = {metric.label: compared(metric) for metric in self.scored}
 
     def run_draw(self, shots):
-        n_examples = len(self.tokenizer.encode(shots.text))
         answer = lambda texts: few_shot(self.model, self.tokenizer, shots, texts, self.decoding)
-        length = lambda text: n_examples + len(self.tokenizer.encode(shots.question(text)))
+        length = lambda text: self.n_tokens(shots.text) + self.n_tokens(shots.question(text))
         return replace(self.measure(f"{len(shots.pairs)}-shot", answer, length), prompt=shots.text)
+
+    def n_tokens(self, text):
+        return len(self.tokenizer.encode(text))
 
     def measure(self, name, answer, length):
         """answer(texts) -> list of Translation; length(text): tokens of its whole prompt. -> System."""
         result, step = self.result, BATCHES * self.decoding.batch_size
         texts = self.cut_sources(name, length) if self.plan.truncate_source else result.sources
         quiet = distributed.rank() > 0 or not sys.stderr.isatty()
-        translations, began = [], time.monotonic()
+        answers, began = [], time.monotonic()
         with tqdm(total=len(texts), desc=f"{result.source} -> {result.target} {name}", disable=quiet) as bar:
             for i in range(0, len(texts), step):
-                translations += answer(texts[i : i + step])
-                bar.update(len(translations) - bar.n)
-        outputs = [translation.text for translation in translations]
+                answers += answer(texts[i : i + step])
+                bar.update(len(answers) - bar.n)
+        outputs = [one.text for one in answers]
         counts = {
             "empty": outputs.count(""),
-            "truncated": sum(not translation.finished for translation in translations),
+            "truncated": sum(not one.finished for one in answers),
             "sources cut": sum(map(str.__ne__, texts, result.sources)),
             "seconds": round(time.monotonic() - began, 2),
         }
@@ -223,8 +235,8 @@ class Comparison:
 
     def cut_sources(self, name, length):
         """The sources, cut at their end where an answer would not fit behind them."""
-        answers = [len(self.tokenizer.encode(choice)) + 2 for choice in self.decoding.choices or []]
-        room = self.model.config.n_positions - max(answers, default=self.decoding.max_new)
+        choices = [self.n_tokens(choice) + 2 for choice in self.decoding.choices or []]
+        room = self.model.config.n_positions - max(choices, default=self.decoding.max_new)
         texts = [cut_to_fit(self.tokenizer, text, length, room) for text in self.result.sources]
         if n_cut := sum(map(str.__ne__, texts, self.result.sources)):
             log(f"{name}: {n_cut} of {len(texts)} sources were cut at their end to fit the context")

@@ -43,10 +43,9 @@ class Shots:
     @property
     def text(self):
         """The examples; "" for none."""
-        pairs = [(clean(source), clean(target)) for source, target in self.pairs]
         if self.form == "lines":
-            return "\n".join(f"{source}\n{target}\n" for source, target in pairs)
-        return "".join(f"{self.source}: {source}\n{self.target}: {target}\n" for source, target in pairs)
+            return "\n".join(f"{clean(source)}\n{clean(target)}\n" for source, target in self.pairs)
+        return "".join(f"{self.question(source)}{self.answer(target)}" for source, target in self.pairs)
 
     def question(self, text):
         """The text behind the examples. In bare lines the blank line comes first, as it does between examples."""
@@ -58,15 +57,18 @@ class Shots:
         return f"{clean(text)}\n" if self.form == "lines" else f" {clean(text)}\n"
 
     def read(self, model, tokenizer):
-        """The examples as a bank -> (Slots or None, position offset, bank mask of a token or None). Raises UserError if
-        they alone fill the context."""
+        """The examples as a bank -> (Slots or None, position offset). Raises UserError if they alone fill the context."""
         ids, limit = tokenizer.encode(self.text), model.config.n_positions
         if len(ids) >= limit:
             shots = f"{len(self.pairs)} shots of {len(ids)} tokens"
             raise UserError(f"{shots} fill this model's context of {limit}: fewer --shots")
-        if not ids:
-            return None, 0, None
-        return Banks.from_prompt(model, "shots", ids).slots().to(model.dtype), len(ids), [1]
+        slots = Banks.from_prompt(model, "shots", ids).slots().to(model.dtype) if ids else None
+        return slots, len(ids)
+
+    def prompt(self, tokenizer, text):
+        """A text's question, which sees the bank of examples."""
+        ids = tokenizer.encode(self.question(text))
+        return Prompt(ids, 0, [1] * len(ids) if self.pairs else None)
 
 
 def draw_shots(corpus, source, target, k, seed, avoid=()):
@@ -85,36 +87,32 @@ def draw_shots(corpus, source, target, k, seed, avoid=()):
 def form_log_p(model, tokenizer, shots, trials):
     """{form: the mean over `trials` of log p(target text | examples, source text)}, over the trials that fit into the
     context in both forms; {} if none does."""
-    scores = {form: trial_log_p(model, tokenizer, replace(shots, form=form), trials) for form in FORMS}
-    both = [pair for pair in zip(*scores.values()) if None not in pair]
+    scores = [trial_log_p(model, tokenizer, replace(shots, form=form), trials) for form in FORMS]
+    both = [of_forms for of_forms in zip(*scores) if None not in of_forms]
     return {form: sum(values) / len(both) for form, values in zip(FORMS, zip(*both))}
 
 
 def trial_log_p(model, tokenizer, shots, trials):
     """log p of each trial's target text and the end of its line; None if it does not fit into the context."""
-    slots, offset, mask = shots.read(model, tokenizer)
+    slots, offset = shots.read(model, tokenizer)
     scores, room = [], model.config.n_positions - offset
     for source, target in trials:
-        ids, answer = tokenizer.encode(shots.question(source)), tokenizer.encode(shots.answer(target))
-        prompt = Prompt(ids, 0, mask and mask * len(ids))
-        fits = len(ids) + len(answer) - 1 <= room
+        prompt, answer = shots.prompt(tokenizer, source), tokenizer.encode(shots.answer(target))
+        fits = len(prompt.ids) + len(answer) - 1 <= room
         scores.append(float(log_p(model, [(prompt, answer)], slots, offset)) if fits else None)
     return scores
 
 
-def few_shot(model, tokenizer, shots, texts, decoding=Decoding()):
+def few_shot(model, tokenizer, shots, texts, decoding=None):
     """Texts -> a list of Translation, in the same order: greedy, or the likeliest of decoding.choices. Raises UserError
     if the examples alone fill the context."""
-    slots, offset, mask = shots.read(model, tokenizer)
-    answers = [tokenizer.encode(shots.answer(choice)) for choice in decoding.choices or []]
-    prompts = {}
-    for i, text in enumerate(texts):
-        ids = tokenizer.encode(shots.question(text))
-        left = model.config.n_positions - offset - len(ids)
-        most = max_new_tokens(answers, left) if answers else min(decoding.max_new or 2 * len(ids) + 16, left)
-        prompts[i] = Prompt(ids, most, mask and mask * len(ids))
-
-    greedy = replace(decoding, beams=1, sampler=None)
+    greedy = replace(decoding or Decoding(), beams=1, sampler=None)
+    slots, offset = shots.read(model, tokenizer)
+    answers = [tokenizer.encode(shots.answer(choice)) for choice in greedy.choices or []]
+    prompts = {i: shots.prompt(tokenizer, text) for i, text in enumerate(texts)}
+    for prompt in prompts.values():
+        n, left = len(prompt.ids), model.config.n_positions - offset - len(prompt.ids)
+        prompt.max_new = max_new_tokens(answers, left) if answers else min(greedy.max_new or 2 * n + 16, left)
     answer = lambda prompts: decode(model, prompts, stop_ids(tokenizer), slots, offset, greedy, answers)
     return answered([Translation() for _ in texts], prompts, answer, tokenizer)
 

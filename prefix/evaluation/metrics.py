@@ -1,27 +1,25 @@
 """BLEU, chrF, ROUGE, accuracy and macro-F1, and the paired bootstrap: do two systems differ?
 
-BLEU (Papineni et al. 2002) counts n-grams of tokens over the whole corpus. correct[n] are the hypotheses' n-grams that
-a reference has too (each at most as often as there), total[n] all of them, n = 1 .. 4:
+BLEU (Papineni et al. 2002) counts n-grams of tokens over the whole corpus, n = 1 .. 4. correct[n] are those of the
+hypotheses that a reference has too (each at most as often as there), total[n] all of them:
 
     p[n] = correct[n] / total[n]        brevity = min(1, exp(1 - ref_len / hyp_len))
     BLEU = 100 * brevity * (p[1] * p[2] * p[3] * p[4]) ** (1/4)
 
-The first n with correct[n] = 0 counts as 1/2, the second as 1/4 and so on ("exp" smoothing, Chen & Cherry 2014).
-The same outputs score several points apart under different tokenizations, so a BLEU without its settings says little
-(Post 2018): tokens are mteval-v13a's, and the signature names all settings in sacrebleu's words.
+The first n with correct[n] = 0 counts as 1/2, the second as 1/4 and so on ("exp" smoothing, Chen & Cherry 2014). Tokens are
+mteval-v13a's: other tokens give scores several points apart, so a score is published with its signature (Post 2018).
 
-chrF (Popović 2015) counts n-grams of characters without spaces, n = 1 .. 6, and does not depend on tokens:
+chrF (Popović 2015) counts n-grams of characters without spaces, n = 1 .. 6:
 
     P = mean over n of correct[n] / total in hypotheses[n]
     R = mean over n of correct[n] / total in references[n]        chrF2 = 100 * (1 + 2²) * P * R / (2² * P + R)
 
-ROUGE (Lin 2004) is for summaries. ROUGE-1 and ROUGE-2 count words and pairs of words, ROUGE-L the longest common
-subsequence. The score is the mean over sentences of F1 = 2 * P * R / (P + R), against the best of the references.
-Its tokens are runs of a-z and 0-9, so accented letters separate words: it is made for English.
+ROUGE (Lin 2004) is for summaries: ROUGE-1 and -2 count words and pairs of words, ROUGE-L the longest common subsequence.
+The score is the mean over sentences of F1 = 2 * P * R / (P + R), against the best of the references. Its tokens are runs
+of a-z and 0-9, so accented letters separate words: it is made for English.
 
-BLEU and chrF equal sacrebleu's numbers, ROUGE the rouge-score package's. Every metric is a function of the sum over
-sentences of one row of counts each, so a bootstrap resamples rows and counts nothing again. `hypotheses` is a list of
-n strings, `references` a list of n lists of strings.
+BLEU and chrF equal sacrebleu's numbers, ROUGE the rouge-score package's. Every metric is a function of counts summed over
+sentences, so a bootstrap resamples counts. `hypotheses` are n strings, `references` n lists of strings.
 """
 
 import math
@@ -29,8 +27,9 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import chain
 
 import numpy as np
 from nltk.stem.porter import PorterStemmer
@@ -53,21 +52,21 @@ RULES_13A = [
 
 @dataclass(frozen=True)
 class Metric:
-    """label: its name in tables. settings: what a score must be published with. counts(hypothesis, its references) ->
-    a row of k numbers. score(sum of rows (k,)) -> 0 .. 100."""
+    """label: its name in tables. settings: what a score must be published with. count(hypothesis, its references) -> k
+    numbers. score(their sum over sentences (k,)) -> 0 .. 100."""
 
     label: str
     settings: str
-    counts: Callable
+    count: Callable
     score: Callable
 
     def __call__(self, hypotheses, references):
         """The score of a corpus, 0 .. 100."""
-        return self.score(self.rows(hypotheses, references).sum(axis=0))
+        return self.score(self.counts(hypotheses, references).sum(axis=0))
 
-    def rows(self, hypotheses, references):
-        """(n, k): a row of counts for each sentence."""
-        return np.array([self.counts(*pair) for pair in zip(hypotheses, references, strict=True)])
+    def counts(self, hypotheses, references):
+        """(n, k): the counts of each sentence."""
+        return np.array([self.count(*sentence) for sentence in zip(hypotheses, references, strict=True)])
 
     def signature(self, references):
         """The settings that others need to repeat a score."""
@@ -76,7 +75,7 @@ class Metric:
 
 
 def mean_score(sums):
-    """The score of rows (a sentence's value, 1): their mean in per cent."""
+    """The score of counts (a sentence's value, 1): their mean in per cent."""
     return 100 * float(sums[0] / sums[1])
 
 
@@ -120,14 +119,14 @@ def sentence_bleu_counts(hypothesis, references):
 def chrf_counts(hypothesis, references):
     """correct, total in the hypothesis, total in the best reference, each for n = 1 .. 6."""
     n_grams = lambda text: Counter(everygrams("".join(text.split()), max_len=CHRF_ORDER))
-    found, *references = map(n_grams, [hypothesis, *references])
-    return max((chrf_row(found, reference) for reference in references), key=chrf_score)
+    by_order = lambda grams: np.bincount([len(gram) for gram in grams.elements()], minlength=CHRF_ORDER + 1)[1:]
+    found = n_grams(hypothesis)
 
+    def against(reference):
+        correct, total, expected = map(by_order, (found & reference, found, reference))
+        return np.concatenate([correct, total * (expected > 0), expected])  # an n-gram longer than it is not wrong
 
-def chrf_row(found, reference):
-    by_order = lambda counts: np.bincount([len(gram) for gram in counts.elements()], minlength=CHRF_ORDER + 1)[1:]
-    correct, total, expected = by_order(found & reference), by_order(found), by_order(reference)
-    return np.concatenate([correct, total * (expected > 0), expected])  # an n-gram longer than it is not wrong
+    return max((against(n_grams(text)) for text in references), key=chrf_score)
 
 
 def chrf_score(sums):
@@ -143,7 +142,7 @@ stem_of = cache(PorterStemmer().stem)
 
 
 def rouge_counts(hypothesis, references, overlap, n, stem):
-    """(the best F1, 1). overlap(a, b): how many n-grams two lists share. Words of four letters or more are stemmed."""
+    """(the best F1, 1). overlap(a, b): how many n-grams two lists have in common. Words of four letters or more are stemmed."""
     stemmed = lambda word: stem_of(word) if stem and len(word) > 3 else word
     words = lambda text: map(stemmed, re.findall("[a-z0-9]+", text.lower()))
     a, *others = (list(ngrams(words(text), n)) for text in [hypothesis, *references])
@@ -151,23 +150,18 @@ def rouge_counts(hypothesis, references, overlap, n, stem):
 
 
 def clipped(a, b):
-    """How many items two lists share, each as often as in the list that has fewer."""
+    """How many items two lists have in common, each as often as in the list that has fewer."""
     return (Counter(a) & Counter(b)).total()
 
 
 def longest_common_subsequence(a, b):
-    """Its length, by the table of all beginnings of `a` and `b`, row by row."""
-    row = [0] * (len(b) + 1)
+    """Its length, from those of all beginnings of `b` with longer and longer beginnings of `a`."""
+    lengths = [0] * (len(b) + 1)
     for item in a:
-        above, row = row, [0]
+        before, lengths = lengths, [0]
         for j, other in enumerate(b):
-            row.append(above[j] + 1 if item == other else max(above[j + 1], row[j]))
-    return row[-1]
-
-
-def rouge(name, overlap, n, stem):
-    settings = f"case:lower|tok:rouge-score|stem:{'yes' if stem else 'no'}|f1:sentence-mean"
-    return Metric(name, settings, partial(rouge_counts, overlap=overlap, n=n, stem=stem), mean_score)
+            lengths.append(before[j] + 1 if item == other else max(before[j + 1], lengths[j]))
+    return lengths[-1]
 
 
 def right_label(answer, references):
@@ -196,32 +190,41 @@ def confusion(answers, references, labels):
     return [[pairs[right, answer] for answer in labels] for right in labels]
 
 
+def rouge(name, overlap, n, stem):
+    settings = f"case:lower|tok:rouge-score|stem:{'yes' if stem else 'no'}|f1:sentence-mean"
+    return Metric(name, settings, partial(rouge_counts, overlap=overlap, n=n, stem=stem), mean_score)
+
+
 METRICS = {
     "bleu": Metric("BLEU", "case:mixed|eff:no|tok:13a|smooth:exp", bleu_counts, bleu_score),
     "chrf": Metric("chrF2", f"case:mixed|eff:yes|nc:{CHRF_ORDER}|nw:0|space:no", chrf_counts, chrf_score),
     "sentence_bleu": Metric("sentence BLEU", "case:mixed|tok:space|smooth:none|nltk", sentence_bleu_counts, mean_score),
     "exact": Metric("exact %", "case:mixed", lambda text, refs: [text in refs, 1], mean_score),
 }
-GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL"), "rouge-stem": ("rouge1-stem", "rouge2-stem", "rougeL-stem")}
-for _end, _stem in (("", False), ("-stem", True)):
-    METRICS[f"rouge1{_end}"] = rouge(f"ROUGE-1{_end}", clipped, 1, _stem)
-    METRICS[f"rouge2{_end}"] = rouge(f"ROUGE-2{_end}", clipped, 2, _stem)
-    METRICS[f"rougeL{_end}"] = rouge(f"ROUGE-L{_end}", longest_common_subsequence, 1, _stem)
+for _end in ("", "-stem"):
+    METRICS[f"rouge1{_end}"] = rouge(f"ROUGE-1{_end}", clipped, 1, bool(_end))
+    METRICS[f"rouge2{_end}"] = rouge(f"ROUGE-2{_end}", clipped, 2, bool(_end))
+    METRICS[f"rougeL{_end}"] = rouge(f"ROUGE-L{_end}", longest_common_subsequence, 1, bool(_end))
+GROUPS = {f"rouge{_end}": [f"rouge{kind}{_end}" for kind in "12L"] for _end in ("", "-stem")}
+ACCURACY = "accuracy"  # the name for the metrics of answers that are labels
+NAMES = [*METRICS, *GROUPS, ACCURACY]
 
 
-def named(names):
-    """The Metrics of names in METRICS or GROUPS."""
-    return [METRICS[name] for group in names for name in GROUPS.get(group, [group])]
+def named(names, labels=()):
+    """The Metrics of these of NAMES."""
+    of_labels = [replace(METRICS["exact"], label="accuracy"), macro_f1(labels)]
+    groups = (of_labels if name == ACCURACY else [METRICS[n] for n in GROUPS.get(name, [name])] for name in names)
+    return list(chain(*groups))
 
 
 def paired_bootstrap(metric, hypotheses_a, hypotheses_b, references, n_resamples=RESAMPLES, seed=0):
-    """Would another test set have said the same (Koehn 2004)? Draw n of the n sentences with replacement, the same
-    ones for both systems, n_resamples times, and compute metric(a) - metric(b) for each draw.
+    """Would another test set have said the same (Koehn 2004)? Draw n of the n sentences with replacement, the same for
+    both systems, n_resamples times, and compute metric(a) - metric(b) for each draw.
 
-    -> {"delta": on the sentences as they are, "interval": (low, high) around 95 % of the draws, "p": two-sided}.
-    Koehn counts the draws that the better system does not win. p is twice that share: either may be the better."""
-    a, b = metric.rows(hypotheses_a, references), metric.rows(hypotheses_b, references)
-    delta = lambda rows: metric.score(a[rows].sum(axis=0)) - metric.score(b[rows].sum(axis=0))
+    -> {"delta": on the sentences as they are, "interval": (low, high) around 95 % of the draws, "p": two-sided}. Koehn
+    counts the draws that the better system does not win. p is twice that: either may be the better."""
+    a, b = metric.counts(hypotheses_a, references), metric.counts(hypotheses_b, references)
+    delta = lambda drawn: metric.score(a[drawn].sum(axis=0)) - metric.score(b[drawn].sum(axis=0))
     n, rng = len(a), np.random.default_rng(seed)
     deltas = np.array([delta(rng.choice(n, size=n)) for _ in range(n_resamples)])
     low, high = np.percentile(deltas, [2.5, 97.5])

@@ -46,31 +46,31 @@ def loss_curves(figure, lines):
 
 
 def draw_attention(tables, path):
-    """Tables (title, rows of cells), one below the other, with their numbers."""
-    heights, width = [len(rows) + 3 for _, rows in tables], max(len(rows[0]) for _, rows in tables)
+    """Tables (title, lines of cells), one below the other, with their numbers."""
+    heights, width = [len(lines) + 3 for _, lines in tables], max(len(lines[0]) for _, lines in tables)
     save_picture(path, (2 + width / 2, sum(heights) / 4), shaded_tables, tables, heights)
 
 
 def shaded_tables(figure, tables, heights):
-    grids = [[[float(cell) for cell in cells] for _, *cells in rows[1:]] for _, rows in tables]
-    most = max(max(row) for grid in grids for row in grid)
-    for axes, (title, rows), grid in zip(figure.subplots(len(tables), height_ratios=heights), tables, grids):
+    grids = [[[float(cell) for cell in cells] for _, *cells in lines[1:]] for _, lines in tables]
+    most = max(max(line) for grid in grids for line in grid)
+    for axes, (title, lines), grid in zip(figure.subplots(len(tables), height_ratios=heights), tables, grids):
         axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=2 * most)  # light enough to read the numbers
         axes.set_title(title, loc="left", fontsize=9)
-        axes.set_xticks(range(len(grid[0])), rows[0][1:], fontsize=7, parse_math=False)
-        axes.set_yticks(range(len(grid)), [name for name, *_ in rows[1:]], fontsize=7, parse_math=False)
-        for y, (_, *cells) in enumerate(rows[1:]):
+        axes.set_xticks(range(len(grid[0])), lines[0][1:], fontsize=7, parse_math=False)
+        axes.set_yticks(range(len(grid)), [name for name, *_ in lines[1:]], fontsize=7, parse_math=False)
+        for y, (_, *cells) in enumerate(lines[1:]):
             for x, cell in enumerate(cells):
                 axes.text(x, y, cell, ha="center", va="center", fontsize=7)
 
 
-def draw_ablation(rows, path):
-    """The BLEU in each row of cells (name, BLEU, ...) as a bar."""
-    save_picture(path, (2 + len(rows) / 4, 4), bleu_bars, rows[1:])
+def draw_ablation(table, path):
+    """The BLEU of each line of cells (name, BLEU, ...) as a bar."""
+    save_picture(path, (2 + len(table) / 4, 4), bleu_bars, table[1:])
 
 
-def bleu_bars(figure, rows):
+def bleu_bars(figure, lines):
     axes = figure.subplots()
-    axes.bar([name for name, *_ in rows], [float(bleu) for _, bleu, *_ in rows])
+    axes.bar([name for name, *_ in lines], [float(bleu) for _, bleu, *_ in lines])
     axes.set_ylabel("BLEU with this closed")
     axes.tick_params(axis="x", rotation=50)

@@ -1,6 +1,6 @@
 """An evaluation as text for a terminal, as JSON, as a table of outputs, as an HTML page.
 
-Tables and sentences are made once, and each form only lays them out. A table is (title, rows of cells): its first row
+Tables and remarks are made once, and each form only lays them out. A table is (title, lines of cells): its first line
 is the head, its first column the names. The page is one file that loads nothing, and its policy forbids loading.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 from prefix.evaluation.metrics import RESAMPLES
 
 ENOUGH = 100  # sentences for a verdict
+LABELS = 5  # sentences to one reference, from which on they seem to be labels
 REFERENCES_SHOWN = 3  # of a sentence
 CLASSES_SHOWN = 12  # a larger confusion matrix is for JSON and the page
 FORMS = {"names": "lines that begin with the columns' names", "lines": "bare lines"}
@@ -43,42 +44,41 @@ $body
 """)
 
 
-def title(result):
-    n = len(result.sources)
-    return f"{result.source} -> {result.target}, {n} sentence{'s' * (n != 1)}"
-
-
 def tables(result):
-    """[(title, rows)] of one direction: the scores and counts, then each system's confusion matrix if there is one."""
-    found = [(title(result), score_rows(result))]
+    """[(title, lines)] of one direction: the scores and counts, then each system's confusion matrix if there is one."""
+    n = len(result.sources)
+    found = [(f"{result.source} -> {result.target}, {n} sentence{'s' * (n != 1)}", score_lines(result))]
     for system in result.systems:
         if system.confusion:
-            rows = [[label, *map(str, row)] for label, row in zip(result.classes, system.confusion)]
-            found.append((f"{system.name}: labels (rows) and answers (columns)", [["", *result.classes], *rows]))
+            counts = [[label, *map(str, answers)] for label, answers in zip(result.classes, system.confusion)]
+            found.append((f"{system.name}: labels (rows) and answers (columns)", [["", *result.classes], *counts]))
     return found
 
 
-def score_rows(result):
+def score_lines(result):
     """Each score and count: its name, the prefix, the mean of the draws, the ratio of scores."""
-    rows, draws = [["", *(system.name for system in result.systems), *["ratio"] * bool(result.draws)]], result.draws
+    lines, draws = [["", *(system.name for system in result.systems), *["ratio"] * bool(result.draws)]], result.draws
     for name, value in (result.prefix.scores | result.prefix.counts).items():
         values = [(draw.scores | draw.counts)[name] for draw in draws] or [0]
         scored, mean, digits = name in result.signatures, np.mean(values), 0 if isinstance(value, int) else 2
-        row = [name, f"{value:.{digits}f}"]
+        line = [name, f"{value:.{digits}f}"]
         if draws:
-            row.append(f"{mean:.{digits}f}" + (f" ± {np.std(values):.1f}" if scored else ""))
-            row.append(f"{value / mean:.1f}x" if scored and mean >= 0.1 else "")
+            line.append(f"{mean:.{digits}f}" + (f" ± {np.std(values):.1f}" if scored else ""))
+            line.append(f"{value / mean:.1f}x" if scored and mean >= 0.1 else "")
         if name != "sources cut" or value or mean:
-            rows.append(row)
-    return rows
+            lines.append(line)
+    return lines
 
 
 def remarks(result):
     """The rest that there is to say of one direction, in sentences."""
-    said = []
+    said, n, count = [], len(result.references), Counter(refs[0] for refs in result.references)
     if result.classes:
-        label, n = Counter(refs[0] for refs in result.references).most_common(1)[0]
-        said.append(f"always answering {label!r} would have accuracy {100 * n / len(result.references):.2f}")
+        label, most = count.most_common(1)[0]
+        said.append(f"each answer is the likeliest choice of {len(result.choices)}")
+        said.append(f"always answering {label!r} would have accuracy {100 * most / n:.2f}")
+    elif n >= LABELS * len(count):
+        said.append(f"{n} references, {len(count)} different: labels? --metrics {result.target}=accuracy scores them as such")
     if result.draws:
         said.append(f"prefix minus the median draw (95 % of {RESAMPLES:,} resamples): {difference(result)}")
         tried = ", ".join(f"{form} {value:.1f}" for form, value in result.form_log_p.items()) or "no pair fits"
@@ -91,15 +91,19 @@ def difference(result):
     """The paired bootstrap of each metric, and the verdict or why there is none."""
     parts, enough = [], len(result.sources) >= ENOUGH
     for name, found in result.difference.items():
-        verdict = "significant" if found["p"] < 0.05 else "not significant"
-        verdict = f", {verdict} (p = {found['p']:.3f})" if enough else ""
+        verdict = f", {'not ' * (found['p'] >= 0.05)}significant (p = {found['p']:.3f})" if enough else ""
         low, high = found["interval"]
         parts.append(f"{found['delta']:+.2f} {name} ({low:+.2f} to {high:+.2f}){verdict}")
     return "; ".join(parts + [f"no verdict on fewer than {ENOUGH} sentences"] * (not enough))
 
 
-def examples(result, n):
-    """Of each of the first n sentences: [(name, text)] of the source, the references, the outputs."""
+def signatures(results):
+    """Each metric with its signature; where directions differ in it, each."""
+    return dict.fromkeys(f"{label} {text}" for result in results for label, text in result.signatures.items())
+
+
+def side_by_side(result, n):
+    """Of each of the first n sentences [(name, text)]: the source, the references, the outputs of the systems."""
     for i, (source, references) in enumerate(zip(result.sources[:n], result.references)):
         outputs = [(system.name, system.outputs[i]) for system in reversed(result.systems)]
         yield [(result.source, source), *(("reference", text) for text in references[:REFERENCES_SHOWN]), *outputs]
@@ -111,83 +115,79 @@ def spelled(value):
     return text.replace(str(Path.home()), "~")
 
 
-def aligned(rows):
-    """Lines of a table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return [f"  {'  '.join(row)}".rstrip() for row in cells]
+def aligned(lines):
+    """A table's lines as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    cells = [[first.ljust(widths[0]), *map(str.rjust, others, widths[1:])] for first, *others in lines]
+    return [f"  {'  '.join(line)}".rstrip() for line in cells]
 
 
 def to_text(settings, results):
-    lines = []
+    shown = []
     for result in results:
-        for heading, rows in tables(result):
-            lines += [heading, *(aligned(rows) if len(rows) <= CLASSES_SHOWN + 1 else [])]
-        lines += [*(f"  {said}" for said in remarks(result)), ""]
-        for shown in examples(result, settings["examples"]):
-            lines += [*(f"  {name:>10}  {text}" for name, text in shown), ""]
+        for heading, lines in tables(result):
+            shown += [heading, *(aligned(lines) if len(lines) <= CLASSES_SHOWN + 1 else [])]
+        shown += [*(f"  {said}" for said in remarks(result)), ""]
+        for sentence in side_by_side(result, settings["examples"]):
+            shown += [*(f"  {name:>10}  {text}" for name, text in sentence), ""]
     names = "prefix", "data", "split", "decoding", "shots", "draws"
-    lines.append(", ".join(f"{name} {spelled(settings[name])}" for name in names))
-    lines.append("   ".join(f"{label} {signature}" for label, signature in results[0].signatures.items()))
-    return "\n".join(lines)
+    shown.append(", ".join(f"{name} {spelled(settings[name])}" for name in names))
+    return "\n".join([*shown, "   ".join(signatures(results))])
 
 
 def to_json(settings, results):
-    directions = [asdict(result) | {"table": score_rows(result)} for result in results]
+    directions = [asdict(result) | {"table": score_lines(result)} for result in results]
     return json.dumps({"settings": settings, "directions": directions}, indent=1, ensure_ascii=False) + "\n"
 
 
 def to_tsv(settings, results):
     """Source, reference, prefix and the median k-shot draw of every sentence, one a line, then the direction's ends.
     Tabs and line breaks within a text are spaces; several references are joined by " ||| "."""
-    rows = [["source", "reference", "prefix", "k-shot", "from", "to"]]
+    lines = [["source", "reference", "prefix", "k-shot", "from", "to"]]
     for result in results:
         prefix, shots, *_ = [system.outputs for system in result.systems] + [[""] * len(result.sources)]
         for source, references, *outputs in zip(result.sources, result.references, prefix, shots):
-            rows.append([source, " ||| ".join(references), *outputs, result.source, result.target])
-    return "".join("\t".join(BREAKS.sub(" ", cell) for cell in row) + "\n" for row in rows)
+            lines.append([source, " ||| ".join(references), *outputs, result.source, result.target])
+    return "".join("\t".join(BREAKS.sub(" ", cell) for cell in line) + "\n" for line in lines)
 
 
 def to_html(settings, results):
     told = f"One frozen model, {spelled(settings['model'])} (weights {settings['base']}), the same sentences"
     parts = [f"<p>{escape(told)}. {settings['date']}</p>"]
     for result in results:
-        parts += [html_table(heading, rows) for heading, rows in tables(result)]
+        parts += [html_table(heading, lines) for heading, lines in tables(result)]
         parts += [f"<p>{escape(said)}</p>" for said in remarks(result)]
     marks = "<ins>underlined</ins> words are not in the reference, <del>struck</del> ones are missing"
     parts.append(f"<h2>Examples</h2><p>The first sentences of each direction: {marks}.</p>")
-    parts += [html_example(shown) for result in results for shown in examples(result, settings["examples"])]
+    for result in results:
+        for sentence, references in zip(side_by_side(result, settings["examples"]), result.references):
+            n = len(sentence) - len(result.systems)  # behind them stand the outputs
+            html = [escape(text) if i < n else marked(text, references) for i, (_, text) in enumerate(sentence)]
+            parts.append(html_list(zip([name for name, _ in sentence], html)))
     if attention := results[0].attention:
-        most = max(float(cell) for _, rows in attention for _, *cells in rows[1:] for cell in cells)
+        most = max(float(cell) for _, lines in attention for _, *cells in lines[1:] for cell in cells)
         parts.append(f"<h2>Attention of the first sentence</h2><p>In %; the darkest cells are {most:.0f} %.</p>")
-        parts += [html_table(heading, rows, most) for heading, rows in attention]
-    for heading, listed in ("Settings", settings), ("Signatures", results[0].signatures):
-        given = {name: value for name, value in listed.items() if value is not None and value is not False}
-        pairs = ((name, escape(spelled(value))) for name, value in given.items())
-        parts.append(f"<h2>{heading}</h2>{html_list(pairs)}")
+        parts += [html_table(heading, lines, most) for heading, lines in attention]
+    given = {name: value for name, value in settings.items() if value is not None and value is not False}
+    parts.append(f"<h2>Settings</h2>{html_list((name, escape(spelled(value))) for name, value in given.items())}")
+    parts.append(f"<h2>Signatures</h2><p>{'<br>'.join(map(escape, signatures(results)))}</p>")
     ends = ", ".join(f"{result.source} → {result.target}" for result in results)
     heading = f"Prefix{' against k-shot prompting' * bool(results[0].draws)}: {ends}"
     return PAGE.substitute(title=escape(heading), body="\n".join(parts))
 
 
-def html_table(heading, rows, most=0):
+def html_table(heading, lines, most=0):
     """most: the number in the darkest cells; 0: no shades."""
     shade = lambda cell: f' style="background: rgb(59 130 196 / {SHADE * float(cell) / most:.2f})"' if most else ""
     tags = lambda cells: "".join(f"<td{shade(cell)}>{escape(cell)}</td>" for cell in cells)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = "".join(f"<tr><th>{escape(name)}</th>{tags(cells)}</tr>" for name, *cells in rows[1:])
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in lines[0])
+    body = "".join(f"<tr><th>{escape(name)}</th>{tags(cells)}</tr>" for name, *cells in lines[1:])
     return f"<table><caption>{escape(heading)}</caption><tr>{head}</tr>{body}</table>"
 
 
-def html_list(pairs):
-    """pairs: (name, HTML)."""
-    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{html}</dd>' for name, html in pairs)}</dl>"
-
-
-def html_example(shown):
-    references = [text for name, text in shown[1:] if name == "reference"]
-    written = [marked(text, references) if i > len(references) else escape(text) for i, (_, text) in enumerate(shown)]
-    return html_list((name, html) for (name, _), html in zip(shown, written))
+def html_list(items):
+    """items: (name, HTML)."""
+    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{html}</dd>' for name, html in items)}</dl>"
 
 
 def marked(output, references):

@@ -178,6 +178,7 @@ def answers(args, corpus, translate):
         rows = new_sentences(corpus, s, t, args.sentences)
         sources, references = ([corpus.text(row, column) for row in rows] for column in (s, t))
         outputs, seconds = cpu_seconds(partial(translate, sources, source, target))
+        references = [[text] for text in references]
         texts, cut = [output.text for output in outputs], sum(not output.finished for output in outputs)
         direction, result["answer_cpu_seconds"] = f"{source} -> {target}", result["answer_cpu_seconds"] + seconds
         result["outputs"][direction], result["references"][direction] = texts, references
@@ -238,12 +239,13 @@ def mean(values):
 
 def compared(ours, theirs, direction):
     """BLEU of our median row less that of theirs, and whether 1,000 resamples of the sentences say the same."""
-    median = lambda rows: rows[metrics.median_index([row["directions"][direction]["bleu"] for row in rows])]
+    median = lambda rows: sorted(rows, key=lambda row: row["directions"][direction]["bleu"])[len(rows) // 2]
     texts, other = median(ours)["outputs"][direction], median(theirs)["outputs"][direction]
     references = ours[0]["references"][direction]
     found = metrics.paired_bootstrap(metrics.METRICS["bleu"], texts, other, references)
     low, high = found["interval"]
-    return f"{found['delta']:+.1f} ({low:+.1f} to {high:+.1f}), {metrics.verdict(found['p'])}"
+    verdict = "significant" if found["p"] < 0.05 else "not significant"
+    return f"{found['delta']:+.1f} ({low:+.1f} to {high:+.1f}), {verdict} (p = {found['p']:.3f})"
 
 
 if __name__ == "__main__":

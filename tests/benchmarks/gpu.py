@@ -33,6 +33,7 @@ from minigpt.config import PUBLISHED
 from minigpt.generate import Prompt, generate
 from minigpt.loss import nll_sum
 from prefix.banks import Banks
+from prefix.batches import BatchLoader
 from prefix.data import corpus as data
 from prefix.decoding import Decoding
 from prefix.init import random_banks
@@ -110,11 +111,11 @@ def demo_trainer(folder, device, dtype=torch.float32):
     corpus = data.load([DEMO_CORPUS], None, tokenizer, limit=400, home=folder)
     banks = random_banks(model.config, corpus.columns, 10, seed=1).to(device)
     settings = Settings(steps=8, lr=0.05, batch_size=8, warmup=1, eval_every=0)
-    return Trainer(model, tokenizer, banks, corpus, settings, folder)
+    return Trainer(model, banks, BatchLoader(corpus, tokenizer, settings, model.device), settings, folder)
 
 
 def step(trainer):
-    return trainer.optimizer_step(trainer.batches.step(trainer.progress.step))
+    return trainer.optimizer_step(trainer.loader.step(trainer.progress.step))
 
 
 def training():
@@ -271,9 +272,9 @@ def memory():
         return {"halved": ("needs a GPU", True)}
     with tempfile.TemporaryDirectory() as folder:
         t = demo_trainer(folder, args.device)
-        t.batches.batch_size, before = 512, t.batches.micro_batch_tokens
+        t.loader.batch_size, before = 512, t.loader.micro_batch_tokens
         filling = torch.empty(int(torch.cuda.mem_get_info()[0] - ROOM), dtype=torch.int8, device=args.device)
-        loss, after = step(t)["loss"], t.batches.micro_batch_tokens
+        loss, after = step(t)["loss"], t.loader.micro_batch_tokens
         del filling
         return {"halved": (after < before, True), "tokens that fit": (after, None), "loss": (loss, None)}
 

@@ -35,6 +35,7 @@ from minigpt import GPT, Tokenizer
 from minigpt.files import replacing
 from prefix import cli
 from prefix.banks import Banks
+from prefix.batches import BatchLoader
 from prefix.data import corpus as data
 from prefix.data.corpus import sample_rows
 from prefix.data.rows import Skipped, read_rows
@@ -115,26 +116,29 @@ class Bench:
         if spec["plain"]:
             banks = as_in_the_paper(banks, spec["seed"])
         with tempfile.TemporaryDirectory() as out:
-            trainer = Trainer(self.model, self.tokenizer, banks, self.corpus, settings, out)
+            trainer = self.trainer(banks, self.corpus, settings, out)
             if spec["pairs"]:
-                trainer.batches.train = trainer.batches.train[
-                    : 2 * spec["pairs"]
-                ]  # each pair is there in both directions
+                trainer.loader.train = trainer.loader.train[: 2 * spec["pairs"]]  # each pair, in both directions
             if not trainer.run():
                 sys.exit("stopped")
             return self.measure(Banks.load(out, self.model))
 
+    def trainer(self, banks, corpus, settings, out):
+        loader = BatchLoader(corpus, self.tokenizer, settings, self.model.device)
+        return Trainer(self.model, banks, loader, settings, out)
+
     def measure(self, banks):
         with tempfile.TemporaryDirectory() as out:
-            trainer, result = Trainer(self.model, self.tokenizer, banks, self.held_out, Settings(1, 0.0), out), {}
-        for name, trainer.batches.validation in self.validation.items():
+            trainer, result = self.trainer(banks, self.held_out, Settings(1, 0.0), out), {}
+        for name, trainer.loader.validation in self.validation.items():
             result[name] = trainer.validation_loss()
         return result | self.scores(partial(translate, self.model, self.tokenizer, banks, decoding=Decoding(batch_size=64)))
 
     def fine_tuned(self, spec):
         """All weights, in float32; the languages' names say what is wanted, so its loss is that of another text."""
         a, way = self.args, FineTuning(self.args.model, self.tokenizer, self.corpus)
-        train(way, self.corpus, a.steps, spec["lr"], a.batch_size, spec["seed"], spec["pairs"])
+        examples = self.corpus.examples("train")[: spec["pairs"] and 2 * spec["pairs"]]  # both directions of each
+        train(way, self.corpus, a.steps, spec["lr"], a.batch_size, spec["seed"], examples)
         losses = {name: validation_loss(way, self.held_out, half) for name, half in self.validation.items()}
         return losses | self.scores(way.translate)
 
@@ -143,7 +147,7 @@ class Bench:
         result, texts = {}, dict(zip(("en", "fr"), self.texts))
         for source, target in (("fr", "en"), ("en", "fr")):
             outputs = translate(texts[source], source, target)
-            result[f"{source} -> {target}"] = metrics.METRICS["bleu"]([output.text for output in outputs], texts[target])
+            result[f"{source} -> {target}"] = metrics.METRICS["bleu"]([output.text for output in outputs], [[text] for text in texts[target]])
         return result
 
     def best(self, **spec):
@@ -179,7 +183,7 @@ def new_pairs(path, folder):
 
 def as_in_the_paper(banks, seed):
     """The network alone: slots start where its random weights put them."""
-    empty = {name: [torch.zeros_like(side) for side in pair] for name, pair in zip(banks.names, banks.pairs())}
+    empty = {name: [torch.zeros_like(side) for side in pair] for name, pair in zip(banks.names, banks.key_values())}
     banks = Reparametrised(Banks(empty), seed=seed).to(banks.key[0].device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -22,6 +22,7 @@ from common import RATES
 
 from minigpt import GPT, Tokenizer
 from prefix import cli, run
+from prefix.batches import BatchLoader
 from prefix.data import corpus as data
 from prefix.init import INITS, initial_banks
 from prefix.trainer import Settings, Trainer
@@ -66,12 +67,12 @@ def measured(results, spec, model, tokenizer, corpus):
     config = {"init": spec["init"], "prefix_len": spec["prefix_len"], "reparam": spec["reparam"]}
     banks = initial_banks(config | {"position_offset": 0, "settings": {"seed": 0}}, model, tokenizer, corpus)
     settings = Settings(s, spec["lr"], spec["batch_size"], warmup=s // 20)
-    trainer = Trainer(model, tokenizer, banks, corpus, settings, None)
+    trainer = Trainer(model, banks, BatchLoader(corpus, tokenizer, settings, model.device), settings, None)
     line = {"spec": spec, "base_loss": trainer.validation_loss(base=True), "start": trainer.validation_loss()}
-    for batch in trainer.batches.steps(0, s):
+    for batch in trainer.loader.steps(0, s):
         trainer.optimizer_step(batch)
     loss = trainer.validation_loss()
-    line |= {"loss": loss if math.isfinite(loss) else 1e9, **trainer.banks.moved()}
+    line |= {"loss": loss if math.isfinite(loss) else 1e9, **banks.moved()}
     line["seconds"] = round(time.monotonic() - began, 1)
     with open(results, "a") as file:
         file.write(json.dumps(line) + "\n")

@@ -67,11 +67,11 @@ from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
 from minigpt.attention import PackedBatch, Slots, attend
 from minigpt.config import PUBLISHED
 from minigpt.loss import nll_sum
+from prefix.batches import MICRO_BATCH_TOKENS, BatchLoader
 from prefix.data import corpus as data
 from prefix.init import random_banks
 from prefix.run import DEMO_CORPUS
-from prefix.batches import MICRO_BATCH_TOKENS, Batches
-from prefix.sequences import TrainingBatch, n_tokens, pack_pairs, separator
+from prefix.sequences import MicroBatch, n_tokens, pack_pairs, separator
 from prefix.trainer import Settings, Trainer
 
 SHAPES = {"demo": GPTConfig.from_file(checkpoint.DEMO / "config.json"), **PUBLISHED}
@@ -141,43 +141,41 @@ def measure_ceiling(args):
 # The ladder: one optimizer step on the same pairs, in ever better ways
 
 
-class Given(Batches):
+class Given(BatchLoader):
     """The pairs that every row gets, cut as in our own training."""
 
     def step(self, step):
-        batch, tokens = self.share(rows_of(self.args, self.corpus, step)), self.micro_batch_tokens
-        batch.micro_batches, batch.micro_batch_tokens = list(self.pack(batch.examples, tokens)), tokens
-        return batch
+        return self.batch_of(rows_of(self.args, self.corpus, step))
 
 
 class Counted(Given):
     """Micro-batches of so many sentences, however long."""
 
-    def pack(self, examples, tokens):
+    def pack(self, pairs, tokens):
         size = self.args.micro_batch[0]
-        for i in range(0, len(examples), size):
-            yield pack_pairs(examples[i : i + size], self.sep, self.eot, self.device)
+        for i in range(0, len(pairs), size):
+            yield pack_pairs(pairs[i : i + size], self.sep, self.eot, self.device)
 
 
 class AllTargets(Counted):
     """A target for every token, most of which the loss passes over."""
 
-    def pack(self, examples, tokens):
-        for batch in super().pack(examples, tokens):
+    def pack(self, pairs, tokens):
+        for batch in super().pack(pairs, tokens):
             targets = torch.full_like(batch.ids, IGNORED)
             targets[batch.target_index] = batch.targets
-            yield TrainingBatch(batch.ids, batch.packed, None, targets)
+            yield MicroBatch(batch.ids, batch.packed, None, targets)
 
 
 class Padded(AllTargets):
     """Sentences as long as the longest. (pad fills up with the first token, a source token without a target.)"""
 
-    def pack(self, examples, tokens):
-        for batch in super().pack(examples, tokens):
+    def pack(self, pairs, tokens):
+        for batch in super().pack(pairs, tokens):
             packed = batch.packed
             ids, bank_mask, targets = (packed.pad(x).flatten() for x in (batch.ids, packed.bank_mask, batch.targets))
             whole = PackedBatch([packed.longest] * len(packed.lengths), bank_mask, packed.device)
-            yield TrainingBatch(ids, whole, None, targets)
+            yield MicroBatch(ids, whole, None, targets)
 
 
 class AllLogits(Trainer):
@@ -214,12 +212,10 @@ def train_ours(args, dtype, kind=Given, attention="auto", compiled=False, checkp
     banks = random_banks(model.config, corpus.columns, args.prefix_len).to(args.device)
     settings = Settings(steps=args.warmup + args.steps, lr=0.001)
     tokenizer = Tokenizer.from_pretrained(args.home)
-    trainer = (AllLogits if issubclass(kind, AllTargets) else Trainer)(
-        model, tokenizer, banks, corpus, settings, args.home
-    )
-    trainer.batches = kind(corpus, tokenizer, model.device, settings.batch_size)
-    trainer.batches.args = args
-    batches = trainer.batches.steps(0, settings.steps)
+    loader = kind(corpus, tokenizer, settings, model.device)
+    loader.args = args
+    trainer = (AllLogits if issubclass(kind, AllTargets) else Trainer)(model, banks, loader, settings, args.home)
+    batches = loader.steps(0, settings.steps)
     return measure_steps(args, dtype, peak, corpus, lambda step: trainer.optimizer_step(next(batches))["loss"])
 
 

@@ -32,21 +32,22 @@ from minigpt.model import Embedding
 from prefix.data.rows import clean
 from prefix.evaluation.few_shot import Shots, few_shot, stop_ids
 from prefix.init import from_text
-from prefix.sequences import TrainingBatch, pack_pairs, separator
+from prefix.sequences import MicroBatch, pack_pairs, pairs_of, separator
 from prefix.translation import Translation, answered, translate
 
 
-def train(way, corpus, steps, lr, batch_size, seed=0, pairs=None):
+def train(way, corpus, steps, lr, batch_size, seed=0, examples=None):
     """As train.py does it, in whole batches: each epoch in an order of its own, AdamW without weight decay, a twentieth
-    of the steps as linear warm-up and then linear decay, gradients cut to a norm of 1. pairs: how many of the training
-    split are used, the first ones, both directions of each; None: all."""
-    pool, rng, waiting = corpus.examples("train")[: pairs and 2 * pairs], np.random.default_rng(seed), []
+    of the steps as linear warm-up and then linear decay, gradients cut to a norm of 1. examples: (n, 3), which of the
+    training split; None: all."""
+    pool = corpus.examples("train") if examples is None else examples
+    rng, waiting = np.random.default_rng(seed), []
     learned, warmup = list(way.parameters()), max(1, steps // 20)
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in learned], weight_decay=0.0)
     for step in range(steps):
         while len(waiting) < batch_size:
             waiting += pool[rng.permutation(len(pool))].tolist()
-        batch = way.pack(encoded(corpus, waiting[:batch_size]))
+        batch = way.pack(pairs_of(corpus, waiting[:batch_size]))
         (way.nll(batch) / len(batch.targets)).backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
@@ -60,14 +61,9 @@ def validation_loss(way, corpus, examples=None, batch_size=64):
     """The mean negative log likelihood of the targets of these examples; None: of the validation split."""
     pool, total, targets = (corpus.examples("validation") if examples is None else examples).tolist(), 0.0, 0
     for i in range(0, len(pool), batch_size):
-        batch = way.pack(encoded(corpus, pool[i : i + batch_size]))
+        batch = way.pack(pairs_of(corpus, pool[i : i + batch_size]))
         total, targets = total + float(way.nll(batch)), targets + len(batch.targets)
     return total / targets
-
-
-def encoded(corpus, examples):
-    """(row, source column, target column) each -> (source ids, target ids, source column, target column)."""
-    return [(corpus.ids(row, s), corpus.ids(row, t), s, t) for row, s, t in examples]
 
 
 def opening(corpus, column, n):
@@ -172,7 +168,7 @@ class FineTuning:
         lengths = [len(row) for row in rows]
         last = torch.tensor(lengths).cumsum(0).tolist()
         at = [torch.arange(end - len(answer), end) for end, answer in zip(last, answers)]
-        return TrainingBatch(torch.tensor(sum(rows, [])), PackedBatch(lengths), torch.cat(at), torch.tensor(sum(answers, [])))
+        return MicroBatch(torch.tensor(sum(rows, [])), PackedBatch(lengths), torch.cat(at), torch.tensor(sum(answers, [])))
 
     def hidden(self, batch):
         return self.model.hidden(batch.ids, batch.packed)  # (N, n_embd)

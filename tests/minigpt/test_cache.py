@@ -3,7 +3,6 @@ the kernel runs in Triton's interpreter, and a graph notes the step that is reco
 memory and launches are a GPU's own affair."""
 
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch

@@ -4,13 +4,12 @@ import json
 import os
 
 import pytest
-import torch
 from conftest import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigpt import GPT, GPTConfig, UserError
-from minigpt.config import ALIASES, PUBLISHED
+from minigpt import GPTConfig, UserError
+from minigpt.config import ALIASES
 from minigpt.files import escape_control
 
 
@@ -40,11 +39,9 @@ def test_what_is_written_is_read_back(read):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"model_type": "gpt2", "n_ctx": 512, "resid_pdrop": 0.1, "attn_pdrop": 0.1, "use_cache": False},
-        {"task_specific_params": {"text-generation": {}}, "architectures": ["GPT2ForSequenceClassification"]},
-        {"summary_type": "mean", "summary_use_proj": False, "torch_dtype": "float16", "dtype": "bfloat16"},
+        {"model_type": "gpt2", "n_ctx": 512, "resid_pdrop": 0.1, "use_cache": False, "summary_type": "mean"},
         {"reorder_and_upcast_attn": True, "pruned_heads": {}, "n_inner": None, "hidden_act": "relu"},
-        {"quantization_config": None, "id2label": {"0": "a"}, "transformers_version": "5.24.0", "num_labels": 3},
+        {"quantization_config": None, "dtype": "bfloat16", "architectures": ["GPT2ForSequenceClassification"]},
     ],
 )
 def test_settings_that_do_not_change_the_function_are_passed_over(settings, read):
@@ -69,7 +66,6 @@ def test_transformers_other_names_of_a_setting_are_read(alias, name, read, why_r
         ("model_type", "llama"),
         ("scale_attn_weights", False),
         ("scale_attn_by_inverse_layer_idx", True),
-        ("add_cross_attention", True),
         ("quantization_config", {"load_in_4bit": True}),
         ("pruned_heads", {"0": [1]}),
         ("auto_map", {"AutoModelForCausalLM": "modeling.Other"}),
@@ -85,10 +81,10 @@ SIZES = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"]
 @pytest.mark.parametrize(
     "name, value, why",
     [
-        *((name, v, "must be a whole number from 1 to 2,147,483,647, not") for name in SIZES for v in (0, 12.0, 2**31)),
-        *(("n_embd", v, "must be a whole number from 1 to") for v in (-12, True, "12", [12], {}, None, 10**30)),
-        *(("activation_function", v, f"{v!r} is not implemented (known: gelu_new, ") for v in ("quick_gelu", None, 3)),
-        *(("layer_norm_epsilon", v, "must be a number between 0 and 1") for v in (0, -1, 1, "1e-5", None, 10**400)),
+        *((name, v, "must be a whole number from 1 on, not ") for name in SIZES for v in (0, "12")),
+        *(("n_embd", v, "must be a whole number from 1 on") for v in (-12, 12.0, True, None, 10**30)),
+        *(("activation_function", v, f"{v!r} is none of gelu_new, ") for v in ("quick_gelu", None, 3)),
+        *(("layer_norm_epsilon", v, "must be a number, not ") for v in ("1e-5", None, 10**400)),
     ],
 )
 def test_a_value_that_makes_no_sense_is_an_error_that_names_the_setting(name, value, why, why_refused):
@@ -102,12 +98,10 @@ def test_heads_that_do_not_divide_the_width_are_an_error_with_both_numbers(why_r
 @pytest.mark.parametrize(
     "content, why",
     [
-        *((content, f"expected a JSON object, found {content.decode()}") for content in (b"[1]", b"3")),
-        *((content, "not JSON: ") for content in (b"", b'{"n_head": 12', b"[" * 100_000, b'{"a": 1' + b"0" * 5000)),
-        ("\ufeff{}".encode(), "not JSON: "),
+        (b"[1]", "expected a JSON object, found [1]"),
+        *((content, "not JSON: ") for content in (b"", b'{"n_head": 12', b"[" * 100_000, "\ufeff{}".encode())),
         (b'{"n_head": "\xff"}', "not UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 12"),
         (b"<!DOCTYPE html>\n<html>", "not JSON: Expecting value: line 1 column 1 (char 0) (a web page in place of the"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "char 0) (a git LFS pointer in place of the file: "),
     ],
     ids=lambda content: str(content)[:20],
 )
@@ -115,13 +109,9 @@ def test_a_file_that_is_something_else_is_an_error_that_says_what(content, why, 
     assert why in why_refused(content)
 
 
-def test_a_config_that_is_far_too_large_a_pipe_or_missing_is_an_error(tmp_path):
+def test_a_config_that_is_a_pipe_or_missing_is_an_error(tmp_path):
     path = tmp_path / "config.json"
     assert refusal(GPTConfig.from_file, path) == f"{path}: No such file or directory"
-    with open(path, "wb") as file:
-        file.truncate(1 << 40)  # a hole: a terabyte that takes no room
-    assert refusal(GPTConfig.from_file, path) == f"{path}: not UTF-8 text: larger than 67,108,864 bytes"
-    path.unlink()
     os.mkfifo(path)  # to read from it would wait for ever
     assert refusal(GPTConfig.from_file, path) == f"{path}: not a regular file"
 
@@ -136,9 +126,3 @@ def test_what_a_message_quotes_from_a_file_is_harmless_and_short(why_refused):
 def test_an_error_is_one_line_without_control_characters_whatever_it_quotes(text):
     assert escape_control(str(UserError(text))) == str(UserError(text)) == str(UserError(text)).encode().decode()
     assert len(str(UserError(text)).splitlines()) == bool(text)
-
-
-@pytest.mark.parametrize("shape", [*PUBLISHED.values(), GPTConfig(7, 5, 6, 4, 3, 2)], ids=lambda c: f"{c.n_params:,}")
-def test_the_number_of_parameters_is_that_of_the_model(shape):
-    with torch.device("meta"):
-        assert shape.n_params == sum(p.numel() for p in GPT(shape).parameters())

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 from minigpt import decode_kernel  # noqa: E402
-from minigpt.attention import Slots, attend_cached  # noqa: E402
+from minigpt.attention import Slots  # noqa: E402
+from minigpt.cache import attend_cached  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 2e-6, torch.float16: 2e-3}  # of ||ours - float64|| / ||float64||

@@ -62,14 +62,6 @@ def test_a_folder_that_is_gone_is_an_error_that_names_the_file(tmp_path):
     assert not folder.exists()
 
 
-def test_a_symbolic_link_stays_one(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "a.txt").symlink_to("elsewhere/b.txt")
-    for text in ("first", "second"):
-        replace(tmp_path / "a.txt", text)
-        assert (tmp_path / "a.txt").is_symlink() and (tmp_path / "elsewhere" / "b.txt").read_text() == text
-
-
 def test_a_pipe_or_a_device_is_written_to_and_stays_what_it_is(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -77,18 +69,6 @@ def test_a_pipe_or_a_device_is_written_to_and_stays_what_it_is(tmp_path):
     replace(pipe)
     assert os.read(reader, 10) == b"new" and pipe.is_fifo()
     os.close(reader)
-
-
-@pytest.mark.parametrize("mask, old, mode", [(0o022, None, 0o644), (0o077, None, 0o600), (0o022, 0o640, 0o640)])
-def test_a_file_has_the_permissions_of_the_one_it_replaces_or_else_those_of_the_umask(mask, old, mode, tmp_path):
-    path, before = tmp_path / "a.txt", os.umask(mask)
-    try:
-        if old:
-            path.touch(old)
-        replace(path)
-    finally:
-        os.umask(before)
-    assert path.stat().st_mode & 0o777 == mode and path.read_text() == "new"
 
 
 def test_what_a_killed_program_left_half_written_is_removed_and_nothing_else(write, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from minigpt import GPT, GPTConfig
-from minigpt.attention import Slots, attend_cached
+from minigpt.attention import Slots
+from minigpt.cache import attend_cached
 from minigpt.cache import Cache, decode_one_token, prefill
 from minigpt.quantize import ROWS, Int8Weight, prepack, quantize
 

@@ -6,10 +6,11 @@ from conftest import one_step, random_rows, same, slots_of
 
 from minigpt import GPT, Tokenizer, UserError
 from prefix.banks import Banks
+from prefix.batches import BatchLoader
 from prefix.data import corpus as data
-from prefix.init import TEXT_SLOTS, from_text, initial_banks, random_banks
+from prefix.init import TEXT_SLOTS, initial_banks, random_banks
 from prefix.run import DEMO_CORPUS
-from prefix.sequences import pack_pairs
+from prefix.sequences import pack_pairs, pairs_of
 from prefix.trainer import Settings, Trainer
 
 # What --init zero-effect may change of the demo on sentences that it has not seen: the share of the base's loss and, in
@@ -48,16 +49,6 @@ def test_slots_start_as_keys_and_values_of_the_first_training_sentences(model, t
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_slots_repeat_the_text_where_it_is_shorter_than_they_are(model, tokenizer, load):
-    corpus = load(random_rows("train", 1))
-    ids = {name: corpus.ids(0, column).tolist() for column, name in enumerate(corpus.columns)}
-    banks = from_text(model, ids, 200)
-    for column in (0, 1):
-        n = len(corpus.ids(0, column))
-        for slots in (banks.key[column], banks.value[column]):
-            assert slots.size(2) == 200 and torch.equal(slots[:, :, n:], slots[:, :, :-n])
-
-
 @torch.no_grad()
 def test_more_slots_than_text_slots_start_no_further_from_the_base_than_text_slots_do(demo, monkeypatch):
     """The others begin as in zero-effect. Text in all of them would disturb the base the more, the more there are."""
@@ -77,11 +68,10 @@ def test_more_slots_than_text_slots_start_no_further_from_the_base_than_text_slo
     assert log_p(100)[1] < 1.5 * loss_of_few
 
 
-@pytest.mark.parametrize("init", ["text", "random"])
-def test_a_column_without_training_texts_is_an_error_that_names_it(model, tokenizer, load, init):
+def test_a_column_without_training_texts_is_an_error_that_names_it(model, tokenizer, load):
     corpus = load([[*row, ""] for row in random_rows("train", 3)], ("en", "fr", "de"))
     with pytest.raises(UserError, match="no training pair has a text in the column 'de'"):
-        start(model, tokenizer, corpus, init, 4)
+        start(model, tokenizer, corpus, "random", 4)
 
 
 # --init random
@@ -112,14 +102,12 @@ def quiet(demo):
 def packed(demo, split, n):
     """The first n pairs of a split, packed."""
     _, tokenizer, corpus = demo
-    examples = [(corpus.ids(r, s), corpus.ids(r, t), int(s), int(t)) for r, s, t in corpus.examples(split)[:n]]
-    return pack_pairs(examples, *tokenizer.encode("\n"), tokenizer.eot)
+    return pack_pairs(pairs_of(corpus, corpus.examples(split)[:n]), *tokenizer.encode("\n"), tokenizer.eot)
 
 
 def assert_nearly_the_base(model, batch, slots, offset=0):
-    base, ours = (
-        model.logits(model.hidden(batch.ids, batch.packed, s, offset)).log_softmax(-1) for s in (None, slots)
-    )  # (N, vocab_size)
+    hidden = (model.hidden(batch.ids, batch.packed, s, offset) for s in (None, slots))
+    base, ours = (model.logits(x).log_softmax(-1) for x in hidden)  # (N, vocab_size)
     kl = (base.exp() * (base - ours)).sum(-1)
     loss, loss_of_base = (-x[batch.target_index].gather(1, batch.targets[:, None]).mean() for x in (ours, base))
     assert abs(loss - loss_of_base) < LOSS * loss_of_base
@@ -129,36 +117,25 @@ def assert_nearly_the_base(model, batch, slots, offset=0):
 
 
 @torch.no_grad()
-def test_slots_of_zero_effect_leave_the_model_as_it_is_on_sentences_that_they_were_not_fitted_to(demo, quiet):
+@pytest.mark.parametrize("offset", [0, 100])
+def test_slots_of_zero_effect_leave_the_model_as_it_is_on_sentences_that_they_were_not_fitted_to(demo, offset):
     model, batch = demo[0], packed(demo, "test", 100)
-    assert_nearly_the_base(model, batch, quiet.slots())
+    quiet = start(*demo, "zero-effect", 10, offset=offset)
+    assert_nearly_the_base(model, batch, quiet.slots(), offset)
     loud = random_banks(model.config, quiet.names, 10)
     with pytest.raises(AssertionError):
-        assert_nearly_the_base(model, batch, loud.slots())
+        assert_nearly_the_base(model, batch, loud.slots(), offset)
 
 
-@torch.no_grad()
-def test_slots_of_zero_effect_leave_the_model_as_it_is_where_text_starts_behind_them(demo, monkeypatch):
-    batch, slots = packed(demo, "test", 40), start(*demo, "zero-effect", 100, offset=100).slots()
-    assert_nearly_the_base(demo[0], batch, slots, offset=100)
-    monkeypatch.setattr("prefix.init.QUERY_TOKENS", 1000)
-    elsewhere = start(*demo, "zero-effect", 100).slots()
-    with pytest.raises(AssertionError):
-        assert_nearly_the_base(demo[0], batch, elsewhere, offset=100)
-
-
-def test_all_slots_of_zero_effect_are_different_and_have_values_of_zero(quiet):
+def test_slots_of_zero_effect_are_all_different_have_values_of_zero_and_learn(demo, quiet, tmp_path):
     keys = torch.cat(list(quiet.key), dim=2)  # (n_layer, n_head, S, head_dim)
-    distance = torch.cdist(keys, keys)
-    assert (distance + torch.eye(keys.size(2)) > 0.1).all()
+    assert (torch.cdist(keys, keys) + torch.eye(keys.size(2)) > 0.1).all()
     assert not any(value.any() for value in quiet.value)
-
-
-def test_slots_of_zero_effect_learn(demo, quiet, tmp_path):
     model, tokenizer, corpus = demo
-    banks = Banks(dict(zip(quiet.names, quiet.pairs())))
-    t = Trainer(model, tokenizer, banks, corpus, Settings(steps=15, lr=0.1, batch_size=16, warmup=1), tmp_path)
-    t.batches.train = t.batches.train[:16]
+    banks = Banks(dict(zip(quiet.names, quiet.key_values())))
+    settings = Settings(steps=15, lr=0.1, batch_size=16, warmup=1)
+    t = Trainer(model, banks, BatchLoader(corpus, tokenizer, settings, model.device), settings, tmp_path)
+    t.loader.train = t.loader.train[:16]
     batch, first = packed(demo, "train", 16), slots_of(t)
     with torch.no_grad():
         before = float(t.loss(batch, t.banks.slots()))

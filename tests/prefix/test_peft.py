@@ -1,8 +1,6 @@
 """An adapter of peft's prefix tuning and a bank are the same numbers: the same logits, gradients, text, and bits."""
 
 import json
-import os
-import shutil
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from prefix import peft as interchange
 from prefix.banks import Banks
 from prefix.init import random_banks
 from prefix.peft import CONFIG, TENSOR, WEIGHTS, export_bank, import_bank
+from prefix.run import DEMO_PREFIX
 
 P = 3  # slots
 
@@ -54,12 +53,12 @@ def test_an_exported_bank_has_the_logits_and_the_slot_gradients_of_peft(base, tm
     key, value = torch.autograd.grad(ours, [banks.key[1], banks.value[1]])
     (rows,) = torch.autograd.grad(peft, weight)
     assert rows.abs().max() > 0.1
-    torch.testing.assert_close(interchange.to_rows(key, value), rows, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(interchange.to_embeddings(key, value), rows, rtol=1e-4, atol=1e-4)
     banks.position_offset = 0
     assert not torch.allclose(banks.logits(model, ids, open=["fr"]), logits[1], atol=1e-2)
 
 
-@pytest.mark.parametrize("position_offset", [0, P, 7])
+@pytest.mark.parametrize("position_offset", [0, P])
 def test_there_and_back_every_bit_and_the_position_are_kept(base, tmp_path, position_offset):
     _, model = base
     banks = fresh_banks(model, position_offset)
@@ -67,9 +66,6 @@ def test_there_and_back_every_bit_and_the_position_are_kept(base, tmp_path, posi
     back = import_bank(tmp_path / "adapter", "français", model)
     assert back.names == ["français"] and back.position_offset == position_offset
     assert torch.equal(back.key[0], banks.key[1]) and torch.equal(back.value[0], banks.value[1])
-    set_tensor(lambda rows: rows.bfloat16())(tmp_path / "adapter")  # and with no word of the position
-    back = import_bank(tmp_path / "adapter", "fr", model)
-    assert back.position_offset == P and torch.equal(back.key[0], banks.key[1].bfloat16().float())
 
 
 @pytest.mark.parametrize("projection", [False, True])
@@ -116,78 +112,42 @@ def test_an_adapter_names_its_base_as_transformers_does(base, tmp_path, model, n
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with two runs of one step on the demo, whose texts start at 0 and behind the slots."""
+    """The folder of a run of one step on the demo, with text behind the slots as in peft."""
     place = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIGPT_HOME", str(place / "home"))
-        for name, offset in (("run", "0"), ("like-peft", "prefix")):
-            options = ["--steps", "1", "--batch-size", "2", "--limit", "40", "--eval-every", "0", "--device", "cpu"]
-            options += ["--model", "demo", "--prefix-len", "4", "--position-offset", offset, "--out", place / name]
-            patch.setattr("sys.argv", ["train.py", *map(str, options)])
-            train.main()
-    return place
+        options = ["--steps", "1", "--batch-size", "2", "--limit", "40", "--eval-every", "0", "--device", "cpu"]
+        options += ["--model", "demo", "--prefix-len", "4", "--position-offset", "prefix", "--out", place / "run"]
+        patch.setattr("sys.argv", ["train.py", *map(str, options)])
+        train.main()
+    return place / "run"
 
 
-@pytest.mark.parametrize(
-    "name, offset, said",
-    [
-        ("run", 0, "at position 0 here but at 4 in peft, so logits there will differ; train with --position-offset"),
-        ("like-peft", 4, "at position 4 in both: peft gives the same logits"),
-    ],
-)
-def test_banks_that_were_in_peft_are_those_of_the_run_and_an_export_says_if_peft_gives_the_same(
-    run, trained, tmp_path, name, offset, said
-):
-    before, prefixes = Banks.read(trained / name / "prefix.safetensors"), []
-    for number, bank in enumerate(["en", "fr"]):
-        code, out, err = run(interchange, "export", trained / name, "--bank", bank, "--out", tmp_path / bank)
-        assert (code, out, err.count("\n")) == (0, "", 1) and said in err
+def test_banks_that_were_in_peft_translate_as_those_of_the_run(run, trained, tmp_path):
+    prefixes = []
+    for bank in ("en", "fr"):
+        code, out, err = run(interchange, "export", trained, "--bank", bank, "--out", tmp_path / bank)
+        assert (code, out) == (0, "") and "at position 4 here, at 4 in peft: the same logits" in err
         file = tmp_path / "new" / f"{bank}.safetensors"
         code, out, err = run(interchange, "import", tmp_path / bank, "--bank", bank, "--model", "demo", "--out", file)
-        assert (code, out) == (0, "") and f"4 slots; text starts at position {offset}" in err
-        back = Banks.read(file)
-        assert torch.equal(before.key[number], back.key[0]) and torch.equal(before.value[number], back.value[0])
-        assert back.position_offset == before.position_offset == offset
-        assert back.training_record == {"model": "demo"}
+        assert (code, out) == (0, "") and "4 slots; text starts at position 4" in err
+        assert Banks.read(file).training_record == {"model": "demo"}
         prefixes += ["--prefix", file]
-    config = json.loads((tmp_path / "fr" / CONFIG).read_text())
-    assert config["base_model_name_or_path"] == str(checkpoint.DEMO)
     texts = ["Il pleut.", "Tom est parti hier."]
     code, out, _ = run(translate, *texts, *prefixes)
-    assert code == 0 and out == run(translate, *texts, "--prefix", trained / name)[1] != ""
+    assert code == 0 and out == run(translate, *texts, "--prefix", trained)[1] != ""
 
 
-def test_a_run_like_peft_keeps_its_positions_when_it_goes_on(run, trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIGPT_HOME", str(trained / "home"))
-    shutil.copytree(trained / "like-peft", tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["position_offset"] == 4
-    assert run(train, "--resume", tmp_path / "run", "--steps", 2)[0] == 0
-    assert Banks.read(tmp_path / "run" / "prefix.safetensors").position_offset == 4
+def test_an_export_says_where_peft_gives_other_logits(run, tmp_path):
+    err = run(interchange, "export", DEMO_PREFIX, "--bank", "fr", "--out", tmp_path / "fr")[2]
+    assert "at position 0 here, at 10 in peft: other logits (train with --position-offset prefix" in err
+    assert json.loads((tmp_path / "fr" / CONFIG).read_text())["base_model_name_or_path"] == str(checkpoint.DEMO)
 
 
 def test_more_slots_than_positions_leave_no_room_for_text(run, tmp_path):
     options = ["--model", "demo", "--prefix-len", 254, "--position-offset", "prefix", "--out", tmp_path / "run"]
     assert_refused(run(train, *options), "too few for text")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["export", "RUN", "--bank", "de", "--out", "new"], "no bank 'de' in this prefix: it has en, fr"),
-        (["export", "nothing", "--bank", "fr", "--out", "new"], "nothing: no prefix file there"),
-        (["export", "RUN", "--bank", "fr", "--out", "."], "--out .: already there"),
-        (["import", "nothing", "--bank", "fr", "--model", "demo", "--out", "new"], "nothing/adapter_config.json"),
-        (["import", "RUN", "--bank", "fr", "--out", "new"], "--model goes with import, which needs it"),
-        (["import", "RUN", "--bank", "fr", "--model", "nothing", "--out", "new"], "--model nothing"),
-        (["banish"], "'banish'"),
-    ],
-    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
-)
-def test_a_mistake_is_one_line_and_exit_code_2(run, trained, tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    assert_refused(run(interchange, *[trained / "run" if x == "RUN" else x for x in arguments]), words)
-    assert list(tmp_path.iterdir()) == []
 
 
 # Adapters from strangers
@@ -200,10 +160,10 @@ def set_config(**settings):
     return damage
 
 
-def set_tensor(change, name=TENSOR, **metadata):
+def set_tensor(change, name=TENSOR):
     def damage(directory):
         rows = load_file(directory / WEIGHTS)[TENSOR]
-        save_file({name: change(rows).contiguous()}, directory / WEIGHTS, metadata)
+        save_file({name: change(rows).contiguous()}, directory / WEIGHTS)
 
     return damage
 
@@ -213,20 +173,10 @@ def set_tensor(change, name=TENSOR, **metadata):
     [
         (lambda directory: (directory / CONFIG).write_text("{"), "adapter_config.json: not JSON"),
         (set_config(peft_type="LORA"), "peft_type is 'LORA', expected 'PREFIX_TUNING'"),
-        (set_config(num_layers=48), "not an adapter for this model: num_layers is 48, expected 2"),
-        (set_config(num_attention_heads=2), "num_attention_heads is 2, expected 4"),
-        (set_config(token_dim=None), "token_dim is None, expected 32"),
         (set_tensor(lambda rows: rows, name="embedding.weight"), "expected prompt_embeddings, found embedding.weight"),
         (set_tensor(lambda rows: rows[:, :-1]), r"is \[3, 127\] in F32, expected \[prefix length, 128\]"),
-        (set_tensor(lambda rows: rows[:0]), r"is \[0, 128\]"),
-        (set_tensor(lambda rows: rows[0]), r"is \[128\]"),
-        (set_tensor(lambda rows: rows.double()), "in F64, expected .* in one of F32, F16, BF16"),
         (set_tensor(lambda rows: rows / 0), "not finite"),
-        (set_tensor(lambda rows: rows, position_offset="-1"), "start at -1, not one of 16 positions"),
-        (set_tensor(lambda rows: rows, position_offset="1" * 5000), "adapter_model.safetensors: not an adapter"),
-        (set_tensor(lambda rows: rows, position_offset="16"), "start at 16"),
-        (set_tensor(lambda rows: rows.repeat(6, 1)), "start at 18"),
-        (lambda directory: os.truncate(directory / WEIGHTS, 700), "adapter_model.safetensors: not a"),
+        (set_tensor(lambda rows: rows.repeat(6, 1)), "start at 18, not one of 16 positions"),
         (
             lambda directory: (directory / WEIGHTS).rename(directory / "adapter_model.bin"),
             "bin is a pickle, which could",

@@ -1,11 +1,7 @@
 """Slots behind Li and Liang's network: what it is exactly, and that the rest of training goes with it."""
 
-import os
-import signal
-
-import pytest
 import torch
-from conftest import same, saved_prefix, slots_of, watch
+from conftest import same, slots_of
 from safetensors import safe_open
 
 from prefix.banks import Banks
@@ -13,27 +9,11 @@ from prefix.init import random_banks
 from prefix.reparam import INNER, Reparametrised
 
 
-@pytest.fixture
-def reparametrised(model, trainer):
-    """A function: settings -> a Trainer of slots behind their network."""
-
-    def build(out="run", seed=3, **settings):
-        banks = Reparametrised(random_banks(model.config, ["en", "fr"], 3), seed=seed)
-        return trainer(out, banks=banks, **dict(lr=0.01) | settings)
-
-    return build
-
-
 def flat(banks):
-    return [x.detach() for pair in banks.pairs() for x in pair]
+    return [x.detach() for pair in banks.key_values() for x in pair]
 
 
-def test_reparametrised_slots_are_where_they_start_until_they_are_trained(model):
-    start = random_banks(model.config, ["en", "fr"], 3)
-    assert all(map(torch.equal, flat(Reparametrised(start)), flat(start)))
-
-
-def test_the_network_is_that_of_the_paper(model):
+def test_the_network_is_that_of_the_paper_and_slots_begin_where_they_start(model):
     """Embeddings of n_embd numbers, 512 units of tanh, 2 * n_layer * n_embd numbers out; in these a slot's keys and
     values follow one another layer by layer."""
     n_layer, n_embd = model.config.n_layer, model.config.n_embd
@@ -46,16 +26,17 @@ def test_the_network_is_that_of_the_paper(model):
         "network.2.weight": [wide, INNER],
         "network.2.bias": [wide],
     }
+    assert all(map(torch.equal, flat(banks), [x for pair in zip(banks.key, banks.value) for x in pair]))  # at its start
     torch.nn.init.normal_(banks.network[2].weight)
-    (_, _), (key, value) = banks.pairs()
+    (_, _), (key, value) = banks.key_values()
     inner = torch.tanh(banks.network[0](banks.embedding[1, 2]))  # of slot 2 of bank 1
     out = (banks.network[2].weight @ inner + banks.network[2].bias).view(n_layer, 2, model.config.n_head, -1)
     torch.testing.assert_close(key[:, :, 2], banks.key[1][:, :, 2] + out[:, 0])
     torch.testing.assert_close(value[:, :, 2], banks.value[1][:, :, 2] + out[:, 1])
 
 
-def test_training_moves_the_network_but_not_the_start_and_the_prefix_file_has_the_slots_alone(reparametrised, model):
-    t = reparametrised()
+def test_training_moves_the_network_but_not_the_start_and_the_prefix_file_has_the_slots_alone(trainer, model):
+    t = trainer(banks=Reparametrised(random_banks(model.config, ["en", "fr"], 3)), lr=0.01)
     before, slots = slots_of(t), flat(t.banks)
     assert t.run()
     for name, now in slots_of(t).items():
@@ -66,14 +47,12 @@ def test_training_moves_the_network_but_not_the_start_and_the_prefix_file_has_th
     assert all(map(torch.equal, flat(Banks.load(t.out, model)), flat(t.banks)))
 
 
-def test_a_reparametrised_run_that_was_stopped_goes_on_as_if_it_had_not_been(reparametrised):
-    settings = dict(steps=9, save_every=4, eval_every=3)
-    whole, stopped = reparametrised("whole", **settings), reparametrised("stopped", **settings)
-    stopped.banks.load_state_dict(slots_of(whole))
-    assert whole.run()
-    watch(stopped, "optimizer_step", lambda *_: stopped.progress.step == 5 and os.kill(os.getpid(), signal.SIGINT))
-    assert not stopped.run() and stopped.progress.step == 6
-    resumed = reparametrised("stopped", seed=4, **settings)  # another network, until it resumes
+def test_a_reparametrised_run_that_was_stopped_goes_on_as_if_it_had_not_been(trainer, model):
+    start = random_banks(model.config, ["en", "fr"], 3)
+    whole, stopped, resumed = (
+        trainer(out, banks=Reparametrised(start, seed=seed), lr=0.01)
+        for out, seed in (("whole", 3), ("stopped", 3), ("stopped", 4))  # another network, until it resumes
+    )
+    assert whole.run() and stopped.run(4)
     resumed.resume()
-    assert resumed.run()
-    assert same(slots_of(resumed), slots_of(whole)) and same(saved_prefix(resumed), saved_prefix(whole))
+    assert resumed.run() and same(slots_of(resumed), slots_of(whole))

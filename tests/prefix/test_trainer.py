@@ -3,11 +3,10 @@
 import itertools
 import json
 import os
+import re
 import signal
-import time
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from conftest import one_step, random_rows, same, saved_prefix, slots_of, small_model, watch
@@ -127,13 +126,6 @@ def test_a_gradient_longer_than_the_clip_is_cut_to_it_and_a_shorter_one_left_alo
         torch.testing.assert_close(s, g / 7, rtol=1e-4, atol=1e-9)
 
 
-def test_the_loss_falls(trainer):
-    t = trainer(steps=20, lr=0.5, batch_size=40)
-    t.run()
-    losses = [line["loss"] for line in metrics(t)[0]]
-    assert losses[-1] < losses[0] - 0.3
-
-
 def test_the_learning_rate_rises_in_a_line_and_falls_in_a_line_to_zero(trainer):
     falling = [0.2 * left / 6 for left in (6, 5, 4, 3, 2, 1)]
     for steps, warmup, expected in ((10, 4, [0.05, 0.1, 0.15, 0.2, *falling]), (4, 0, [0.2, 0.15, 0.1, 0.05])):
@@ -201,15 +193,15 @@ def short_of_memory(trainer, is_too_much, error=OUT_OF_MEMORY[0]):
 def test_where_memory_runs_out_micro_batches_are_halved_until_they_fit(trainer, error, capsys):
     start = slots_of(trainer())
     t, quartered = (trainer(out, start, batch_size=20) for out in ("t", "quartered"))
-    (largest,) = (len(micro_batch.ids) for micro_batch in t.batches.step(0).micro_batches)
+    (largest,) = (len(micro_batch.ids) for micro_batch in t.loader.step(0).micro_batches)
     failed = short_of_memory(t, lambda sentences, _: sentences > 5, error)
     assert t.run() and failed[0] == largest and len(failed) >= 2
-    fits = t.batches.micro_batch_tokens
+    fits = t.loader.micro_batch_tokens
     assert fits <= largest // 4 and t.progress.fitting_tokens == fits
     said = capsys.readouterr().err
     assert f"step 1: out of memory with micro-batches of {largest} tokens; " in said and f" {fits} fit\n" in said
     assert said.count("out of memory") == 1
-    quartered.batches.micro_batch_tokens = fits
+    quartered.loader.micro_batch_tokens = fits
     assert quartered.run() and metrics(t) == metrics(quartered) and same(slots_of(t), slots_of(quartered))
 
 
@@ -232,51 +224,31 @@ def test_memory_that_is_too_small_for_one_pair_is_an_error_that_says_what_to_do(
     assert same(slots_of(t), start)
 
 
-def test_a_validation_that_ran_out_of_memory_is_repeated_in_smaller_micro_batches(trainer, capsys):
-    start = slots_of(trainer())
-    t, undisturbed = (trainer(out, start, eval_every=3, batch_size=20) for out in ("t", "undisturbed"))
-    failed = short_of_memory(t, lambda sentences, _: not torch.is_grad_enabled() and sentences > 2)
-    assert t.run() and undisturbed.run() and failed
-    assert "validation after step 3: out of memory with micro-batches of" in capsys.readouterr().err
-    for ours, theirs in zip(metrics(t)[1], metrics(undisturbed)[1]):
-        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
-
-
-def test_a_run_that_goes_on_keeps_the_micro_batches_that_fitted_unless_told_otherwise(trainer):
+def test_a_run_that_goes_on_keeps_the_micro_batches_that_fitted(trainer):
     start, settings = slots_of(trainer()), dict(steps=6, batch_size=20)
     whole, stopped = trainer("whole", start, **settings), trainer("stopped", start, **settings)
     for t in (whole, stopped):
         short_of_memory(t, lambda _, number: number == 1)
     stop_after(stopped, 3)
     assert whole.run() and not stopped.run()
-    told, resumed = trainer("stopped", **settings), trainer("stopped", **settings)
-    told.resume(300)
-    assert told.batches.micro_batch_tokens == 300
-    default = resumed.batches.micro_batch_tokens
+    resumed = trainer("stopped", **settings)
+    default = resumed.loader.micro_batch_tokens
     resumed.resume()
-    assert resumed.batches.micro_batch_tokens == whole.batches.micro_batch_tokens < default
+    assert resumed.loader.micro_batch_tokens == whole.loader.micro_batch_tokens < default
     assert resumed.run() and same(slots_of(resumed), slots_of(whole)) and metrics(resumed) == metrics(whole)
-
-
-def test_another_error_in_a_step_is_not_taken_for_too_little_memory(trainer):
-    t = trainer()
-    short_of_memory(t, lambda *_: True, RuntimeError("shapes do not match"))
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        t.run()
 
 
 # The data
 
 
-@pytest.mark.parametrize("size, epochs", [(8, 2), (7, 7), (40, 3), (80, 2)])
-def test_every_epoch_sees_every_pair_in_both_directions_once(tokenizer, corpus, trainer, size, epochs):
+@pytest.mark.parametrize("size, epochs", [(8, 2), (7, 7), (80, 2)])
+def test_every_epoch_sees_every_pair_in_both_directions_once_in_another_order(tokenizer, corpus, trainer, size, epochs):
     seen = seen_in(trainer(steps=40 * epochs // size, batch_size=size))
     everything = Counter((ids, bank_mask) for ids, bank_mask, _ in sentences(corpus, tokenizer, "train"))
     assert everything.total() == 40
     assert sum(seen, Counter()) == Counter({example: n * epochs for example, n in everything.items()})
     if size == 8:
-        assert sum(seen[:5], Counter()) == sum(seen[5:], Counter()) == everything
-        assert seen[:5] != seen[5:]
+        assert sum(seen[:5], Counter()) == everything and seen[:5] != seen[5:]
         assert any({bank_mask[0] for _, bank_mask in step} == {1, 2} for step in seen)  # both directions in a batch
 
 
@@ -284,14 +256,6 @@ def test_the_order_follows_from_the_seed_alone(trainer):
     first = seen_in(trainer("a", seed=5))
     assert seen_in(trainer("b", seed=5, lr=0.3, warmup=5, micro=30)) == first
     assert seen_in(trainer("c", seed=6)) != first
-
-
-def test_an_epoch_is_numpys_permutation_and_one_of_them_is_in_memory(trainer):
-    batches = trainer(seed=5).batches
-    for epoch in (0, 1, 0):
-        order = batches.epoch_order(epoch)
-        assert order.tolist() == np.random.default_rng((5, epoch)).permutation(len(batches.train)).tolist()
-        assert order.itemsize == 1 and batches.epoch_order(epoch) is order
 
 
 def test_three_columns_are_three_banks_and_six_directions_unless_fewer_are_named(load, trainer):
@@ -335,15 +299,19 @@ def test_the_validation_loss_is_the_mean_over_all_validation_targets_and_the_bas
     assert t.validation_loss(base=True) == lines[0]["base_loss"]
 
 
-def test_the_prefix_file_has_the_slots_of_the_best_validation(trainer):
-    t = trainer(steps=4, eval_every=1)
-    losses, history = iter([3.0, 1.0, 2.0, 1.0]), []
+def test_the_prefix_file_has_the_slots_of_the_best_validation_also_of_a_run_that_goes_on(trainer):
+    t, losses, history = trainer(steps=4, eval_every=1), iter([3.0, 1.0, 2.0, 1.0]), []
     t.validation_loss = lambda base=False: 5.0 if base else next(losses)
     watch(t, "validate", lambda *_: history.append(slots_of(t)))
     t.run()
     assert same(saved_prefix(t), history[1]) and not same(saved_prefix(t), history[3])
     record = Banks.load(t.out / "prefix.safetensors", t.model).training_record
     assert (record["step"], record["val_loss"]) == (2, 1.0)
+    more = trainer(steps=6, eval_every=1)
+    more.validation_loss = lambda: 1.5
+    more.resume()
+    more.run()
+    assert more.progress.best == 1.0 and same(saved_prefix(more), history[1])
 
 
 def test_without_validation_the_prefix_file_has_the_last_slots(load, trainer):
@@ -355,21 +323,14 @@ def test_without_validation_the_prefix_file_has_the_last_slots(load, trainer):
 # Stopping and going on
 
 
-def stop_after(trainer, step, number=signal.SIGINT):
+def stop_after(trainer, step):
     """Have this process signalled at the end of a step."""
-    watch(trainer, "optimizer_step", lambda *_: trainer.progress.step == step and os.kill(os.getpid(), number))
-
-
-def test_a_signal_ends_a_run_after_the_step_and_the_handlers_are_as_before(trainer):
-    t, handler = trainer(), signal.getsignal(signal.SIGINT)
-    stop_after(t, 3)
-    assert not t.run() and t.progress.step == 4 and t.stop == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is handler
+    watch(trainer, "optimizer_step", lambda *_: trainer.progress.step == step and os.kill(os.getpid(), signal.SIGINT))
 
 
 def test_a_finished_run_goes_on_with_more_steps_other_saves_and_other_micro_batches(trainer):
     trainer(steps=4).run()
-    more = trainer(steps=6, save_every="1s", micro=40)
+    more = trainer(steps=6, save_every=1, micro=40)
     more.resume()
     assert more.run() and [line["step"] for line in metrics(more)[0]] == [1, 2, 3, 4, 5, 6]
     assert same(saved_prefix(more), slots_of(more))
@@ -377,71 +338,33 @@ def test_a_finished_run_goes_on_with_more_steps_other_saves_and_other_micro_batc
         trainer(steps=3).resume()
 
 
-def test_a_run_that_goes_on_remembers_its_best_validation(trainer):
-    t, losses = trainer(steps=2, eval_every=1), iter([1.0, 2.0])
-    t.validation_loss = lambda base=False: 5.0 if base else next(losses)
-    t.run()
-    best = saved_prefix(t)
-    more = trainer(steps=4, eval_every=1)
-    more.validation_loss = lambda: 1.5
-    more.resume()
-    more.run()
-    assert more.progress.best == 1.0 and same(saved_prefix(more), best)
-
-
-@pytest.mark.parametrize("size", [None, 0, 7, 100, -100])
+@pytest.mark.parametrize("size", [None, 100])
 def test_a_state_that_is_cut_or_missing_is_an_error_that_names_it(trainer, size):
     t = trainer()
     t.run()
     path = t.out / "last" / "state.safetensors"
-    content = path.read_bytes()
-    path.unlink() if size is None else path.write_bytes(content[:size])
+    os.truncate(path, size) if size else path.unlink()
     with pytest.raises(UserError, match="state.safetensors"):
         trainer().resume()
 
 
-def test_a_run_does_not_go_on_with_another_base_other_data_or_more_slots(model, tokenizer, load, trainer):
-    trainer().run()
-    for other, words in (
-        ({"model": small_model(tokenizer)}, "another model"),
-        ({"corpus": load(random_rows("train", 20))}, "another data"),
-        (
-            {"banks": random_banks(model.config, ["en", "fr"], 4)},
-            r"this run has another prefix_len \(\[3, 3\], here \[4, 4\]\)$",
-        ),
-    ):
-        with pytest.raises(UserError, match=words):
-            trainer(**other).resume()
-
-
-SETTINGS = [("lr", 0.07), ("batch_size", 9), ("seed", 3), ("warmup", 0), ("eval_every", 2)]
-
-
-@pytest.mark.parametrize("name, value", SETTINGS + [("init", "random"), ("reparam", True), ("pairs", ["en:fr"])])
-def test_a_run_does_not_go_on_with_a_setting_that_changes_its_numbers_and_says_which(trainer, name, value):
+def test_a_run_does_not_go_on_with_what_changes_its_numbers_and_says_which(model, tokenizer, load, trainer):
     t = trainer()
     t.run()
-    settings = {name: value} if (name, value) in SETTINGS else {}
-    banks = random_banks(t.model.config, ["en", "fr"], 3)
-    banks.training_record |= {} if settings else {name: value}
-    other = trainer(banks=banks, **settings)
-    start = slots_of(other)
-    with pytest.raises(UserError, match=rf"this run has another {name} \(.*, here ") as error:
-        other.resume()
-    assert f"here {value})" in str(error.value)
-    assert same(slots_of(other), start) and other.progress.step == 0
-
-
-def test_a_run_saves_every_so_many_steps_or_seconds(trainer, monkeypatch):
-    now = itertools.count(0, 0.25)
-    monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    for every in (1, 2, 5, "1s", "2.5s"):
-        t = trainer(f"every {every}", steps=12, save_every=every)
-        saved, steps = [], 12
-        watch(t, "save", lambda *_: saved.append((t.progress.step, t.saved_at)))
-        assert t.run()
-        if isinstance(every, int):
-            assert [step for step, _ in saved] == [0, *range(every, steps, every), steps]
-        else:
-            waits = [later - earlier for (_, earlier), (_, later) in itertools.pairwise(saved[:-1])]
-            assert all(float(every[:-1]) <= wait <= float(every[:-1]) + 1 for wait in waits) and len(waits) > 1
+    differing = {
+        "model": {"model": small_model(tokenizer)},
+        "data": {"corpus": load(random_rows("train", 20))},
+        "prefix_len ([3, 3], here [4, 4])": {"banks": random_banks(model.config, ["en", "fr"], 4)},
+    }
+    for name, value in {"lr": 0.07, "batch_size": 9, "seed": 3, "warmup": 0, "eval_every": 2}.items():
+        differing[f"{name} ({getattr(t.settings, name)}, here {value})"] = {name: value}
+    for name, value in {"init": "random", "reparam": True, "pairs": ["en:fr"]}.items():
+        banks = random_banks(model.config, ["en", "fr"], 3)
+        banks.training_record[name] = value
+        differing[f"{name} (None, here {value})"] = {"banks": banks}
+    for words, other in differing.items():
+        other = trainer(**other)
+        start = slots_of(other)
+        with pytest.raises(UserError, match=re.escape(f"this run has another {words}")):
+            other.resume()
+        assert same(slots_of(other), start) and other.progress.step == 0

@@ -1,10 +1,7 @@
 """The token cache holds what the files say, is made anew where anything changed, and tells what it left out."""
 
-import json
 import os
 import random
-import shutil
-import time
 
 import numpy as np
 import pytest
@@ -16,15 +13,13 @@ from prefix.data import corpus as data
 from prefix.data import tables
 from prefix.data.splits import split_of
 
+TOKENS = [*byte_characters().values(), END_OF_TEXT]
+
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
+def tokenizer():
     """Each byte is a token."""
-    directory = tmp_path_factory.mktemp("tokenizer")
-    tokens = [*byte_characters().values(), END_OF_TEXT]
-    (directory / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
-    (directory / "merges.txt").write_text("#version: 0.2\n")
-    return Tokenizer.from_pretrained(directory)
+    return Tokenizer({token: i for i, token in enumerate(TOKENS)}, merges=[])
 
 
 @pytest.fixture
@@ -79,8 +74,7 @@ def test_a_corpus_holds_the_texts_and_their_tokens(write, load, tokenizer):
 
 
 def test_a_large_vocabulary_is_kept_whole(write, load, tokenizer):
-    large = Tokenizer(tokenizer.encoding, [70_000 + i for i in tokenizer.ids])
-    large.n_vocab = 70_257
+    large = Tokenizer({token: 70_000 + i for i, token in enumerate(TOKENS)}, merges=[])
     corpus = load([write("a.csv", "en,fr\nA,b\n")], tokenizer=large)
     assert corpus.ids(0, 0).tolist() == large.encode("A") == [70_000 + tokenizer.encode("A")[0]]
 
@@ -139,7 +133,7 @@ def test_a_limit_counts_usable_rows_and_reads_little_further_than_it_needs(write
     path = write("a.csv", "en,fr\n123456789,x\n" + "one,un\n,\n" * 5000)
     corpus = load([path], ["en", "fr"], limit=1500, max_tokens=9)
     assert texts_of(corpus) == [("one", "un")] * 1500 and max(numbers) <= 2 + 2 * 1500 + tables.MAX_LINES
-    assert corpus.report[1:] == [*skips(1, "too long (over 9 tokens)", 2), *skips(1499, "empty side", 4)]
+    assert corpus.report == [*skips(1, "too long (over 9 tokens)", 2), *skips(1499, "empty side", 4)]
 
 
 def test_every_fault_of_a_file_is_told_once_with_its_first_line_and_the_rest_is_used(write, load):
@@ -147,7 +141,7 @@ def test_every_fault_of_a_file_is_told_once_with_its_first_line_and_the_rest_is_
         b"\xef\xbb\xbffr,id,en\r",  # 1, after a byte-order mark
         b'"deux\n\ntrois, \xc3\xa9t\xc3\xa9",2,"two\r\n\r\nthree, ""four"""\r',  # 2 to 6
         *(b"short,row", b"a,row,too,long", b",3,empty", b"empty,4, ", b"\xff,5,not UTF-8", b"nul,6,\0"),  # 7 to 12
-        *(b'"un" deux,7,"one"', b"x" * 1_100_000 + b",8,x", b"cinquante" * 50 + b",9,fifty"),  # 13 to 15
+        *(b'"un" deux,7,"one"', b"x" * 110_000 + b",8,x", b"cinquante" * 50 + b",9,fifty"),  # 13 to 15
         *(b'"never closed,10,x', b"last,11,line", b"last,12,line"),
     ]
     path = write("a.csv", b"\n".join(lines))
@@ -155,7 +149,6 @@ def test_every_fault_of_a_file_is_told_once_with_its_first_line_and_the_rest_is_
         corpus = load([path], ["en", "fr"])
         assert texts_of(corpus) == [('two three, "four"', "deux trois, été"), ("line", "last"), ("line", "last")]
         assert corpus.report == [
-            "rows that repeat an earlier one, used all the same: 1 (first at line 18)",
             *skips(2, "wrong number of fields", 7),
             *skips(2, "empty side", 9),
             *skips(1, "not UTF-8", 11),
@@ -166,36 +159,20 @@ def test_every_fault_of_a_file_is_told_once_with_its_first_line_and_the_rest_is_
         ]
 
 
-def append(path):
-    with open(path, "a") as file:
-        file.write("late,tard\n" * 5000)
-
-
-@pytest.mark.parametrize("change", [append, lambda path: os.truncate(path, 50_000)])
-def test_a_file_that_changes_while_it_is_read_is_told_used_and_read_anew_the_next_time(write, load, encoded, change):
-    path = write("a.csv", "en,fr\n" + "".join(f"one {i},un {i}\n" for i in range(5000)))
-    encoded.change = lambda: change(path)
-    first, again = load([path]), load([path])
-    assert texts_of(first)[:2] == [("one 0", "un 0"), ("one 1", "un 1")]
-    assert f"{path} changed while it was read: rows may be missing" in first.report
-    assert not any("changed" in line for line in again.report) and len(encoded) >= 2 * len(first) + 2 * len(again)
-
-
 # The cache on disk
 
 
 def test_memory_does_not_grow_with_the_file(write, load):
     def made_and_read_again(n):
         path = write(f"{n}.csv", "en,fr\n" + "".join(f"{i:0100},{i}\n" for i in range(n)))
-        for corpus in (load([path], ["en", "fr"]), load([path], ["en", "fr"])):
-            assert len(corpus) == n and sum(len(corpus.examples(split)) for split in data.SPLITS) == 2 * n
+        assert len(load([path], ["en", "fr"])) == len(load([path], ["en", "fr"])) == n
 
     assert peak_of(lambda: made_and_read_again(3000)) < peak_of(lambda: made_and_read_again(300)) + 700_000
 
 
-def test_whatever_changes_the_result_makes_a_new_cache_and_nothing_else_does(write, load, encoded, tokenizer):
+def test_whatever_changes_the_result_makes_a_new_cache_and_nothing_else_does(write, load, encoded):
     path = write("a.csv", "en,fr,de\none,un,eins\ntwo,deux,zwei\n,,\n")
-    swapped = Tokenizer(tokenizer.encoding, tokenizer.ids[::-1])
+    swapped = Tokenizer({token: i for i, token in enumerate(TOKENS[::-1])}, merges=[])
     variants = [{}, {"columns": ["fr", "en"]}, {"columns": ["en", "de"]}, {"limit": 1}, {"max_tokens": 9}]
     variants.append({"tokenizer": swapped})
     made, again = ([load([path], **variant) for variant in variants] for _ in range(2))
@@ -209,15 +186,17 @@ def test_whatever_changes_the_result_makes_a_new_cache_and_nothing_else_does(wri
     assert load([path]).text(1, 0) == "six"
 
 
-DAMAGES = {
-    "gone": lambda path: path.unlink(),
-    "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
-    "longer": lambda path: path.write_bytes(path.read_bytes() + b" ]"),
-}
+def gone(path):
+    path.unlink()
 
 
-@pytest.mark.parametrize("name", [*data.FILES, "meta.json"])
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def cut(path):
+    os.truncate(path, path.stat().st_size - 24)  # whole numbers of any of its types
+
+
+@pytest.mark.parametrize(
+    "name, damage", [("tokens.bin", gone), ("index.bin", cut), ("train.bin", cut), ("meta.json", cut)]
+)
 def test_a_damaged_cache_is_made_anew(write, load, folder, encoded, name, damage):
     path = write("a.csv", TABLE + "empty,\n")
     before = load([path])
@@ -262,18 +241,3 @@ def test_of_two_builders_the_first_wins_and_both_get_its_cache(write, load, fold
     assert len(load([path])) == 300 and len(encoded) == 1200
     (cache,) = folder.iterdir()
     assert (cache / "first").exists()
-
-
-def test_what_nobody_opened_for_a_month_goes(write, load, folder):
-    used = write("b.csv", TABLE)
-    load([write("a.csv", TABLE)])
-    load([used])
-    for name in (".building-old", ".building-fresh", "of-another-program"):
-        shutil.copytree(next(folder.iterdir()), folder / name)
-    then = time.time() - 31 * 24 * 60 * 60
-    for path in folder.iterdir():
-        os.utime(path, None if "fresh" in path.name else (then, then))
-    load([used])
-    load([write("c.csv", TABLE)])
-    names = {path.name for path in folder.iterdir()}
-    assert names > {".building-fresh", "of-another-program"} and ".building-old" not in names and len(names) == 4

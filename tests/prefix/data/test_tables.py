@@ -4,13 +4,12 @@ import csv
 import gzip
 import io
 import json
-import os
 import tracemalloc
 import zipfile
 
 import pytest
+from conftest import refusal
 
-from minigpt import UserError
 from prefix.data.rows import Skipped, read_rows, resolve_columns
 
 PAIRS = [("one cat", "un chat"), ("two dogs", "deux chiens"), ("red", "rouge"), ("she said go", "elle dit va")]
@@ -53,56 +52,44 @@ def objects_of(make=lambda en, fr: {"en": en, "fr": fr}):
 @pytest.mark.parametrize(
     "name, content",
     [
-        ("a.csv", table_of(",")),
+        *(("a.csv", table_of(mark)) for mark in ",;\t|"),
         ("a.CSV", table_of(",", quoting=csv.QUOTE_ALL).rstrip("\n")),
-        ("a.csv", table_of(";")),
-        ("a.csv", table_of("\t")),
-        ("a.csv", table_of("|")),
         ("a.csv", "en, fr\n" + "".join(f'"{en}", "{fr}"\n' for en, fr in PAIRS)),
-        ("a.tsv", table_of()),
         ("a.tsv", table_of(quoting=csv.QUOTE_ALL)),
+        *((name, table_of()) for name in ("a.tsv", "fra.txt")),
         ("a.tsv", table_of(",")),
-        ("fra.txt", table_of()),
-        ("a.csv", "\ufeff" + table_of(",").replace("\n", "\r\n")),
+        ("a.csv", "\ufeff\n \n" + table_of(",").replace("\n", "\r\n\r\n")),
         ("a.tsv", "\ufeff" + table_of().replace("\n", "\r\n")),
-        ("a.csv", "\n \n" + table_of(",").replace("\n", "\n\n")),
-        ("a.jsonl", objects_of()),
+        *((name, objects_of()) for name in ("a.jsonl", "a.json", "a.csv")),
         ("a.ndjson", "\ufeff" + objects_of().replace("\n", "\r\n\r\n")),
-        ("a.json", objects_of()),
-        ("a.csv", objects_of()),
         ("a.jsonl", objects_of(lambda en, fr: {"translation": {"en": en, "fr": fr}})),
         ("a.jsonl", objects_of(lambda en, fr: {"id": en, "translation": {"en": en, "fr": fr}})),
     ],
 )
 def test_each_kind_of_table_gives_its_rows(write, name, content):
-    rows, report = read(write(name, content))
-    assert [texts for _, texts in rows] == PAIRS and report == []
-    assert resolve_columns([write(name, content)]) == ("en", "fr")
+    path = write(name, content)
+    rows, report = read(path)
+    assert [texts for _, texts in rows] == PAIRS and report == [] and resolve_columns([path]) == ("en", "fr")
 
 
 MARKED = [("Hello, you", "Bonjour; toi"), ("Yes, no, why", "Oui"), ("No", "Non, non")]
-QUOTED = [("x", "y")] * 90 + [('She said "go" now', "a"), ('"b"', "c")]
 
 
 @pytest.mark.parametrize(
     "name, content, rows",
     [
         ("a.csv", 'en,fr\n"a, ""b""","c\n\nd"\n5" disk,"e"\n', [(2, ('a, "b"', "c d")), (5, ('5" disk', "e"))]),
-        ("a.csv", 'en,fr\n" one\r\n\r\ntwo ",x\n', [(2, ("one two", "x"))]),
-        ("a.csv", "en,fr\n« a\u00a0»  b,c\u202f!\n", [(2, ("« a\u00a0»  b", "c\u202f!"))]),
+        ("a.csv", 'en,fr\n" one\r\n\r\ntwo ",« a\u00a0»  b\n', [(2, ("one two", "« a\u00a0»  b"))]),
         ("a.tsv", 'en\tfr\n"Go," he said.\t"Va !"\n"e\tf"\n', [(2, ('"Go," he said.', '"Va !"')), (3, ('"e', 'f"'))]),
-        ("a.tsv", 'en\tfr\n"a ""b"" c"\t"""d"""\n', [(2, ('a "b" c', '"d"'))]),
-        ("a.tsv", 'en\tfr\none\t"a\nb"\ntwo\tc\n', [(2, ("one", "a b")), (4, ("two", "c"))]),
-        ("a.tsv", table_of("\t", [COLUMNS, *QUOTED]), list(enumerate(QUOTED, 2))),
-        ("a.csv", table_of(";", [COLUMNS, *MARKED]), list(enumerate(MARKED, 2))),
-        ("a.tsv", table_of("\t", [COLUMNS, *MARKED]), list(enumerate(MARKED, 2))),
+        ("a.tsv", '"en"\t"fr"\n"a ""b"" c"\t"d\ne"\n', [(2, ('a "b" c', "d e"))]),
+        *((name, table_of(mark, [COLUMNS, *MARKED]), [*enumerate(MARKED, 2)]) for name, mark in zip(("a.csv", "a.tsv"), ";\t")),
     ],
-)
+)  # fmt: skip
 def test_quotes_delimiters_and_spaces_inside_a_text_are_what_was_meant(write, name, content, rows):
     assert read(write(name, content), columns=COLUMNS) == (rows, [])
 
 
-@pytest.mark.parametrize("mark", ["\r", "\v", "\x85", "\u2028", "\r\u2028\v"])
+@pytest.mark.parametrize("mark", ["\r", "\x85", "\u2028\v"])
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
 def test_every_other_line_break_is_a_space_and_ends_no_row(write, name, mark):
     row = {"csv": f'en,fr\na{mark}b,"c"', "tsv": f"en\tfr\na{mark}b\tc", "jsonl": f'\n{{"en": "a{mark}b", "fr": "c"}}'}
@@ -118,8 +105,8 @@ def test_text_files_are_columns_side_by_side(write):
 
 def test_text_files_of_different_lengths_are_an_error_with_the_counts_even_behind_a_limit(write):
     paths = write("a.en", "one\ntwo\nthree\n"), write("b.fr", "un\ntrois\n")
-    with pytest.raises(UserError, match=r"a.en has 3 lines, .*b.fr has 2 lines: line by line"):
-        next(read_rows(paths, None, Skipped()))
+    told = f"{paths[0]} has 3 lines, {paths[1]} has 2 lines: line by line"
+    assert refusal(lambda: next(read_rows(paths, None, Skipped()))).startswith(told)
 
 
 # Files of other kinds
@@ -129,27 +116,24 @@ with zipfile.ZipFile(ZIP := io.BytesIO(), "w") as file:
     file.writestr("en-fr.csv", TABLE)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.gz"])
 @pytest.mark.parametrize(
     "content, message",
     [
         (ZIP.getvalue(), "a zip archive or an Excel workbook: unpack it, or save the sheet as CSV"),
         (gzip.compress(TABLE, mtime=0), "a gzip archive: unpack it with gunzip"),
         (b"PAR1\x15\x04" + bytes(50), "a Parquet file: save it as CSV or JSON lines"),
-        (b"\n <!DOCTYPE html>\n<html>", "a web page or XML: download or save the table"),
-        (b"\xef\xbb\xbf<HTML lang=en>", "a web page"),
+        (b"\xef\xbb\xbf\n <!DOCTYPE html>\n<html>", "a web page or XML: download or save the table"),
         (b'<?xml version="1.0"?>\n<tmx>', "a web page or XML"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "a git LFS pointer.*git lfs pull"),
-        (TABLE.decode().encode("utf-16"), "UTF-16 text: .*iconv"),
-        (TABLE.decode().encode("utf-16-le"), "no text: there are NUL bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a git LFS pointer"),
+        (TABLE.decode().encode("utf-16"), "UTF-16 text: make it UTF-8 with `iconv"),
         (b"SQLite format 3\0", "no text: there are NUL bytes"),
         (b'[\n {"en": "a", "fr": "b"}]', "a JSON array: write one object a line"),
     ],
 )
-def test_a_file_of_another_kind_is_told_by_any_name(write, name, content, message):
-    for paths in ([write(name, content)], [write("b.en", "Hello.\n"), write(name, content)]):
-        with pytest.raises(UserError, match=f"{name}: expected UTF-8 text; this is {message}"):
-            read(*paths, columns=COLUMNS)
+def test_a_file_of_another_kind_is_told_by_any_name(write, content, message):
+    for name in ("a.csv", "a.gz"):
+        for paths in ([write(name, content)], [write("b.en", "Hello.\n"), write(name, content)]):
+            assert f"{name}: expected UTF-8 text; this is {message}" in refusal(read, *paths)
 
 
 @pytest.mark.parametrize(
@@ -160,33 +144,32 @@ def test_a_file_of_another_kind_is_told_by_any_name(write, name, content, messag
             b"BZh91AY&SY\xdc\xe1",
             "no table: expected names of columns, in UTF-8: not UTF-8; it begins 'BZh91AY",
         ),
-        ("a.csv", b"%PDF-1.7\n%\xe2\xe3", "2 columns, but line 1 has 1 texts: '%PDF-1.7'"),
-        ("a.csv", TABLE.replace(b"\n", b"\r"), "has no column 'fr'; its columns are 'en', 'fr one cat', 'un chat two"),
-        ("a.csv", b"fran\xe7ais,en\na,b\n", "no table: .* not UTF-8; it begins 'fran"),
-        ("a.csv", "", "no table: expected names of columns.*the file is empty"),
-        ("a.csv", '"en,fr\na,b\n', "no table: .* quotes do not match"),
-        ("a.csv", "x" * 2_000_000, "no table: .* field too long"),
+        ("a.csv", b"%PDF-1.7\n%\xe2\xe3", "the column '%PDF-1.7' holds only numbers, ids or addresses"),
+        (
+            "a.csv",
+            TABLE.replace(b"\n", b"\r"),
+            "line 1 seems to hold texts, not the names of columns: 'en', 'fr one cat'",
+        ),
+        ("a.csv", "", "no table: expected names of columns, in UTF-8: the file is empty"),
+        ("a.csv", '"en,fr\na,b\n', "quotes do not match"),
+        ("a.csv", "x" * 200_000, "field too long"),
         ("a.json", '{\n "en": "a"\n}\n', "expected JSON lines"),
-        ("a.jsonl", "nothing\n", "expected JSON lines"),
-        ("a.txt", "Hello, you.\n", "expected one table, named .csv, .tsv, .jsonl, .*, or two or more text files"),
-        ("a", "", "expected one table"),
+        ("a.txt", "Hello, you.\n", "expected one table, named .csv, .tsv, .jsonl, .ndjson, .json, or two or more text"),
     ],
 )
 def test_a_file_that_is_no_table_is_told_in_one_line(write, name, content, message):
-    with pytest.raises(UserError, match=message) as error:
-        read(write(name, content), columns=COLUMNS)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    assert message in refusal(read, write(name, content))
 
 
 # The records that cannot be read
 
 BAD_ROWS = {
     "wrong number of fields": [b"one,un,1", b"one", b'"one,un"'],
-    "empty side": [b"one,", b",un", b" ,un", b",", b'"\n",un'],
-    "not UTF-8": [b"one,\xff", b"\xe9t\xe9,x", b"\xed\xa0\x80,x"],
-    "NUL byte": [b"one,\0", b'"\0one",un'],
-    "quotes do not match": [b'"one,un', b'"one"x,un', b'one,"un', b'"one" ,un'],
-    "field too long": [b"one," + b"x" * 100_001, b'one,"%b"' % (b"x" * 200_000), b"y" * 3_000_000, b'"' * 3_000_001],
+    "empty side": [b"one,", b" ,un", b'"\n",un'],
+    "not UTF-8": [b"one,\xff", b"\xed\xa0\x80,x"],
+    "NUL byte": [b"one,\0"],
+    "quotes do not match": [b'"one,un', b'"one"x,un', b'one,"un'],
+    "field too long": [b"one," + b"x" * 100_001, b'one,"%b"' % (b"x" * 200_000), b"y" * 300_000],
 }
 bad_rows = [(reason, row) for reason, rows in BAD_ROWS.items() for row in rows]
 
@@ -214,11 +197,9 @@ def test_a_bad_row_is_counted_and_the_others_are_read(write, reason, row):
         (b'{"en": "one", "fr": null}', "empty side"),
         (b'{"en": "one", "fr": ["un"]}', "a list or object, not a text"),
         (b'{"en": "one", "fr": "\\u0000"}', "NUL byte"),
-        (b'{"en": "one", "fr": "\0"}', "NUL byte"),
         (b'{"en": "one", "fr": "\\ud800"}', "not UTF-8"),
         (b'{"en": "one", "fr": "\xff"}', "not UTF-8"),
         (b'{"en": "one", "fr": "' + b"x" * 100_001 + b'"}', "field too long"),
-        (b'{"en": "one", "fr": "' + b"x" * 3_000_000 + b'"}', "field too long"),
     ],
     ids=lambda x: str(x)[:30],
 )
@@ -228,7 +209,7 @@ def test_a_bad_line_of_json_is_counted_and_the_others_are_read(write, row, reaso
 
 
 def test_a_bad_line_of_a_text_file_leaves_the_others_side_by_side(write):
-    english = write("a.en", b"one\n\n\xff\n" + b"x" * 3_000_000 + b"\nfive\n")
+    english = write("a.en", b"one\n\n\xff\n" + b"x" * 300_000 + b"\nfive\n")
     rows, report = read(english, write("a.fr", b"un\ndeux\ntrois\nquatre\ncinq\n"))
     assert rows == [(1, ("one", "un")), (5, ("five", "cinq"))]
     assert report == [*skips(1, "empty side", 2), *skips(1, "not UTF-8", 3), *skips(1, "field too long", 4)]
@@ -241,25 +222,12 @@ def test_a_quote_that_never_closes_costs_one_row(write):
     assert report == skips(2, "quotes do not match", 2)
 
 
-# Large files
-
 ROW = {"a.csv": "one {},un\n", "a.tsv": "one {}\tun\n", "a.jsonl": '{{"en": "one {}", "fr": "un"}}\n'}
 HEADER = {"a.csv": "en,fr\n", "a.tsv": "en\tfr\n", "a.jsonl": "\n"}
 
 
 @pytest.mark.parametrize("name", ROW)
-def test_a_field_of_200_megabytes_is_one_bad_row_and_never_in_memory(tmp_path, name):
-    with open(tmp_path / name, "wb") as file:
-        file.write((HEADER[name] + ROW[name].format(1)).encode())
-        file.seek(200_000_000, os.SEEK_CUR)  # a hole in the file, which reads as zeros
-        file.write(("\n" + ROW[name].format(2)).encode())
-    results = []
-    assert peak_of(lambda: results.append(read(tmp_path / name))) < 8_000_000
-    assert results == [([(2, ("one 1", "un")), (4, ("one 2", "un"))], skips(1, "field too long", 3))]
-
-
-@pytest.mark.parametrize("name", ROW)
 def test_rows_go_through_one_by_one(write, name):
-    path = write(name, HEADER[name] + "".join(ROW[name].format("x" * 10_000) for _ in range(3000)))
+    path = write(name, HEADER[name] + "".join(ROW[name].format("x" * 10_000) for _ in range(2000)))
     count = lambda: [1 for _ in read_rows([path], COLUMNS, Skipped())]
-    assert len(count()) == 3000 and peak_of(count) < 5_000_000 < path.stat().st_size / 5
+    assert peak_of(count) < 5_000_000 < path.stat().st_size / 4

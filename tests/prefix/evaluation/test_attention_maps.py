@@ -2,7 +2,6 @@
 
 import csv
 import math
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,6 @@ from prefix.init import from_text, random_banks
 from prefix.run import DEMO, DEMO_CORPUS, DEMO_PREFIX
 from prefix.translation import translate
 
-ROOT = Path(__file__).parents[3]
 CONFIG = GPTConfig(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=2)
 MASKS = [1, 1, 1, 3, 3, 2, 0]  # of the banks a, b, c
 
@@ -108,21 +106,17 @@ def test_a_token_counts_once_where_it_is_nearest(model, banks):
     assert all(set(tokens.flatten().tolist()) <= {7, 9} for _, tokens in alone)
 
 
-def test_what_all_keys_share_changes_neither_the_mass_nor_the_nearest_tokens(model, banks, ids):
-    attn_fn = lambda: (
+def test_what_all_keys_have_in_common_changes_neither_the_mass_nor_the_nearest_tokens(model, banks, ids):
+    look = lambda: (
         attention_maps.attention_mass(model, banks, ids, MASKS),
-        attention_maps.nearest_tokens(model, banks, ids, PackedBatch([7]), n=3),
+        *(cosine for cosine, _ in attention_maps.nearest_tokens(model, banks, ids, PackedBatch([7]), n=3)),
     )
-    before = attn_fn()
-    shared = torch.randn(3, 2, 1, 12)
+    before, common = look(), torch.randn(3, 2, 1, 12)
     for i, block in enumerate(model.h):
-        block.attn.c_attn.bias[24:48] += shared[i].flatten()
+        block.attn.c_attn.bias[24:48] += common[i].flatten()
     for key in banks.key:
-        key.data += shared
-    after = attn_fn()
-    torch.testing.assert_close(after[0], before[0], atol=1e-4, rtol=1e-3)
-    for (cosine, _), (cosine_before, _) in zip(after[1], before[1]):
-        torch.testing.assert_close(cosine, cosine_before, atol=1e-4, rtol=1e-3)
+        key.data += common
+    torch.testing.assert_close(look(), before, atol=1e-4, rtol=1e-3)
 
 
 def looked(run, *options):
@@ -131,38 +125,23 @@ def looked(run, *options):
     return out
 
 
-def test_the_command_shows_the_mass_of_the_sentence_and_of_its_translation(run, demo):
-    out = looked(run, "Il pleut & vente.", "--nearest", 0)
-    attention = attention_maps.look_at(*demo, "Il pleut & vente.", ("fr", "en"))
-    sep = attention.tokens.index("\\n")
+def test_the_command_shows_and_draws_the_mass_of_the_sentence_and_of_its_translation(run, demo):
+    pytest.importorskip("matplotlib")
+    out = looked(run, "Il pleut.", "--nearest", 0, "--out", "picture.svg")
+    attention = attention_maps.look_at(*demo, "Il pleut.", ("fr", "en"))
+    sep, tables = attention.tokens.index("\\n"), attention.tables()
     assert attention.seen.tolist() == [[i >= sep, True] for i in range(len(attention.tokens))]
-    assert len(attention.tokens) > sep + 2  # there is a translation
-    for title, rows in attention.tables():
+    assert len(attention.tokens) > sep + 2 and out.startswith("fr -> en: Il")  # there is a translation
+    for title, lines in tables:
         shown = out.split(title + "\n")[1].splitlines()
-        assert [line.split() for line in shown[: len(rows)]] == rows
+        assert [line.split() for line in shown[: len(lines)]] == lines
+    drawn = Path("picture.svg").read_text(encoding="utf-8")  # matplotlib writes each text as a comment by its shape
+    assert drawn.count("<!-- ") == sum(len(lines) * len(lines[0]) for _, lines in tables)
 
 
 def test_of_a_sentence_longer_than_the_context_the_beginning_is_looked_at(demo):
     attention = attention_maps.look_at(*demo, "mot " * 500, ("fr", "en"), "word")
     assert len(attention.tokens) == demo[0].config.n_positions
-
-
-def test_each_slot_of_each_bank_has_its_nearest_tokens_in_every_layer(run):
-    out = looked(run, "Il pleut.", "--nearest", 2)
-    listed = out.split("nearest token keys")[1]
-    assert [f"bank {bank}, slot {slot}\n" in listed for bank in ("en", "fr") for slot in range(10)] == [True] * 20
-    assert listed.count("  layer ") == 20 * 6
-    line = listed.splitlines()[2].split()
-    assert line[:2] == ["layer", "0"] and -1 <= float(line[5]) <= float(line[3]) <= 1
-
-
-def test_attention_is_drawn_with_its_numbers(run, demo):
-    pytest.importorskip("matplotlib")
-    out = looked(run, "<b> & co", "--from", "en", "--to", "fr", "--nearest", 0, "--out", "picture.svg")
-    tables = attention_maps.look_at(*demo, "<b> & co", ("en", "fr")).tables()
-    drawn = Path("picture.svg").read_text(encoding="utf-8")  # matplotlib writes each text as a comment by its shape
-    assert drawn.count("<!-- ") == sum(len(rows) * len(rows[0]) for _, rows in tables)
-    assert out.startswith("en -> fr: < b >")
 
 
 def test_without_matplotlib_the_text_is_there_and_one_notice(run, monkeypatch):
@@ -185,22 +164,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, options, words):
     assert (code, err.count("\n")) == (2, 1) and words in err, err
 
 
-def test_text_for_nearest_tokens_must_be_named_where_the_prefix_has_no_record_of_any(run, demo):
+def test_each_slot_has_its_nearest_tokens_in_every_layer_of_text_that_the_record_or_data_names(run, demo):
     banks = Banks.read(DEMO_PREFIX)
     banks.training_record = {}
     banks.save("silent.safetensors", demo[0])
-    options = ["--model", "demo", "silent.safetensors", "Il pleut."]
+    options = ["--model", "demo", "silent.safetensors", "Il pleut.", "--nearest", 2]
     code, out, err = run(attention_maps, *options)
-    assert (code, out, err.count("\n")) == (2, "", 1) and "trained on: name the text with --data" in err
-    for more, lists in ((["--nearest", 0], False), (["--nearest", 1, "--data", "demo"], True)):
-        code, out, _ = run(attention_maps, *options, *more)
-        assert (code, "nearest token keys" in out) == (0, lists)
-
-
-def test_the_module_runs_by_its_name_and_hides_nothing_of_pythons():
-    line = [sys.executable, "-m", "prefix.evaluation.attention_maps", str(DEMO), "Oui.", "--nearest", "0"]
-    done = subprocess.run(line, capture_output=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0 and done.stdout.decode().startswith("fr -> en: "), done.stderr
+    assert (code, out, err.count("\n")) == (2, "", 1) and "no one text that they were trained on: name some with --data" in err
+    listed = run(attention_maps, *options, "--data", "demo")[1].split("nearest token keys")[1]
+    assert [f"bank {bank}, slot {slot}\n" in listed for bank in ("en", "fr") for slot in range(10)] == [True] * 20
+    assert listed.count("  layer ") == 20 * 6
+    line = listed.splitlines()[2].split()
+    assert line[:2] == ["layer", "0"] and -1 <= float(line[5]) <= float(line[3]) <= 1
 
 
 def test_a_token_is_shown_without_control_characters(demo):
@@ -216,8 +191,7 @@ def layer_by_layer(model, banks, ids, bank_mask, closed):
     return model.logits(model.blocks(model.embed(ids, packed.position), attn_fn))
 
 
-@pytest.mark.parametrize("backend", ["auto", "plain"])
-@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("layer, backend", [(0, "auto"), (1, "plain"), (2, "auto")])
 def test_a_closed_layer_is_one_without_slots_in_a_forward_pass_and_in_decoding(model, banks, ids, layer, backend):
     model.attention, slots = backend, without(banks, layer=layer).slots()
     hidden = model.hidden(ids, PackedBatch([len(ids)], torch.tensor(MASKS)), slots)

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import sacrebleu
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
@@ -20,22 +20,6 @@ quick = settings(max_examples=150, deadline=None)
 bleu, chrf, exact, mean_sentence_bleu = (METRICS[name] for name in ("bleu", "chrf", "exact", "sentence_bleu"))
 LABELS = ["anger", "fear", "joy"]
 VOCABULARY = [f"w{i}" for i in range(100)]
-
-HARD = {
-    "French guillemets": "« Bonjour », dit-il. «\u00a0Ça va\u202f?\u00a0»",
-    "numbers": "1,000.5 and 3.14, 2-3 or .5 and 5. Then 10-year, x-1 and 1,a",
-    "hyphens": "well-known - re-elected -- a- -b 5-a",
-    "entities": "Q&amp;A &quot;x&quot; &lt;b&gt; &amp;lt; &amp;amp;quot; & AT&T &nbsp;",
-    "skipped": "<skipped> a <skip<skipped>ped> b-<skipped>\nc",
-    "hyphen at a line's end": "a re-\nelected b\nc -\n",
-    "runs of marks": "a.,b ,,. ... 1.,2 .,. a.b.c. 1..2 (a).,",
-    "apostrophes": "l'homme d’aujourd'hui 'tis ``quoted''",
-    "white space": " a\tb\r\nc\u2028d\x1ce\u3000f ",
-    "other scripts": "٣.١٤ 你好。Привет, мир! 👩‍🚀.",
-    "half a surrogate pair": "a\ud800.b",
-    "nothing": "",
-    "blank": " \n ",
-}
 
 # Few words, so that n-grams of every order match now and then, pieces that the tokenizers take apart, words with stems.
 WORDS = ["a", "b", "c", "A", "cat", "cats", "running", "a.", "b,", "3-4", "x-y", "&amp;", "été", "e\u0301te\u0301", "-"]
@@ -67,15 +51,12 @@ def assert_equal_to_the_references(hypotheses, references):
             assert abs(METRICS[name + end](hypotheses, references) - theirs) < 0.005
 
 
-@pytest.mark.parametrize("text", HARD.values(), ids=HARD.keys())
-def test_tokens_of_hard_strings_are_sacrebleus(text):
-    assert tokenize_13a(text) == Tokenizer13a()(text).split()
-
-
 SIGNS = [*"ab12.,-'\"!?()[]{}`~^_@:/\\&; \n\t«»é", "&amp;", "&lt;", "<skipped>", "-\n"]
 
 
 @quick
+@example("« Bonjour », dit-il. «\u00a0Ça va\u202f?\u00a0» ٣.١٤ 你好。👩‍🚀. a\ud800.b c\x1ce\u3000f")
+@example("Q&amp;A &amp;lt; &amp;amp;quot; &nbsp; <skip<skipped>ped> 1,000.5-.5 re-\nelected -\n")
 @given(st.text(st.characters() | st.sampled_from("aB1.,-'&;<> \n")) | st.lists(st.sampled_from(SIGNS)).map("".join))
 def test_tokens_of_any_text_are_sacrebleus(text):
     assert tokenize_13a(text) == Tokenizer13a()(text).split()
@@ -88,18 +69,11 @@ def test_scores_are_those_of_the_reference_packages_with_as_many_references_as_e
 
 
 @pytest.mark.parametrize("hypotheses, references", [
-    ([""], [[""]]),
-    ([""], [["the cat sat on the mat"]]),
-    (["the cat sat on the mat"], [[""]]),
     (["", ""], [["a b c d"], ["e f g h"]]),
     (["", "a b c d e"], [["a b c d"], ["a b c d e"]]),
-    (["a b c"], [["a b c"]]),
+    (["the cat sat on the mat"], [[""]]),
     (["a b c", "d"], [["a b c"], ["d"]]),
     (["v w x y z"], [["a b c d e"]]),
-    (["a x b y c"], [["a b c d e"]]),
-    (["a"], [["a b c d e f g h i j k l m n o p q r s t u v w x y z"]]),
-    (["the the the the the the the"], [["the cat is on the mat"]]),
-    (["The Cat"], [["the cat sat on the mat"]]),
     (["ab"], [["abcdefgh"]]),
     (["abcdefgh"], [["ab"]]),
     (["Happily RUNNING flies, was is"], [["happy runs fly be"]]),
@@ -126,7 +100,7 @@ def test_scores_worked_out_by_hand(name, hypothesis, reference, score):
 
 def test_counts_are_those_of_the_paper():
     """Papineni et al. 2002, section 2.1: the second "the" is the last that either reference allows."""
-    row = bleu.rows(["the the the the the the the"], [["The cat is on the mat", "There is a cat on the mat"]])
+    row = bleu.counts(["the the the the the the the"], [["The cat is on the mat", "There is a cat on the mat"]])
     assert row.tolist() == [[1, 0, 0, 0, 7, 6, 5, 4, 7, 7]]
 
 
@@ -146,11 +120,12 @@ def test_signatures_are_sacrebleus_without_its_version(second):
         assert ours.signature([["a b", "c d"], ["e f", *second]]) == str(theirs.get_signature()).split("|version")[0]
 
 
-def test_the_signature_of_rouge_says_whether_words_are_stems():
+def test_groups_of_metrics_have_names_and_the_signature_of_rouge_says_whether_words_are_stems():
     for group, stem in (("rouge", "no"), ("rouge-stem", "yes")):
         signature = f"nrefs:1|case:lower|tok:rouge-score|stem:{stem}|f1:sentence-mean"
         assert [metric.signature([["a"]]) for metric in named([group])] == [signature] * 3
-    assert [metric.label for metric in named(["chrf", "rouge"])] == ["chrF2", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
+    labels = [metric.label for metric in named(["chrf", "rouge", "accuracy"], LABELS)]
+    assert labels == ["chrF2", "ROUGE-1", "ROUGE-2", "ROUGE-L", "accuracy", "macro-F1"]
 
 
 def test_macro_f1_is_the_mean_of_the_labels_that_occur():
@@ -207,19 +182,15 @@ def test_labels_are_resampled_by_their_own_metrics(metric, delta):
     assert result["delta"] == pytest.approx(delta) and 0 < low < delta < high and result["p"] == 2 / 1001
 
 
-def test_the_same_sentences_are_drawn_for_both_systems():
-    """One sentence more is right in b than in a: no draw can say that a is better."""
-    references, a = [["x"]] * 40, ["x"] * 20 + ["y"] * 20
-    assert paired_bootstrap(exact, a[1:] + a[:1], a, references)["delta"] == 0
-    assert paired_bootstrap(exact, a, a[:20] + ["x"] + a[21:], references)["interval"][1] == 0
-
-
-def test_exchanging_the_systems_changes_the_sign_alone():
+def test_the_same_sentences_are_drawn_for_both_systems_and_exchanging_them_changes_the_sign_alone():
+    references, right = [["x"]] * 40, ["x"] * 20 + ["y"] * 20
+    better = right[:20] + ["x"] + right[21:]  # by one sentence: no draw can say that the other is
+    assert paired_bootstrap(exact, right, better, references)["interval"][1] == 0
     a, b, references = made_up(1, 50, 0.30, 0.32)
     one, other = paired_bootstrap(bleu, a, b, references), paired_bootstrap(bleu, b, a, references)
     assert one["p"] == other["p"] and one["delta"] == -other["delta"]
     assert one["interval"] == pytest.approx([-x for x in reversed(other["interval"])])
-    assert paired_bootstrap(bleu, a, b, references, seed=1) == paired_bootstrap(bleu, a, b, references, seed=1) != one
+    assert paired_bootstrap(bleu, a, b, references, seed=1) != one
 
 
 def test_equally_good_systems_are_called_different_about_once_in_twenty():

@@ -1,0 +1,47 @@
+"""The kernels are held against the formula at their first use; where they fail, that is said and torch's attention runs.
+Here they run in Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
+from minigpt import UserError, attention, kernels  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernels_that_work_have_no_fault(dtype):
+    assert attention.kernel_fault(CPU, dtype, n_head=2, head_dim=16) is None
+
+
+def raising(*arguments):
+    raise RuntimeError("no C compiler\nwas found")
+
+
+FAULTS = {
+    "raises": (raising, "RuntimeError: no C compiler"),
+    "is wrong": (lambda qkv, *more: 1.01 * right(qkv, *more), "output: relative error 0.01 in torch.float32"),
+    "has no number": (lambda qkv, *more: torch.nan * right(qkv, *more), "output: relative error nan in torch.float32"),
+    "has a wrong gradient": (lambda qkv, *more: right(qkv, *more) + 0 * qkv[:, :32].detach() + qkv[:, :32] - qkv[:, :32].detach(),
+                             "gradient of qkv"),
+}  # fmt: skip
+right = kernels.triton_attention
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_kernel_that_is_at_fault_is_told(monkeypatch, fault):
+    wrong, said = FAULTS[fault]
+    monkeypatch.setattr(kernels, "triton_attention", wrong)
+    assert said in attention.kernel_fault(CPU, torch.float32, n_head=2, head_dim=16)
+
+
+def test_a_fault_is_one_notice_or_an_error_for_fused_attention(monkeypatch, capsys):
+    monkeypatch.setattr(attention, "kernel_fault", lambda *a: "no C compiler")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    attention.kernels_work.cache_clear()
+    assert [attention.kernels_work("cuda:0", torch.float16, 2, 16) for _ in range(3)] == [False] * 3
+    assert capsys.readouterr().err == "Attention is torch's own, not the kernels', on this GPU: no C compiler\n"
+    with pytest.raises(UserError, match="--attention fused does not work on this GPU: no C compiler"):
+        attention.kernels_work("cuda:0", torch.float16, 2, 16, must=True)
+    attention.kernels_work.cache_clear()
