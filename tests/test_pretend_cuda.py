@@ -57,7 +57,7 @@ WAYS = {
     "no kernels": {},
     "no kernels, float16": {"dtype": torch.float16},
     "checkpointed activations, micro-batches of 40 tokens": {"checkpointing": True, "micro": 40},
-    "the network of --reparam": {"kind": Reparametrised},
+    "the network of --reparam": {"kind": Reparametrised, "lr": 0.003},  # its default rate
 }
 
 
