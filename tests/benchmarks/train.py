@@ -223,7 +223,7 @@ def compile_blocks(model):
     """All of a block but attention, which takes lengths that are new in every batch."""
     for block in model.h:
         block.compile(dynamic=True)
-    model.run = lambda x, attn_fn: GPT.run(model, x, torch.compiler.disable(attn_fn))
+    model.blocks = lambda x, attn_fn: GPT.blocks(model, x, torch.compiler.disable(attn_fn))
 
 
 def train_peft(args, dtype):

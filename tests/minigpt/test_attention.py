@@ -1,5 +1,5 @@
 """The kernels are held against the formula at their first use; where they fail, that is said and torch's attention runs.
-Here they run in Triton's interpreter."""
+Without a GPU they run in Triton's interpreter."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 from minigpt import UserError, attention, kernels  # noqa: E402
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernels_that_work_have_no_fault(dtype):
-    assert attention.kernel_fault(CPU, dtype, n_head=2, head_dim=16) is None
+    assert attention.kernel_fault(DEVICE, dtype, n_head=2, head_dim=16) is None
 
 
 def raising(*arguments):
@@ -33,7 +33,7 @@ right = kernels.triton_attention
 def test_a_kernel_that_is_at_fault_is_told(monkeypatch, fault):
     wrong, said = FAULTS[fault]
     monkeypatch.setattr(kernels, "triton_attention", wrong)
-    assert said in attention.kernel_fault(CPU, torch.float32, n_head=2, head_dim=16)
+    assert said in attention.kernel_fault(DEVICE, torch.float32, n_head=2, head_dim=16)
 
 
 def test_a_fault_is_one_notice_or_an_error_for_fused_attention(monkeypatch, capsys):
