@@ -300,6 +300,7 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
     fakes = {
         "CUDAGraph": Graph, "graph": capture, "Event": Event, "device": lambda device: contextlib.nullcontext(),
         "current_device": gpu.current_device, "set_device": gpu.set_device, "is_available": lambda: True,
+        "is_current_stream_capturing": lambda: False,  # optimizers ask; CUDA builds of torch would ask a driver
         "get_device_capability": lambda device=None: capability,
         "is_bf16_supported": lambda including_emulation=True: capability >= (8, 0),
         "mem_get_info": lambda device=None: (1 << 34, 1 << 34),
