@@ -3,6 +3,7 @@ Without a GPU they run in Triton's interpreter."""
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 from minigpt import UserError, attention, kernels  # noqa: E402
@@ -34,6 +35,32 @@ def test_a_kernel_that_is_at_fault_is_told(monkeypatch, fault):
     wrong, said = FAULTS[fault]
     monkeypatch.setattr(kernels, "triton_attention", wrong)
     assert said in attention.kernel_fault(DEVICE, torch.float32, n_head=2, head_dim=16)
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_a_full_gpu_is_no_fault_and_is_not_remembered(monkeypatch, kind):
+    def full(*_):
+        raise kind("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    attention.kernels_work.cache_clear()
+    with monkeypatch.context() as patch, pytest.raises(kind, match="out of memory"):
+        patch.setattr(kernels, "triton_attention", full)
+        attention.kernels_work(DEVICE, torch.float32, 1, 16)
+    assert attention.kernels_work(DEVICE, torch.float32, 1, 16)
+    attention.kernels_work.cache_clear()
+
+
+def test_a_first_use_in_a_checkpointed_block_does_not_disturb_its_backward():
+    found, x = [], torch.ones(3, device=DEVICE, requires_grad=True)
+
+    def block(x):
+        if not found:
+            found.append(attention.kernel_fault(DEVICE, torch.float32, n_head=1, head_dim=16))
+        return x.square()
+
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert found == [None] and x.grad.tolist() == [2, 2, 2]
 
 
 def test_a_fault_is_one_notice_or_an_error_for_fused_attention(monkeypatch, capsys):
