@@ -299,6 +299,7 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
     monkeypatch.setattr(attention, "kernels_work", lambda *a, **_: capability >= attention.KERNELS_FROM)  # has tests of its own
     fakes = {
         "CUDAGraph": Graph, "graph": capture, "Event": Event, "device": lambda device: contextlib.nullcontext(),
+        "current_stream": lambda: None, "stream": contextlib.nullcontext,
         "current_device": gpu.current_device, "set_device": gpu.set_device, "is_available": lambda: True,
         "is_current_stream_capturing": lambda: False,  # optimizers ask; CUDA builds of torch would ask a driver
         "get_device_capability": lambda device=None: capability,

@@ -62,6 +62,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(FakeGraph, "replays", 0)
         for name, fake in (("CUDAGraph", FakeGraph), ("graph", capture), ("device", lambda device: nullcontext())):
             monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(minigpt.cache, "decode_step", recorded_step)
         monkeypatch.setattr(minigpt.cache, "FAILED", set())
@@ -172,13 +174,17 @@ def test_what_fails_on_a_gpu_is_said_once_and_then_left(model, gpu, monkeypatch,
     assert said in err and err.count("\n") == 1
 
 
-def test_a_full_gpu_is_no_fault_of_the_kernels(model, gpu, monkeypatch):
+FULL = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Triton Error [CUDA]: out of memory")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=str)
+def test_a_full_gpu_is_no_fault_of_the_kernels(model, gpu, monkeypatch, error):
     gpu()
 
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(decode_kernel, "decode_attention", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match="out of memory"):
         generate(model, [Prompt([1], 3)], [])
     assert not minigpt.cache.FAILED
