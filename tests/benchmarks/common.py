@@ -183,7 +183,7 @@ def waits(work, device):
             result = work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return result, len(events) + sum("synchroniz" in str(warning.message) for warning in caught)
+    return result, len(events) + sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def profile(work, device):
