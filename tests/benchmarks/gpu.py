@@ -31,7 +31,7 @@ from common import Peak, circumstances, first_line, profile, replaced, timings, 
 from minigpt import GPT, GPTConfig, Tokenizer, cache, checkpoint
 from minigpt.config import PUBLISHED
 from minigpt.generate import Prompt, generate
-from minigpt.loss import nll_sum
+from minigpt.loss import nll_sum, padded_rows
 from prefix.banks import Banks
 from prefix.batches import BatchLoader
 from prefix.data import corpus as data
@@ -83,8 +83,11 @@ seconds = lambda work: median(timings(work, args.device, 0.3 if cuda() else 0.0)
 
 
 def program(*words):
-    """A python program in the project's folder -> its CompletedProcess."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    """A python program in the project's folder -> its CompletedProcess; where it failed, the end of what it said is shown."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    if done.returncode:
+        print(words, done.returncode, done.stdout[-4000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
+    return done
 
 
 # The parts: each a function -> {what: (value, expected or None)}
@@ -102,8 +105,9 @@ def kernels():
     """Their own tests: values and gradients against float64."""
     if not (find_spec("pytest") and cuda()):
         return {"tests": ("need a GPU and pytest", "passed")}
-    done = program("-m", "pytest", "-q", "tests/minigpt/test_kernels.py", "tests/minigpt/test_decode_kernel.py")
-    return {"tests": (done.stdout.strip().splitlines()[-1], "passed")}
+    files = [f"tests/minigpt/test_{name}.py" for name in ("kernels", "decode_kernel")]
+    done = program("-m", "pytest", "-q", "-n", 8, "--tb=short", *files)
+    return {"tests": (first_line(done.stdout.strip().rpartition("\n")[2] or done.stderr), "passed")}
 
 
 def demo_trainer(folder, device, dtype=torch.float32):
@@ -210,8 +214,10 @@ def random_model():
     """The shape, drawn on the device and frozen."""
     with torch.device("meta"):
         model = GPT(SHAPES[args.shape])
-    model = model.to(dtype()).to_empty(device=args.device).requires_grad_(False)
-    for name, p in model.named_parameters():
+    model = model.to(dtype()).to_empty(device=args.device)
+    wte = torch.zeros(padded_rows(model.config.vocab_size), model.config.n_embd, device=args.device, dtype=dtype())
+    model.wte.weight = torch.nn.Parameter(wte[: model.config.vocab_size])  # as checkpoint.load_weights pads it
+    for name, p in model.requires_grad_(False).named_parameters():
         p.normal_(std=0.02) if p.dim() == 2 else p.fill_(float("ln_" in name and name.endswith("weight")))
     return model.eval()
 
@@ -311,7 +317,8 @@ def others():
         apart = GPT.from_pretrained("demo", args.device)(ids) - theirs(ids).logits
     c = SHAPES[args.shape]
     sizes = {name: getattr(c, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
-    base = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)).to(args.device, dtype())
+    with torch.device(args.device):  # there it is drawn in no time
+        base = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)).to(dtype())
     model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20)).to(args.device)
     packed, peak = random_batch(c, 5000 if cuda() else 300).packed, Peak(args.device)
     padded = torch.randint(c.vocab_size, (len(packed.lengths), packed.longest), device=args.device)
