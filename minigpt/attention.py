@@ -39,6 +39,12 @@ def to_device(x, device):
     return x.to(device)
 
 
+def out_of_memory(error):
+    """torch has a class of its own for a full GPU, but only words for a full main memory and in CUDA's libraries."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
 class PackedBatch:
     """How N packed tokens fall into B sequences, and which banks are open at each.
 
@@ -207,8 +213,6 @@ def kernel_fault(device, dtype, n_head, head_dim):
             if not error <= TOLERANCE[dtype]:  # also where it is NaN
                 return f"{name}: relative error {error:.1g} in {dtype}"
     except Exception as error:  # no triton, no C compiler, no room for a block: many libraries, many classes
-        from minigpt.memory import out_of_memory  # here, because it imports this module
-
         if out_of_memory(error):  # that passes, and is nobody's fault
             raise
         return f"{type(error).__name__}: {error}".splitlines()[0]

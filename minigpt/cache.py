@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from minigpt.attention import KERNELS_FROM, PackedBatch, attend, slot_layers, to_device
+from minigpt.attention import KERNELS_FROM, PackedBatch, attend, out_of_memory, slot_layers, to_device
 
 KEPT = WeakKeyDictionary()  # of each model on a GPU: its last cache
 FAILED = set()  # what this GPU has not done as it should: "kernel", "graph"
@@ -226,8 +226,6 @@ def first_step(model, cache, B):
                 None if agree(logits.float(), expected.float(), model.dtype) else "its numbers are not those of a plain step"
             )
         except Exception as error:  # of a compiler, a driver: whatever it is, there is another way
-            from minigpt.memory import out_of_memory  # here, because it imports this module
-
             if out_of_memory(error) or out_of_memory(error.__context__):  # a capture ends with an error of its own
                 raise
             fault = (str(error) or repr(error)).splitlines()[0]
