@@ -4,16 +4,21 @@
 
 A file is a table of sentences and translations (.tsv or .csv, with a header) or a list of sentences (.txt); behind it
 stands how often one of its sentences is drawn. documents.py says what is made of them. A run goes on exactly from
-DIR/state.pt. So it may end at any time: stop it, and start it again with fewer --tokens. It needs the `tokenizers`
-package (it comes with transformers). On a CPU a malloc that keeps its memory whole makes steps up to three times as fast:
+DIR/state.pt. So it may end at any time: stop it, and start it again with fewer --tokens. Processes beside it draw the
+documents. It needs the `tokenizers` package (it comes with transformers), unless DIR holds a vocabulary already. On a GPU,
+--batch-tokens 16384. On a CPU a malloc that keeps its memory whole makes steps up to three times as fast:
 LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=thp:always,dirty_decay_ms:5000,muzzy_decay_ms:5000
 """
 
 import argparse
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
-from minigpt.attention import PackedBatch, attend
+from minigpt.attention import PackedBatch, attend, to_device
 from minigpt.files import replacing
 from minigpt.tokenizer import END_OF_TEXT
 from prefix.demo.documents import draw_documents, read_sources
@@ -32,16 +37,33 @@ ENDS = [0.02, 0.5, 1.0]  # of the stages of a run, as shares of all tokens
 RATES = [1.0, 1.0, 0.0]  # the learning rate there, as a share of PEAK; in between it is linear
 ALONE = [0.2, 0.2, 0.05]  # the share of a stage's documents that are runs in one language
 FACTS = [0.06, 0.06, 0.06]  # and that are facts with a text; all others are translations
-PEAK, BATCH_TOKENS, BLOCK, LOG_EVERY, SEED = 2e-3, 4096, 4096, 100, 1  # a block of documents is sorted by length
+PEAK, BATCH_TOKENS, LOG_EVERY, SEED = 2e-3, 4096, 60, 1  # LOG_EVERY: seconds
+BLOCK, DOCUMENT = 4096, 47  # documents that are sorted by length together; tokens of one, on average
 
 
 def main():
     parser = argparse.ArgumentParser(description="Pretrain the demo checkpoint.")
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE:WEIGHT", help="held-out loss: on the first")
     parser.add_argument("--tokens", type=float, default=150e6, help="to train on, all in all")
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="of an optimizer step (%(default)s)")
+    parser.add_argument("--peak", type=float, default=PEAK, help="the highest learning rate (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    sources, held_out = read_sources(args.data)
+    if not (args.out / "vocab.json").exists():
+        build_vocabulary([row for rows, _ in sources for row in rows if len(row) == 2], args.out)
+    tokenizer = Tokenizer.from_pretrained(args.out)
+    held_out = [f"{a}\n{b}" for pair in held_out for a, b in (pair, pair[::-1])]
+    validation = batches(held_out, tokenizer, BATCH_TOKENS)
+    processes = min(12, max(1, os.cpu_count() - 1))
+    begin = (sources, tokenizer, args.batch_tokens)
+    with multiprocessing.get_context("fork").Pool(processes, make_blocks_of, begin) as pool:  # before CUDA begins
+        train(pool, processes + 1, validation, args)
+
+
+def prepare(args):
+    """-> the parts that a state has, and where a run stands: as DIR/state.pt says, or at the beginning."""
     torch.manual_seed(SEED)
     model = Pretraining(CONFIG).to(args.device)
     hidden = [p for p in model.h.parameters() if p.dim() == 2]
@@ -49,15 +71,12 @@ def main():
     muon = torch.optim.Muon(hidden, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     parts = {"model": model, "muon": muon, "adamw": torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0)}
     at = {"step": 0, "tokens": 0, "seconds": 0.0, "block": 0, "batch": 0}
-    sources, held_out = read_sources(args.data)
     if (args.out / "state.pt").exists():
         state = torch.load(args.out / "state.pt", map_location=args.device, weights_only=True)
         at = state.pop("at")
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    else:
-        build_vocabulary([row for rows, _ in sources for row in rows if len(row) == 2], args.out)
-    train(parts, sources, held_out, at, args)
+    return parts, at
 
 
 def build_vocabulary(pairs, directory):
@@ -74,60 +93,72 @@ def build_vocabulary(pairs, directory):
     (directory / "vocab.json").write_text(vocab, encoding="utf-8")
 
 
-def train(parts, sources, held_out, at, args):
-    """From where `at` stands to args.tokens; every LOG_EVERY steps a line of log.jsonl, the state and the weights."""
-    (model, *optimizers), tokenizer = parts.values(), Tokenizer.from_pretrained(args.out)
-    validation = batches((f"{a}\n{b}" for pair in held_out for a, b in (pair, pair[::-1])), tokenizer)
+def train(pool, ahead, validation, args):
+    """From where a run stands to args.tokens; now and then a line of log.jsonl, the state and the weights."""
+    parts, at = prepare(args)
+    model, *optimizers = parts.values()
     losses, start = [], time.monotonic()
-    for batch in training_batches(sources, tokenizer, at, args.tokens):
+    for batch in training_batches(pool, ahead, at, args.tokens):
         loss = model.loss(*batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = float(np.interp(at["tokens"] / args.tokens, [0, *ENDS], [0, *RATES]))
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = PEAK * rate
+            optimizer.param_groups[0]["lr"] = args.peak * rate
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
         at |= {"step": at["step"] + 1, "tokens": at["tokens"] + len(batch[0])}
-        if at["step"] % LOG_EVERY == 0 or at["tokens"] >= args.tokens:
-            at["seconds"], start = at["seconds"] + time.monotonic() - start, time.monotonic()
+        if time.monotonic() - start >= LOG_EVERY or at["tokens"] >= args.tokens:
             with torch.no_grad():
                 held_out_loss = sum(model.loss(*batch).item() for batch in validation) / len(validation)
+            at["seconds"], start = at["seconds"] + time.monotonic() - start, time.monotonic()
+            line = {**at, "loss": torch.stack(losses).mean().item(), "val_loss": held_out_loss}
             with open(args.out / "log.jsonl", "a") as log:
-                print(
-                    json.dumps({**at, "loss": torch.stack(losses).mean().item(), "val_loss": held_out_loss}), file=log
-                )
+                print(json.dumps(line), file=log)
             losses = []
             with replacing(args.out / "state.pt") as temporary:
                 torch.save({"at": at} | {name: part.state_dict() for name, part in parts.items()}, temporary)
             checkpoint.save(model, args.out, torch.float16)
 
 
-def training_batches(sources, tokenizer, at, tokens):
-    """Yield batches from where `at` stands, and move its block, batch and stage, until `tokens` are done."""
+def training_batches(pool, ahead, at, tokens):
+    """Yield batches from where `at` stands, and move its block and batch, until `tokens` are done. The pool makes the
+    blocks, so many `ahead`; what is in one follows from its number."""
+    stage = lambda number: int(np.searchsorted(ENDS, number * BLOCK * DOCUMENT / tokens, side="right"))
+    blocks = (pool.apply_async(make_block, (number, min(stage(number), 2))) for number in itertools.count(at["block"]))
+    waiting = deque(itertools.islice(blocks, ahead))
     while at["tokens"] < tokens:
-        if at["batch"] == 0:
-            at["stage"] = int(np.searchsorted(ENDS, at["tokens"] / tokens, side="right"))
-        rng = random.Random(f"{SEED} {at['block']}")
-        block = batches(draw_documents(sources, BLOCK, ALONE[at["stage"]], FACTS[at["stage"]], rng), tokenizer)
-        rng.shuffle(block)
-        for batch in block[at["batch"] :]:
+        for batch in waiting.popleft().get()[at["batch"] :]:
             if at["tokens"] < tokens:
                 at["batch"] += 1
                 yield batch
         at |= {"block": at["block"] + 1, "batch": 0}
+        waiting.append(next(blocks))
 
 
-def batches(texts, tokenizer):
-    """-> [(ids (N,), targets (N,), lengths)]: texts of like length together, N at most BATCH_TOKENS."""
+def make_blocks_of(*inputs):
+    """What a process that draws documents begins with: its sources, the tokenizer, and how large a batch is."""
+    make_block.inputs = inputs
+
+
+def make_block(number, stage):
+    """The batches of a block, in random order."""
+    (sources, tokenizer, batch_tokens), rng = make_block.inputs, random.Random(f"{SEED} {number}")
+    block = batches(draw_documents(sources, BLOCK, ALONE[stage], FACTS[stage], rng), tokenizer, batch_tokens)
+    rng.shuffle(block)
+    return block
+
+
+def batches(texts, tokenizer, batch_tokens):
+    """-> [(ids (N,), targets (N,), lengths)]: texts of like length together, N at most batch_tokens; NumPy arrays."""
     rows = sorted(([*tokenizer.encode(text)[: CONFIG.n_positions - 1], tokenizer.eot] for text in texts), key=len)
     ends = np.cumsum([len(row) for row in rows])
     result = []
     while rows:
-        n = int(np.searchsorted(ends, BATCH_TOKENS, side="right"))
-        ids = torch.tensor([i for row in rows[:n] for i in row])
-        targets = torch.tensor([i for row in rows[:n] for i in [*row[1:], -100]])
+        n = int(np.searchsorted(ends, batch_tokens, side="right"))
+        ids = np.concatenate(rows[:n]).astype(np.int16)
+        targets = np.concatenate([[*row[1:], -100] for row in rows[:n]]).astype(np.int16)
         result.append((ids, targets, [len(row) for row in rows[:n]]))
         rows, ends = rows[n:], ends[n:] - ends[n - 1]
     return result
@@ -149,17 +180,18 @@ class Pretraining(GPT):
     def loss(self, ids, targets, lengths):
         """The mean over all tokens that have a next one in their document."""
         low = {name: p.bfloat16() for name, p in self.named_parameters() if name.startswith(("h.", "ln_f."))}
-        inputs = ids.to(self.device), targets.to(self.device), PackedBatch(lengths, device=self.device)
-        return torch.func.functional_call(self, low, inputs)
+        counted = np.flatnonzero(targets >= 0)  # (M,)
+        ids, counted, targets = (torch.from_numpy(x.astype(np.int64)) for x in (ids, counted, targets[counted]))
+        inputs = [to_device(x, self.device) for x in (ids, counted, targets)]
+        return torch.func.functional_call(self, low, (*inputs, PackedBatch(lengths, device=self.device)))
 
-    def forward(self, ids, targets, packed):
+    def forward(self, ids, counted, targets, packed):
         backend = "plain" if self.device.type == "cpu" else "auto"  # the faster one for short texts
         x = self.embed(ids, packed.position).bfloat16()
         x = self.blocks(x, lambda i, qkv: attend(qkv, self.config.n_head, packed, backend=backend))  # (N, n_embd)
-        counted = (targets >= 0).nonzero()[:, 0]
         logits = x[counted] @ self.wte.weight.bfloat16().T  # (M, vocab_size)
         logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-        return -logp.gather(1, targets[counted, None]).mean()
+        return -logp.gather(1, targets[:, None]).mean()
 
 
 if __name__ == "__main__":
