@@ -157,9 +157,14 @@ def decode_step(model, cache, B, T):
     beams, device = cache.ids.size(1), cache.ids.device
     entry = cache.entry[:B, None] + torch.arange(beams, device=device)  # (B, beams)
     cache.visible[:B].scatter_(2, entry[:, :, None], True)  # a beam sees its own new entry
-    attn_fn = kernel_attention(cache) if cache.kernel else plain_attention(model, cache, entry, T)
     position = cache.position[:B, None].expand(-1, beams)
-    hidden = model.blocks(model.embed(cache.ids[:B].flatten(), position.flatten()), attn_fn)  # (B * beams, n_embd)
+    x = model.embed(cache.ids[:B].flatten(), position.flatten())  # (B * beams, n_embd)
+    if cache.kernel:
+        from minigpt.decode_kernel import decode_blocks  # here, because only CUDA builds of torch bring triton
+
+        hidden = decode_blocks(model, cache, x)
+    else:
+        hidden = model.blocks(x, plain_attention(model, cache, entry, T))
     logits = model.logits(hidden).unflatten(0, (B, beams))
     cache.state[:2, :B] += cache.running[:B] * cache.advance
     if beams == 1:
@@ -185,13 +190,6 @@ def plain_attention(model, cache, entry, T):
         return attend_cached(q, key, value, bias, cache.layers[i], model.attention).flatten(0, 1)
 
     return attn_fn
-
-
-def kernel_attention(cache):
-    """attn_fn of a step by one Triton kernel."""
-    from minigpt.decode_kernel import decode_attention  # here, because only CUDA builds of torch bring triton
-
-    return lambda i, qkv: decode_attention(qkv, cache, i)
 
 
 def gpu_step(model, cache, B, T):

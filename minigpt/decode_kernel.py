@@ -1,10 +1,13 @@
-"""A decoding step's attention in one launch a layer, in Triton: new keys and values go into the cache, and each row's
-queries attend to them, to the row's own entries and to the slots, in one softmax.
+"""A decoding step on a GPU in seven launches a layer, two kinds of them in Triton.
 
-A program owns one row and head. Its queries, one or one for each beam, are one block. It reads on the device how many
-entries its row has, so none is rounded up, and one CUDA graph serves every length. cache.attend_cached is the
-reference. Memory: H heads, D head_dim, Q queries a row; qkv (rows * Q, 3 H D), out (rows * Q, H D); the rest as in
-cache.Cache. BQ is Q, rounded up to what tl.dot takes; the other sizes are those of kernels.py.
+decode_kernel is the attention: new keys and values go into the cache, and each row's queries attend to them, to the
+row's own entries and to the slots, in one softmax. A program owns one row and head. Its queries, one or one for each beam,
+are one block. It reads on the device how many entries its row has, so none is rounded up, and one CUDA graph serves every
+length. cache.attend_cached is the reference. Memory: H heads, D head_dim, Q queries a row; qkv (rows * Q, 3 H D), out (rows * Q,
+H D); the rest as in cache.Cache. BQ is Q, rounded up to what tl.dot takes; the other sizes are those of kernels.py.
+
+norm_kernel is a layer norm which also adds the bias of the projection that comes next to the residual stream. So that
+projection is one product, summed onto the stream where it lies.
 """
 
 import torch
@@ -12,6 +15,7 @@ import triton
 import triton.language as tl
 
 from minigpt.kernels import LOG2_E, _dot, _load, _online_softmax, _sees_slots, _store
+from minigpt.model import ACTIVATE
 
 
 @triton.jit(do_not_specialize=["rows", "Q", "S", "capacity"])
@@ -74,3 +78,40 @@ def decode_attention(qkv, cache, layer):
         LOG2_E * head_dim**-0.5, **constants(n_head, head_dim, Q, qkv.dtype),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def norm_kernel(x, weight, bias, add, out, eps, C: tl.constexpr, BC: tl.constexpr):
+    """One program: a row of x (N, C). Its norm goes to out; then `add` (C,) is added to the row itself."""
+    columns = tl.arange(0, BC)
+    row, inside = tl.program_id(0).to(tl.int64) * C + columns, columns < C
+    values = tl.load(x + row, mask=inside, other=0.0).to(tl.float32)
+    centered = tl.where(inside, values - tl.sum(values, 0) / C, 0.0)
+    scale = 1 / tl.sqrt(tl.sum(centered * centered, 0) / C + eps)
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(add + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row, (centered * scale * w + b).to(out.dtype.element_ty), mask=inside)
+    tl.store(x + row, (values + added).to(x.dtype.element_ty), mask=inside)
+
+
+def norm_and_add(x, ln, add):
+    """x (N, C) -> ln(x); x itself becomes x + add."""
+    out, C = torch.empty_like(x), x.size(1)
+    norm_kernel[(len(x),)](x, ln.weight, ln.bias, add, out, ln.eps, C, triton.next_power_of_2(C))
+    return out
+
+
+def decode_blocks(model, cache, x):
+    """GPT.blocks for a step: x (N, C), which is overwritten -> (N, C)."""
+    for i, block in enumerate(model.h):
+        attn, mlp = block.attn, block.mlp
+        h = norm_and_add(x, block.ln_1, attn.c_proj.bias)
+        x.addmm_(decode_attention(attn.c_attn(h), cache, i), attn.c_proj.weight)
+        h = norm_and_add(x, block.ln_2, mlp.c_proj.bias)
+        if mlp.activate is ACTIVATE["gelu_tanh"]:  # cuBLAS applies it to a product's sums
+            h = torch._addmm_activation(mlp.c_fc.bias, h, mlp.c_fc.weight, use_gelu=True)
+        else:
+            h = mlp.activate(mlp.c_fc(h))
+        x.addmm_(h, mlp.c_proj.weight)
+    return model.ln_f(x)

@@ -294,7 +294,8 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
     for kernel in interpreted:
         monkeypatch.setattr(kernels, kernel.fn.__name__, kernel)
     monkeypatch.setattr(kernels, "KERNELS", interpreted)
-    monkeypatch.setattr(decode_kernel, "decode_kernel", Kernel(decode_kernel.decode_kernel))
+    for name in ("decode_kernel", "norm_kernel"):
+        monkeypatch.setattr(decode_kernel, name, Kernel(getattr(decode_kernel, name)))
     monkeypatch.setattr(cache, "FAILED", set())
     monkeypatch.setattr(attention, "kernels_work", lambda *a, **_: capability >= attention.KERNELS_FROM)  # has tests of its own
     fakes = {

@@ -144,7 +144,7 @@ def test_decoding_gives_the_cpus_texts_and_a_token_waits_once(both, tokenizer, w
     assert not gpu.total("pageable"), gpu.where()
     assert ("decode_kernel" in gpu.launches) == (capability == NEW)
     if capability == NEW and "beams" not in way:
-        assert gpu.captured <= 10 * 2 + 25  # launches of a step: ten a layer, and a few beside them
+        assert gpu.captured <= 8 * 2 + 25  # launches of a step: seven a layer (eight with the exact GELU), and a few beside them
     if way != "choices":
         captures, replays = gpu.counts["capture"], gpu.counts["replay"]
         assert captures == 1 and replays, "no replay"  # one graph for all lengths and for other slots

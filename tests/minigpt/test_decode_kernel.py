@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
 from minigpt import decode_kernel  # noqa: E402
 from minigpt.attention import Slots  # noqa: E402
+from minigpt import GPT, GPTConfig  # noqa: E402
 from minigpt.cache import attend_cached  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,3 +88,18 @@ def test_a_row_without_an_entry_attends_to_its_new_token_alone():
     cache = SimpleNamespace(**{name: x if name == "layers" else x.to(DEVICE) for name, x in vars(cache).items()})
     out = decode_kernel.decode_attention(qkv.to(DEVICE), cache, 0)
     torch.testing.assert_close(out.cpu(), qkv[:, 64:])
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu"])
+def test_decode_blocks_are_the_models_blocks(activation, monkeypatch):
+    if activation == "gelu_new" and DEVICE == "cpu":
+        pytest.skip("torch's product with GELU takes the tanh form on a GPU only")
+    config = GPTConfig(10, n_positions=8, n_embd=48, n_layer=3, n_head=3, activation_function=activation)
+    model = GPT(config).requires_grad_(False).to(DEVICE)
+    for p in model.parameters():
+        p.normal_(std=0.3)
+    attention = lambda i, qkv: qkv[:, :48] + qkv[:, 48:96] * qkv[:, 96:]
+    monkeypatch.setattr(decode_kernel, "decode_attention", lambda qkv, cache, i: attention(i, qkv))
+    x = torch.randn(5, 48, device=DEVICE)
+    expected = model.blocks(x, attention)
+    torch.testing.assert_close(decode_kernel.decode_blocks(model, None, x.clone()), expected, rtol=1e-4, atol=1e-5)
