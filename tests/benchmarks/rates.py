@@ -37,6 +37,7 @@ def parse_arguments():
     parser.add_argument("--rates", nargs="+", type=float, default=[0.03, 0.1, 0.3])
     parser.add_argument("--reparam", action="store_true")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=list(cli.DTYPES), default="float32")
     parser.add_argument("--attention", choices=["auto", "fused", "plain"], default="auto")
     parser.add_argument("--results", type=Path, default=Path("rates.jsonl"))
@@ -45,7 +46,7 @@ def parse_arguments():
 
 def sweep(args, name):
     """All runs of one base that --results does not have."""
-    model, tokenizer = GPT.from_pretrained(name, dtype=cli.DTYPES[args.dtype]), Tokenizer.from_pretrained(name)
+    model, tokenizer = GPT.from_pretrained(name, args.device, cli.DTYPES[args.dtype]), Tokenizer.from_pretrained(name)
     model.attention = args.attention
     corpus = data.load([run.DEMO_CORPUS], ("en", "fr"), tokenizer, max_tokens=model.config.n_positions)
     for steps, init, prefix_len in itertools.product(args.steps, args.inits, args.prefix_len):
