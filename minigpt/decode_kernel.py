@@ -60,8 +60,8 @@ def decode_kernel(
 def constants(n_head, head_dim, beams, dtype):
     """What the kernel is compiled for: one variant for up to 16 beams. float32 has half the room, as in kernels.py."""
     exact, width = dtype == torch.float32, max(16, triton.next_power_of_2(head_dim))
-    queries, keys = max(16, triton.next_power_of_2(beams)), max(16, 2048 // width) if exact else 64
-    return dict(H=n_head, D=head_dim, BD=width, BQ=queries, BN=keys, EXACT=exact, num_warps=4, num_stages=2)
+    queries, keys = max(16, triton.next_power_of_2(beams)), max(16, 2048 // width) if exact else 32
+    return dict(H=n_head, D=head_dim, BD=width, BQ=queries, BN=keys, EXACT=exact, num_warps=2, num_stages=2)
 
 
 def decode_attention(qkv, cache, layer):

@@ -98,7 +98,7 @@ def train(pool, ahead, validation, args):
     parts, at = prepare(args)
     model, *optimizers = parts.values()
     losses, start = [], time.monotonic()
-    for batch in training_batches(pool, ahead, at, args.tokens):
+    for batch in training_batches(pool, ahead, at, args):
         loss = model.loss(*batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -122,15 +122,15 @@ def train(pool, ahead, validation, args):
             checkpoint.save(model, args.out, torch.float16)
 
 
-def training_batches(pool, ahead, at, tokens):
-    """Yield batches from where `at` stands, and move its block and batch, until `tokens` are done. The pool makes the
+def training_batches(pool, ahead, at, args):
+    """Yield batches from where `at` stands, and move its block and batch, until args.tokens are done. The pool makes the
     blocks, so many `ahead`; what is in one follows from its number."""
-    stage = lambda number: int(np.searchsorted(ENDS, number * BLOCK * DOCUMENT / tokens, side="right"))
+    stage = lambda number: int(np.searchsorted(ENDS, number * BLOCK * DOCUMENT / args.tokens, side="right"))
     blocks = (pool.apply_async(make_block, (number, min(stage(number), 2))) for number in itertools.count(at["block"]))
     waiting = deque(itertools.islice(blocks, ahead))
-    while at["tokens"] < tokens:
+    while at["tokens"] < args.tokens:
         for batch in waiting.popleft().get()[at["batch"] :]:
-            if at["tokens"] < tokens:
+            if at["tokens"] < args.tokens:
                 at["batch"] += 1
                 yield batch
         at |= {"block": at["block"] + 1, "batch": 0}
