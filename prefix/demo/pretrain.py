@@ -5,8 +5,8 @@
 A file is a table of sentences and translations (.tsv or .csv, with a header) or a list of sentences (.txt); behind it
 stands how often one of its sentences is drawn. documents.py says what is made of them. A run goes on exactly from
 DIR/state.pt. So it may end at any time: stop it, and start it again with fewer --tokens. Processes beside it draw the
-documents. It needs the `tokenizers` package (it comes with transformers), unless DIR holds a vocabulary already. On a GPU,
---batch-tokens 16384 or more. On a CPU a malloc that keeps its memory whole makes steps up to three times as fast:
+documents. It needs the `tokenizers` package (it comes with transformers), unless DIR holds a vocabulary already. On a CPU a
+malloc that keeps its memory whole makes steps up to three times as fast:
 LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=thp:always,dirty_decay_ms:5000,muzzy_decay_ms:5000
 """
 
@@ -37,15 +37,14 @@ ENDS = [0.02, 0.5, 1.0]  # of the stages of a run, as shares of all tokens
 RATES = [1.0, 1.0, 0.0]  # the learning rate there, as a share of PEAK; in between it is linear
 ALONE = [0.2, 0.2, 0.05]  # the share of a stage's documents that are runs in one language
 FACTS = [0.06, 0.06, 0.06]  # and that are facts with a text; all others are translations
-PEAK, BATCH_TOKENS, LOG_EVERY, SEED = 2e-3, 4096, 60, 1  # LOG_EVERY: seconds
+PEAK, BATCH_TOKENS, LOG_EVERY, SEED = 4e-3, 32768, 60, 1  # LOG_EVERY: seconds
 BLOCK, DOCUMENT = 4096, 47  # documents that are sorted by length together; tokens of one, on average
 
 
 def main():
     parser = argparse.ArgumentParser(description="Pretrain the demo checkpoint.")
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE:WEIGHT", help="held-out loss: on the first")
-    parser.add_argument("--tokens", type=float, default=150e6, help="to train on, all in all")
-    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="of an optimizer step (%(default)s)")
+    parser.add_argument("--tokens", type=float, default=84.5e6, help="to train on, all in all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -54,10 +53,10 @@ def main():
         build_vocabulary([row for rows, _ in sources for row in rows if len(row) == 2], args.out)
     tokenizer = Tokenizer.from_pretrained(args.out)
     held_out = [f"{a}\n{b}" for pair in held_out for a, b in (pair, pair[::-1])]
-    validation = batches(held_out, tokenizer, BATCH_TOKENS)
+    validation = batches(held_out, tokenizer)
     processes = min(12, max(1, os.cpu_count() - 1))
-    begin = (sources, tokenizer, args.batch_tokens)
-    with multiprocessing.get_context("fork").Pool(processes, make_blocks_of, begin) as pool:  # before CUDA begins
+    context = multiprocessing.get_context("fork")  # before CUDA begins
+    with context.Pool(processes, make_blocks_of, (sources, tokenizer)) as pool:
         train(pool, processes + 1, validation, args)
 
 
@@ -97,7 +96,7 @@ def train(pool, ahead, validation, args):
     parts, at = prepare(args)
     model, *optimizers = parts.values()
     losses, start = [], time.monotonic()
-    for batch in training_batches(pool, ahead, at, args):
+    for batch in training_batches(pool, ahead, at, args.tokens):
         loss = model.loss(*batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,15 +120,15 @@ def train(pool, ahead, validation, args):
             checkpoint.save(model, args.out, torch.float16)
 
 
-def training_batches(pool, ahead, at, args):
-    """Yield batches from where `at` stands, and move its block and batch, until args.tokens are done. The pool makes the
+def training_batches(pool, ahead, at, tokens):
+    """Yield batches from where `at` stands, and move its block and batch, until `tokens` are done. The pool makes the
     blocks, so many `ahead`; what is in one follows from its number."""
-    stage = lambda number: int(np.searchsorted(ENDS, number * BLOCK * DOCUMENT / args.tokens, side="right"))
+    stage = lambda number: int(np.searchsorted(ENDS, number * BLOCK * DOCUMENT / tokens, side="right"))
     blocks = (pool.apply_async(make_block, (number, min(stage(number), 2))) for number in itertools.count(at["block"]))
     waiting = deque(itertools.islice(blocks, ahead))
-    while at["tokens"] < args.tokens:
+    while at["tokens"] < tokens:
         for batch in waiting.popleft().get()[at["batch"] :]:
-            if at["tokens"] < args.tokens:
+            if at["tokens"] < tokens:
                 at["batch"] += 1
                 yield batch
         at |= {"block": at["block"] + 1, "batch": 0}
@@ -137,25 +136,25 @@ def training_batches(pool, ahead, at, args):
 
 
 def make_blocks_of(*inputs):
-    """What a process that draws documents begins with: its sources, the tokenizer, and how large a batch is."""
+    """What a process that draws documents begins with: its sources and the tokenizer."""
     make_block.inputs = inputs
 
 
 def make_block(number, stage):
     """The batches of a block, in random order."""
-    (sources, tokenizer, batch_tokens), rng = make_block.inputs, random.Random(f"{SEED} {number}")
-    block = batches(draw_documents(sources, BLOCK, ALONE[stage], FACTS[stage], rng), tokenizer, batch_tokens)
+    (sources, tokenizer), rng = make_block.inputs, random.Random(f"{SEED} {number}")
+    block = batches(draw_documents(sources, BLOCK, ALONE[stage], FACTS[stage], rng), tokenizer)
     rng.shuffle(block)
     return block
 
 
-def batches(texts, tokenizer, batch_tokens):
-    """-> [(ids (N,), targets (N,), lengths)]: texts of like length together, N at most batch_tokens; NumPy arrays."""
+def batches(texts, tokenizer):
+    """-> [(ids (N,), targets (N,), lengths)]: texts of like length together, N at most BATCH_TOKENS; NumPy arrays."""
     rows = sorted(([*tokenizer.encode(text)[: CONFIG.n_positions - 1], tokenizer.eot] for text in texts), key=len)
     ends = np.cumsum([len(row) for row in rows])
     result = []
     while rows:
-        n = int(np.searchsorted(ends, batch_tokens, side="right"))
+        n = int(np.searchsorted(ends, BATCH_TOKENS, side="right"))
         ids = np.concatenate(rows[:n]).astype(np.int16)
         targets = np.concatenate([[*row[1:], -100] for row in rows[:n]]).astype(np.int16)
         result.append((ids, targets, [len(row) for row in rows[:n]]))

@@ -6,7 +6,8 @@
     deep       8 layers of 128, heads of 64     all but the first file, and other numbers at random
     english    4 layers of 192, heads of 32     the English lists (*.en.txt) alone: it never sees a translation
 
-Each is trained as prefix/demo/pretrain.py trains the demo, with the demo's vocabulary, and lands in DIR/NAME.
+Each is trained as prefix/demo/pretrain.py trains the demo, but in batches of 4,096 tokens, with the demo's vocabulary, and
+lands in DIR/NAME.
 """
 
 import argparse
@@ -32,6 +33,7 @@ def main():
     args = parser.parse_args()
     demo, alone = pretrain.CONFIG, pretrain.ALONE
     pretrain.build_vocabulary = copy_vocabulary
+    pretrain.BATCH_TOKENS, pretrain.PEAK = 4096, 2e-3
     for name in args.only:
         first, *others = args.data
         unused = first.rpartition(":")[0] + ":0"  # only its held-out pairs count, for the loss that is logged
