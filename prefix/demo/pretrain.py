@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import random
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -39,6 +40,7 @@ ALONE = [0.2, 0.2, 0.05]  # the share of a stage's documents that are runs in on
 FACTS = [0.06, 0.06, 0.06]  # and that are facts with a text; all others are translations
 PEAK, BATCH_TOKENS, LOG_EVERY, SEED = 2e-3, 4096, 60, 1  # LOG_EVERY: seconds
 BLOCK, DOCUMENT = 4096, 47  # documents that are sorted by length together; tokens of one, on average
+LOST = 600  # seconds that a block may take: a pool does not tell that one of its processes was killed
 
 
 def main():
@@ -57,7 +59,8 @@ def main():
     validation = batches(held_out, tokenizer, BATCH_TOKENS)
     processes = min(12, max(1, os.cpu_count() - 1))
     begin = (sources, tokenizer, args.batch_tokens)
-    with multiprocessing.get_context("fork").Pool(processes, make_blocks_of, begin) as pool:  # before CUDA begins
+    method = "fork" if sys.platform == "linux" else "spawn"  # a fork shares the sources; it comes before CUDA begins
+    with multiprocessing.get_context(method).Pool(processes, make_blocks_of, begin) as pool:
         train(pool, processes + 1, validation, args)
 
 
@@ -128,7 +131,7 @@ def training_batches(pool, ahead, at, args):
     blocks = (pool.apply_async(make_block, (number, min(stage(number), 2))) for number in itertools.count(at["block"]))
     waiting = deque(itertools.islice(blocks, ahead))
     while at["tokens"] < args.tokens:
-        for batch in waiting.popleft().get()[at["batch"] :]:
+        for batch in waiting.popleft().get(LOST)[at["batch"] :]:
             if at["tokens"] < args.tokens:
                 at["batch"] += 1
                 yield batch
