@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import random
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -39,6 +40,7 @@ ALONE = [0.2, 0.2, 0.05]  # the share of a stage's documents that are runs in on
 FACTS = [0.06, 0.06, 0.06]  # and that are facts with a text; all others are translations
 PEAK, BATCH_TOKENS, LOG_EVERY, SEED = 4e-3, 32768, 60, 1  # LOG_EVERY: seconds
 BLOCK, DOCUMENT = 4096, 47  # documents that are sorted by length together; tokens of one, on average
+LOST = 600  # seconds that a block may take: a pool does not tell that one of its processes was killed
 
 
 def main():
@@ -55,8 +57,8 @@ def main():
     held_out = [f"{a}\n{b}" for pair in held_out for a, b in (pair, pair[::-1])]
     validation = batches(held_out, tokenizer)
     processes = min(12, max(1, os.cpu_count() - 1))
-    context = multiprocessing.get_context("fork")  # before CUDA begins
-    with context.Pool(processes, make_blocks_of, (sources, tokenizer)) as pool:
+    method = "fork" if sys.platform == "linux" else "spawn"  # a fork shares the sources; it comes before CUDA begins
+    with multiprocessing.get_context(method).Pool(processes, make_blocks_of, (sources, tokenizer)) as pool:
         train(pool, processes + 1, validation, args)
 
 
@@ -127,7 +129,7 @@ def training_batches(pool, ahead, at, tokens):
     blocks = (pool.apply_async(make_block, (number, min(stage(number), 2))) for number in itertools.count(at["block"]))
     waiting = deque(itertools.islice(blocks, ahead))
     while at["tokens"] < tokens:
-        for batch in waiting.popleft().get()[at["batch"] :]:
+        for batch in waiting.popleft().get(LOST)[at["batch"] :]:
             if at["tokens"] < tokens:
                 at["batch"] += 1
                 yield batch
