@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import metrics
 from safetensors import SafetensorError, safe_open
 
 import train
@@ -87,6 +88,11 @@ def fork(place, tmp_path_factory):
         yield fork
 
 
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "run"
+
+
 @pytest.fixture(scope="module")
 def begin(place):
     """A function: a directory -> the arguments of a run into it, or, if it was begun, those that go on with it."""
@@ -108,11 +114,6 @@ def whole(begin, fork, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "run"
-
-
 def content_of(path):
     """(metadata without the seconds, tensors) of a safetensors file."""
     with safe_open(path, framework="pt") as file:
@@ -121,17 +122,13 @@ def content_of(path):
         return metadata, {name: file.get_tensor(name) for name in file.keys()}
 
 
-def lines_of(run):
-    return [json.loads(line) | {"seconds": None} for line in (run / METRICS).read_text().splitlines()]
-
-
 def all_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_same_end(run, whole):
     """All that two runs left is the same, bit for bit, but for the seconds."""
-    assert lines_of(run) == lines_of(whole)
+    assert metrics(run) == metrics(whole)
     assert (run / "config.json").read_text() == (whole / "config.json").read_text()
     for name in ("prefix.safetensors", "last/state.safetensors"):
         (metadata, tensors), (expected_metadata, expected) = (content_of(out / name) for out in (run, whole))
