@@ -17,6 +17,7 @@ import torch
 
 import train
 from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
+from minigpt.tokenizer import END_OF_TEXT, byte_characters
 from prefix import cli, distributed
 from prefix.banks import Banks
 from prefix.batches import BatchLoader
@@ -33,7 +34,6 @@ if not torch.cuda.is_available():
 
 CONTEXT = 200  # positions of the checkpoints in `place`
 TRAIN = ["--steps", "3", "--batch-size", "4", "--prefix-len", "3", "--device", "cpu", "--dtype", "float32"]
-REAL_VOCABULARY = Path(__file__).parents[2] / "shared/data/gpt2_tokenizer"
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,16 @@ def save_random_checkpoint(directory, n_positions=200):
     return model
 
 
+MERGES = ["h e", "l l", "he ll", "hell o"]
+TOKENS = [*byte_characters().values(), "he", "ll", "hell", "hello", END_OF_TEXT]
+VOCAB = {token: (7 * i + 3) % len(TOKENS) for i, token in enumerate(TOKENS)}  # ids in no order
+
+
+def write_vocabulary(directory, merges=MERGES, vocab=VOCAB):
+    (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
 def random_text(most=7):
     letters = [string.ascii_lowercase[i] for i in torch.randint(26, (4 * most,))]
     words = ["".join(letters[i : i + 4]) for i in range(0, 4 * most, 4)]
@@ -101,19 +111,6 @@ def write_table(path, rows):
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     return path
-
-
-@pytest.fixture(scope="session", params=["gpt2", "demo"])
-def vocabulary(request, tmp_path_factory):
-    """A directory with a vocab.json and merges.txt, and a config.json that tells transformers whose they are."""
-    source = checkpoint.DEMO if request.param == "demo" else REAL_VOCABULARY
-    if not source.is_dir():
-        pytest.skip(f"gpt2's own vocabulary is not at {source}")
-    directory = tmp_path_factory.mktemp(request.param)
-    for file in ("vocab.json", "merges.txt"):
-        shutil.copy(source / file, directory)
-    (directory / "config.json").write_text('{"model_type": "gpt2"}')
-    return directory
 
 
 @pytest.fixture

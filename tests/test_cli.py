@@ -64,6 +64,8 @@ def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, on):
         (["--model", "gpt9"], ["--model gpt9", "gpt2-xl"]),
         (["--max-tokens", "3"], ["no row that can be used", "(over 3 tokens)"]),
         (["--device", "cuda"], ["--device cuda", "--device cpu"]),
+        (["--train-banks", "en", "--reparam"], ["--reparam moves all banks"]),
+        (["--train-banks", "en"], ["--train-banks leaves fr untrained"]),
     ],
     ids=lambda value: " ".join(value)[:30],
 )

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import random_model, same
+from conftest import random_model, refusal
 
-from minigpt import GPTConfig, UserError
+from minigpt import GPTConfig
 from minigpt.attention import PackedBatch, Slots, attend
 from minigpt.generate import Prompt, generate
 from minigpt.loss import nll_sum
@@ -21,9 +21,8 @@ def tiny(dtype=torch.float64):
     return random_model(CONFIG).to(dtype)
 
 
-def fresh_banks(model, names=("en", "fr"), prefix_len=4):
-    banks = random_banks(model.config, names, prefix_len, seed=int(torch.randint(1 << 30, ())))
-    return banks.to(model.dtype)
+def fresh_banks(model, prefix_len=4):
+    return random_banks(CONFIG, ["en", "fr"], prefix_len, seed=int(torch.randint(1 << 30, ()))).to(model.dtype)
 
 
 def ids(*shape):
@@ -61,11 +60,10 @@ def random_attention(n_banks=3):
 def test_attention_and_its_gradients_equal_the_formula_written_out(backend, trial):
     packed, bank, tensors = random_attention()
     outputs = []
-    for compute in (
-        lambda qkv, k, v: attend(qkv, 3, packed, Slots(k, v, bank), backend),
-        lambda qkv, k, v: written_out(qkv, 3, packed, Slots(k, v, bank)),
+    for out in (
+        attend(tensors[0], 3, packed, Slots(*tensors[1:], bank), backend),
+        written_out(tensors[0], 3, packed, Slots(*tensors[1:], bank)),
     ):
-        out = compute(*tensors)
         outputs.append((out, *torch.autograd.grad((out * out.detach().cos()).sum(), tensors, allow_unused=True)))
     for ours, formula in zip(*outputs):
         if formula is not None and formula.numel():
@@ -91,13 +89,11 @@ def test_a_bank_read_off_tokens_stands_for_these_tokens(backend):
 
 
 @pytest.mark.parametrize("backend", ["plain", "auto"])
-def test_a_closed_bank_is_the_base_bit_for_bit_and_training_changes_no_weight_of_it(model, trainer, tokenizer, backend):
+def test_a_closed_bank_is_the_base_bit_for_bit_also_after_training(model, trainer, tokenizer, backend):
     model.attention, text = backend, torch.randint(tokenizer.n_vocab, (3, 21))
-    before, weights = model(text), {name: p.clone() for name, p in model.state_dict().items()}
-    training = trainer(lr=0.5)
+    before, training = model(text), trainer(lr=0.5)
     assert training.run()
     banks = Banks.load(training.out, model)
-    assert same(model.state_dict(), weights)
     assert torch.equal(model(text), before) and torch.equal(banks.logits(model, text, open=[]), before)
     assert not torch.isclose(banks.logits(model, text, open=["fr"]), before).all()
 
@@ -108,20 +104,11 @@ def test_an_empty_bank_is_the_plain_model():
     torch.testing.assert_close(banks.logits(model, text, open=["en", "fr"]), model(text))
 
 
-def test_the_order_of_banks_and_slots_does_not_matter():
-    model, text = tiny(), ids(1, 9)
-    banks = fresh_banks(model)
-    mirrored = Banks({n: (k.flip(2), v.flip(2)) for n, k, v in reversed(list(zip(banks.names, banks.key, banks.value)))})
-    ours, theirs = (b.double().logits(model, text, open=["fr", "en"]) for b in (banks, mirrored))
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
 def test_a_bank_is_seen_from_where_it_opens_on_and_not_before():
-    model, banks = tiny(), None
-    banks = fresh_banks(model)
+    model = tiny()
+    banks, changed = fresh_banks(model), fresh_banks(model)
     text, bank_mask = ids(9), torch.tensor([1] * 4 + [3] * 5)
     hidden = lambda b, o: model.hidden(text, PackedBatch([9], o), b.slots())
-    changed = fresh_banks(model)
     changed.load_state_dict({**changed.state_dict(), "key.0": banks.key[0], "value.0": banks.value[0]})
     one, other = hidden(banks, bank_mask), hidden(changed, bank_mask)  # they differ in bank 1 alone
     torch.testing.assert_close(one[:4], other[:4])
@@ -134,9 +121,8 @@ def test_a_ragged_batch_gives_each_sentence_what_it_gets_alone(backend):
     model.attention = backend
     slots = fresh_banks(model).slots()
     sentences = [(ids(n), torch.randint(4, (n,))) for n in (5, 1, 12, 3)]
-    together = model.hidden(
-        torch.cat([t for t, _ in sentences]), PackedBatch([5, 1, 12, 3], torch.cat([o for _, o in sentences])), slots
-    )
+    texts, masks = map(torch.cat, zip(*sentences))
+    together = model.hidden(texts, PackedBatch([5, 1, 12, 3], masks), slots)
     alone = [model.hidden(text, PackedBatch([len(text)], bank_mask), slots) for text, bank_mask in sentences]
     torch.testing.assert_close(together, torch.cat(alone))
 
@@ -169,13 +155,6 @@ def slot_gradients(model, banks):
     return torch.autograd.grad(loss, list(banks.parameters()))
 
 
-def test_all_slots_of_all_layers_get_gradients_and_the_base_model_none():
-    model = tiny()
-    gradients = slot_gradients(model, fresh_banks(model))
-    assert all((g.abs().amax(dim=(-1, -2)) > 0).all() for g in gradients)
-    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-
-
 def test_slots_still_get_gradients_after_a_translation_in_between():
     model = tiny()
     banks = fresh_banks(model)
@@ -198,10 +177,9 @@ def test_a_prefix_file_keeps_every_bit(tmp_path):
 
 def test_a_prefix_refuses_another_base_naming_both(tmp_path):
     model, other = tiny(), tiny()
-    random_banks(CONFIG, ["en", "fr"], 4).save(tmp_path / "p.safetensors", model)
-    with pytest.raises(UserError) as error:
-        Banks.load(tmp_path / "p.safetensors", other)
-    assert model.fingerprint in str(error.value) and other.fingerprint in str(error.value)
+    fresh_banks(model).save(tmp_path / "p.safetensors", model)
+    said = refusal(Banks.load, tmp_path / "p.safetensors", other)
+    assert model.fingerprint in said and other.fingerprint in said
 
 
 def test_slots_and_the_numbers_of_their_banks_are_on_one_device():

@@ -22,6 +22,7 @@ CONFIG = GPTConfig(vocab_size=50, n_positions=8, n_embd=12, n_layer=2, n_head=3)
 NAMES = [name for name, _ in GPT(CONFIG).named_parameters()]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEAD, WTE = "lm_head.weight", "wte.weight"
+read = GPT.from_pretrained
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def weights(tmp_path):
 
 
 def assert_loads(directory, weights, dtype=torch.float32):
-    loaded = dict(GPT.from_pretrained(directory, dtype=dtype).named_parameters())
+    loaded = dict(read(directory, dtype=dtype).named_parameters())
     assert set(loaded) == set(weights)
     for name, tensor in weights.items():
         assert torch.equal(loaded[name], tensor.to(dtype)), name
@@ -100,7 +101,7 @@ def test_heads_of_other_tasks_are_passed_over_and_said_once(heads, weights, tmp_
 def test_what_is_saved_is_read_back_here_and_by_transformers(dtype, weights, tmp_path):
     from transformers import GPT2LMHeadModel
 
-    checkpoint.save(GPT.from_pretrained(tmp_path), tmp_path / "copy", dtype)
+    checkpoint.save(read(tmp_path), tmp_path / "copy", dtype)
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     assert_loads(tmp_path / "copy", weights)
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "copy", dtype=dtype).transformer.state_dict()
@@ -130,17 +131,17 @@ def test_no_more_than_one_tensor_is_in_memory_beside_the_model(weights, tmp_path
 
 
 def test_a_fingerprint_does_not_depend_on_types_names_shards_and_heads(weights, tmp_path):
-    (before,) = {GPT.from_pretrained(tmp_path, dtype=dtype).fingerprint for dtype in DTYPES}
+    (before,) = {read(tmp_path, dtype=dtype).fingerprint for dtype in DTYPES}
     renamed = {f"transformer.{name}": tensor for name, tensor in weights.items()}
     save_shards(tmp_path, renamed | {HEAD: weights[WTE].clone()})
-    assert GPT.from_pretrained(tmp_path).fingerprint == before
+    assert read(tmp_path).fingerprint == before
 
 
 def test_a_fingerprint_changes_with_any_tensor(weights, tmp_path):
-    prints = {GPT.from_pretrained(tmp_path).fingerprint}
+    prints = {read(tmp_path).fingerprint}
     for name in NAMES:
         save_file(weights | {name: torch.randn_like(weights[name])}, tmp_path / WEIGHTS)
-        prints.add(GPT.from_pretrained(tmp_path).fingerprint)
+        prints.add(read(tmp_path).fingerprint)
     assert len(prints) == 1 + len(NAMES)
 
 
@@ -167,7 +168,7 @@ SHAPED = "h.1.attn.c_attn.weight"
 def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(change, why, weights, tmp_path):
     tensors = {name: tensor for name, tensor in (weights | change).items() if tensor is not None}
     save_file(tensors, tmp_path / WEIGHTS)
-    load = functools.partial(GPT.from_pretrained, dtype=torch.float16 if LARGE in why else torch.float32)
+    load = functools.partial(read, dtype=torch.float16 if LARGE in why else torch.float32)
     assert why_refused(load, tmp_path).startswith(why)
     if LARGE in why:
         assert_loads(tmp_path, tensors, torch.bfloat16)
@@ -192,7 +193,9 @@ def test_a_file_that_is_cut_or_something_else_is_an_error_that_says_what(content
     else:
         cut = isinstance(content, float)
         (tmp_path / WEIGHTS).write_bytes(sound[: int(content * len(sound))] if cut else content)
-    assert why_refused(GPT.from_pretrained, tmp_path).startswith(f"{WEIGHTS}: not a safetensors file: ") and what in why_refused(GPT.from_pretrained, tmp_path)
+    assert why_refused(read, tmp_path).startswith(f"{WEIGHTS}: not a safetensors file: ") and what in why_refused(
+        read, tmp_path
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -202,7 +205,7 @@ def test_pickled_weights_alone_are_an_error_with_a_command_that_converts_them(sh
     for i in range(shards):
         name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{i + 1:05}-of-{shards:05}.bin"
         torch.save(dict(tensors[i::shards]), tmp_path / name)
-    told, _, command = why_refused(GPT.from_pretrained, tmp_path).partition(" To convert it: ")
+    told, _, command = why_refused(read, tmp_path).partition(" To convert it: ")
     assert told.endswith("is a pickle, which could run code: it is not read.")
     subprocess.run(["bash", "-c", command.replace("python -c", f"{sys.executable} -c")], check=True)
     assert_loads(tmp_path, weights)
@@ -217,7 +220,7 @@ def test_pickled_weights_alone_are_an_error_with_a_command_that_converts_them(sh
 )
 def test_a_directory_without_config_or_weights_is_an_error(file, why, weights, tmp_path):
     (tmp_path / file).unlink()
-    assert why_refused(GPT.from_pretrained, tmp_path) == why
+    assert why_refused(read, tmp_path) == why
 
 
 FOREIGN = ["model-00002.safetensors", "../model.safetensors", "", 3, "a\0", "\ud800"]
@@ -232,7 +235,7 @@ def test_an_index_that_is_something_else_or_names_no_file_beside_it_is_an_error(
     inside.mkdir()
     (tmp_path / "config.json").rename(inside / "config.json")
     (inside / INDEX).write_text(content)
-    assert why_refused(GPT.from_pretrained, inside).startswith(f"{INDEX}: ")
+    assert why_refused(read, inside).startswith(f"{INDEX}: ")
 
 
 # Where a checkpoint is looked for.

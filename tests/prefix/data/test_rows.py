@@ -154,10 +154,14 @@ def test_a_mistake_about_columns_is_told_in_one_line(write, names, content, colu
 
 
 def test_with_three_columns_a_row_may_lack_one(write):
-    path = write("a.csv", "en,fr,de\none,un,eins\ntwo,,zwei\nthree,,\n,quatre,vier\n")
-    found, report = read(path, columns=["en", "fr", "de"])
-    assert [texts for _, texts in found] == [("one", "un", "eins"), ("two", "", "zwei"), ("", "quatre", "vier")]
-    assert report == skips(1, "empty side", 4)
+    rows = [("one", "un", "eins"), ("two", "", "zwei"), ("three", "", ""), ("", "quatre", "vier")]
+    objects = [{name: text for name, text in zip(("en", "fr", "de"), row) if text} for row in rows]
+    for path, first in (
+        (write("a.csv", table_of(",", [("en", "fr", "de"), *rows])), 2),
+        (write("a.jsonl", "".join(json.dumps(one) + "\n" for one in objects)), 1),
+    ):
+        found, report = read(path, columns=["en", "fr", "de"])
+        assert [texts for _, texts in found] == [rows[0], rows[1], rows[3]] and report == skips(1, "empty side", first + 2)
 
 
 PIECES = [

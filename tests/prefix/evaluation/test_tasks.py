@@ -1,7 +1,5 @@
 """Banks are not about two languages: more columns, rows that lack some, answers to choose from, several files."""
 
-import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ import translate
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
 from minigpt.generate import Prompt, generate
 from prefix.banks import Banks
-from prefix.data.corpus import load
 from prefix.data.rows import columns_for
 from prefix.decoding import Decoding
 from prefix.init import random_banks
@@ -39,32 +36,6 @@ def table_of(*names):
     splits = ("train", 5), ("validation", 1), ("test", 2)
     rows = [row for split, n in splits for row in random_rows(split, n, len(names))]
     return write_table(f"{'-'.join(names)}.csv", [names, *rows])
-
-
-LACKING = [(0, 1, 2), (0, 1), (1, 2), (0, 2)]  # the columns that a row has
-
-
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_three_columns_train_three_banks_in_six_directions_and_rows_may_lack_one(trained, kind):
-    names, rows = ["en", "fr", "de"], []
-    for split, has in itertools.product(["train"] * 3 + ["validation"], LACKING):
-        (texts,) = random_rows(split, 1, len(has))
-        rows.append({names[column]: text for column, text in zip(has, texts)})
-    if kind == "csv":
-        table = write_table("table.csv", [names, *([row.get(name, "") for name in names] for row in rows)])
-    else:
-        table = Path("table.jsonl")
-        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    banks = Banks.read(trained("run", table, "--columns", *names, "--init", "random") / "prefix.safetensors")
-    assert banks.names == names
-    start = random_banks(GPTConfig(n_embd=32, n_layer=2, n_head=2), names, 3, seed=0)
-    for learned, first in zip(banks.parameters(), start.parameters()):
-        assert (learned != first).any(dim=(1, 3)).all()  # every slot of every layer has moved
-    corpus = load([table], names, Tokenizer.from_pretrained("demo"))
-    found = [tuple(example) for example in corpus.examples("train").tolist()]
-    six = list(itertools.permutations(range(3), 2))
-    assert found == [(row, s, t) for row, has in enumerate(LACKING * 3) for s, t in six if {s, t} <= {*has}]
-    assert {(s, t) for _, s, t in found} == {*six}
 
 
 @pytest.mark.parametrize("files, columns, expected", [
@@ -101,15 +72,6 @@ def test_a_text_without_room_for_the_longest_choice_is_a_fault(place):
     fits, does_not = translate_texts(model, tokenizer, banks, [text, text + " x"], "a", "b", Decoding(choices=choices))
     assert fits.text in choices and not fits.fault
     assert does_not.text == "" and "no room to answer" in does_not.fault
-
-
-@pytest.mark.parametrize("options, words", [
-    (["--beam", 2, "--choices", "joy"], "--choices does not go with --beam"),
-    (["--top-k", 2, "--choices", "joy"], "--choices does not go with --beam"),
-    (["--choices", ""], "an answer is empty"),
-])  # fmt: skip
-def test_choosing_and_searching_do_not_go_together(run, options, words):
-    assert_refused(run(translate, "x", *options), words)
 
 
 def test_a_batch_may_mix_banks_of_several_files_and_each_sentence_is_what_it_would_be_alone():
