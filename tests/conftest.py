@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import string
 import sys
 import tempfile
@@ -175,6 +176,20 @@ def refusal(read, *arguments):
     return str(caught.value)
 
 
+def why_refused(read, path, *more):
+    """The message of that UserError, less the path that it begins with."""
+    said = refusal(read, path, *more)
+    assert said.startswith(str(path))
+    return said.removeprefix(str(path)).lstrip("/: ")
+
+
+def edit_json(path, change):
+    """change(content) changes a JSON file's content in place."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """A folder with checkpoints `base` and `other`, the tables en-fr.csv and en-fr-de.csv, and the trained prefixes of
@@ -251,6 +266,14 @@ def load(tmp_path, tokenizer):
     return load
 
 
+@pytest.fixture(scope="session")
+def cats(tokenizer, tmp_path_factory):
+    """The Corpus of 60 pairs that differ in a number."""
+    home = tmp_path_factory.mktemp("cats")
+    rows = [(f"The cat number {i} sleeps.", f"Le chat numéro {i} dort.") for i in range(60)]
+    return data.load([write_table(home / "pairs.csv", [("en", "fr"), *rows])], None, tokenizer, home=home)
+
+
 @pytest.fixture
 def corpus(load):
     return load(random_rows("train", 20) + random_rows("validation", 4))
@@ -273,13 +296,32 @@ def trainer(model, tokenizer, corpus, tmp_path):
     return build
 
 
+def metrics(out):
+    """(lines of steps, lines of validations) of a run's directory, without their seconds, which never fall."""
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in open(Path(out, "metrics.jsonl"))]
+    steps = [line for line in lines if "loss" in line]
+    seconds = [line.pop("seconds") for line in steps]
+    assert seconds == sorted(seconds)
+    return steps, [line for line in lines if "val_loss" in line]
+
+
 def one_step(trainer):
     """The line of metrics of a trainer's next step."""
     return trainer.optimizer_step(trainer.loader.step(trainer.progress.step))
 
 
+def stop_after(trainer, step):
+    """Have this process signalled at the end of a step."""
+    watch(trainer, "optimizer_step", lambda *_: trainer.progress.step == step and os.kill(os.getpid(), signal.SIGINT))
+
+
 def slots_of(trainer):
     return {name: p.detach().clone() for name, p in trainer.banks.named_parameters()}
+
+
+def flat(banks):
+    """Keys and values of each bank in turn, as they are now."""
+    return [x.detach().clone() for pair in banks.key_values() for x in pair]
 
 
 def saved_prefix(trainer):
@@ -291,6 +333,16 @@ def saved_prefix(trainer):
 def same(one, other):
     """Are two dicts of tensors equal, bit for bit?"""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def projected(model, compute):
+    """What c_attn puts out in every layer while compute() runs: (n_layer, N, 3, n_head, head_dim), queries first."""
+    found = []
+    hooks = [block.attn.c_attn.register_forward_hook(lambda *call: found.append(call[-1].detach())) for block in model.h]
+    compute()
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found).unflatten(-1, (3, model.config.n_head, -1))
 
 
 def watch(owner, attribute, note):
