@@ -37,27 +37,14 @@ REAL_VOCABULARY = Path(__file__).parents[2] / "shared/data/gpt2_tokenizer"
 
 
 @pytest.fixture(autouse=True)
-def fresh_random_numbers():
-    """Other inputs in every run. pytest prints the seed of a test that fails."""
+def the_same_for_every_test(request, monkeypatch):
+    """Other inputs in every run (pytest prints the seed of a test that fails), notices that are new, exact tokens and bits
+    on the CPU also where there is a GPU, and no picture of each loss, which takes longer than the smallest runs train."""
     print(f"torch.manual_seed({torch.seed()})")
-
-
-@pytest.fixture(autouse=True)
-def notices_are_new():
     distributed.log_once.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def gpus_are_for_the_kernels(request, monkeypatch):
-    """All other tests compare exact tokens and bits on the CPU, also where there is a GPU."""
     if request.path.name not in ("test_kernels.py", "test_decode_kernel.py", "test_attention.py"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-@pytest.fixture(autouse=True)
-def pictures_are_for_their_own_tests(request, monkeypatch):
-    """Each training run would draw its loss, which takes longer than the smallest of them train."""
     if request.path.name not in ("test_attention_maps.py", "test_pictures.py"):
         for name in ("matplotlib", "matplotlib.figure"):
             monkeypatch.setitem(sys.modules, name, None)
@@ -119,10 +106,7 @@ def vocabulary(request, tmp_path_factory):
 @pytest.fixture
 def reference(tmp_path):
     """A function: settings -> transformers' GPT-2 with random weights, which it has saved in tmp_path."""
-    from transformers import (  # takes seconds: only for those who ask
-        GPT2Config,
-        GPT2LMHeadModel,
-    )
+    from transformers import GPT2Config, GPT2LMHeadModel  # takes seconds: only for those who ask
 
     tiny = dict(vocab_size=100, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None)
 
@@ -266,14 +250,6 @@ def load(tmp_path, tokenizer):
     return load
 
 
-@pytest.fixture(scope="session")
-def cats(tokenizer, tmp_path_factory):
-    """The Corpus of 60 pairs that differ in a number."""
-    home = tmp_path_factory.mktemp("cats")
-    rows = [(f"The cat number {i} sleeps.", f"Le chat numéro {i} dort.") for i in range(60)]
-    return data.load([write_table(home / "pairs.csv", [("en", "fr"), *rows])], None, tokenizer, home=home)
-
-
 @pytest.fixture
 def corpus(load):
     return load(random_rows("train", 20) + random_rows("validation", 4))
@@ -303,6 +279,10 @@ def metrics(out):
     seconds = [line.pop("seconds") for line in steps]
     assert seconds == sorted(seconds)
     return steps, [line for line in lines if "val_loss" in line]
+
+
+def content_of_all(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def one_step(trainer):

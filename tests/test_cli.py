@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONTEXT, TRAIN, assert_refused, random_rows, write_table
+from conftest import CONTEXT, TRAIN, assert_refused, content_of_all, random_rows, write_table
 
 import evaluate
 import train
@@ -90,10 +90,10 @@ def test_columns_that_are_left_out_unasked_are_named(run, place, on):
 
 def test_a_run_may_not_go_on_otherwise_than_it_began(run, place):
     shutil.copytree(place / "run", "run")
-    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    before = content_of_all("run")
     assert_refused(run(train, "--resume", "run", "--lr", "1"), "--lr cannot be new")
     assert_refused(run(train, "--resume", "run", "--steps", 2), "3 steps are done already", "--steps 2")
-    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+    assert content_of_all("run") == before
 
 
 # All commands
