@@ -1,6 +1,7 @@
 """Compile every kernel for GPUs that are not there, and print what the compiler made of it, one JSON line each.
 
     python tests/compile_kernels.py 90 bfloat16 64        compute capability, dtype, head_dim
+    python tests/compile_kernels.py variants              how often Triton compiles each kernel for batches of all sizes
 
 Triton needs no GPU to compile for one; the machine code's resources are read with the cuobjdump that it brings along.
 Run as a program of its own, because kernels imported for the interpreter cannot be compiled.
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -20,6 +22,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from minigpt import decode_kernel, kernels  # noqa: E402
+from minigpt.attention import PackedBatch, Slots  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
@@ -67,7 +70,42 @@ def resources(compiled):
     return dict(registers=int(registers), stack=int(stack), shared=compiled.metadata.shared, matrix=matrix)
 
 
+class Compiled:
+    """A kernel that is compiled as a launch would compile it, and not run. hashes: of what was compiled."""
+
+    def __init__(self, kernel):
+        self.kernel, self.hashes = kernel, set()
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.hashes.add(
+            self.kernel.warmup(*arguments, grid=grid, **constants).hash
+        )
+
+
+def variants(dtype=torch.bfloat16, n_head=2, head_dim=16):
+    """{kernel: how many variants of it forward and backward need for batches and slots of different numbers}."""
+    device = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    triton.runtime.driver.set_active(device)
+    compiled = {kernel.fn.__name__: Compiled(kernel) for kernel in kernels.KERNELS}
+    for name, kernel in compiled.items():
+        setattr(kernels, name, kernel)
+    kernels.KERNELS = tuple(compiled.values())
+    for lengths, S in ([63, 100], 20), ([60, 100], 16), ([1], 1), ([37], 0), ([4000], 161):
+        qkv = torch.randn(sum(lengths), 3 * n_head * head_dim, dtype=dtype, requires_grad=True)
+        key, value = torch.randn(2, n_head, S, head_dim, requires_grad=True).unbind()
+        packed = PackedBatch(lengths, torch.ones(sum(lengths)))
+        slots = Slots(key, value, torch.zeros(S, dtype=torch.int32)) if S else None
+        kernels.triton_attention(qkv, n_head, packed, slots).sum().backward()
+    return {name: len(kernel.hashes) for name, kernel in compiled.items()}
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["variants"]:
+        sys.exit(print(json.dumps(variants())))
     capability, dtype, head_dim = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     for kernel in KERNELS:
         compiled = compile_kernel(kernel, capability, dtype, head_dim)

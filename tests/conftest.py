@@ -17,7 +17,6 @@ import torch
 
 import train
 from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
-from minigpt.tokenizer import END_OF_TEXT, byte_characters
 from prefix import cli, distributed
 from prefix.banks import Banks
 from prefix.batches import BatchLoader
@@ -34,30 +33,18 @@ if not torch.cuda.is_available():
 
 CONTEXT = 200  # positions of the checkpoints in `place`
 TRAIN = ["--steps", "3", "--batch-size", "4", "--prefix-len", "3", "--device", "cpu", "--dtype", "float32"]
+REAL_VOCABULARY = Path(__file__).parents[2] / "shared/data/gpt2_tokenizer"
 
 
 @pytest.fixture(autouse=True)
-def fresh_random_numbers():
-    """Other inputs in every run. pytest prints the seed of a test that fails."""
+def the_same_for_every_test(request, monkeypatch):
+    """Other inputs in every run (pytest prints the seed of a test that fails), notices that are new, exact tokens and bits
+    on the CPU also where there is a GPU, and no picture of each loss, which takes longer than the smallest runs train."""
     print(f"torch.manual_seed({torch.seed()})")
-
-
-@pytest.fixture(autouse=True)
-def notices_are_new():
     distributed.log_once.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def gpus_are_for_the_kernels(request, monkeypatch):
-    """All other tests compare exact tokens and bits on the CPU, also where there is a GPU."""
     if request.path.name not in ("test_kernels.py", "test_decode_kernel.py", "test_attention.py"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-@pytest.fixture(autouse=True)
-def pictures_are_for_their_own_tests(request, monkeypatch):
-    """Each training run would draw its loss, which takes longer than the smallest of them train."""
     if request.path.name not in ("test_attention_maps.py", "test_pictures.py"):
         for name in ("matplotlib", "matplotlib.figure"):
             monkeypatch.setitem(sys.modules, name, None)
@@ -82,16 +69,6 @@ def save_random_checkpoint(directory, n_positions=200):
     return model
 
 
-MERGES = ["h e", "l l", "he ll", "hell o"]
-TOKENS = [*byte_characters().values(), "he", "ll", "hell", "hello", END_OF_TEXT]
-VOCAB = {token: (7 * i + 3) % len(TOKENS) for i, token in enumerate(TOKENS)}  # ids in no order
-
-
-def write_vocabulary(directory, merges=MERGES, vocab=VOCAB):
-    (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-
-
 def random_text(most=7):
     letters = [string.ascii_lowercase[i] for i in torch.randint(26, (4 * most,))]
     words = ["".join(letters[i : i + 4]) for i in range(0, 4 * most, 4)]
@@ -113,13 +90,23 @@ def write_table(path, rows):
     return path
 
 
+@pytest.fixture(scope="session", params=["gpt2", "demo"])
+def vocabulary(request, tmp_path_factory):
+    """A directory with a vocab.json and merges.txt, and a config.json that tells transformers whose they are."""
+    source = checkpoint.DEMO if request.param == "demo" else REAL_VOCABULARY
+    if not source.is_dir():
+        pytest.skip(f"gpt2's own vocabulary is not at {source}")
+    directory = tmp_path_factory.mktemp(request.param)
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(source / file, directory)
+    (directory / "config.json").write_text('{"model_type": "gpt2"}')
+    return directory
+
+
 @pytest.fixture
 def reference(tmp_path):
     """A function: settings -> transformers' GPT-2 with random weights, which it has saved in tmp_path."""
-    from transformers import (  # takes seconds: only for those who ask
-        GPT2Config,
-        GPT2LMHeadModel,
-    )
+    from transformers import GPT2Config, GPT2LMHeadModel  # takes seconds: only for those who ask
 
     tiny = dict(vocab_size=100, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None)
 
@@ -300,6 +287,10 @@ def metrics(out):
     seconds = [line.pop("seconds") for line in steps]
     assert seconds == sorted(seconds)
     return steps, [line for line in lines if "val_loss" in line]
+
+
+def content_of_all(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def one_step(trainer):

@@ -24,8 +24,7 @@ OPTIONS = "--model base --data t.csv --steps 3 --batch-size 4 --device cpu".spli
 def test_german_is_added_to_a_trained_english_and_french_that_stay_bit_for_bit(run):
     assert run(train, *OPTIONS, "--prefix-len", 3, "--columns", "en", "fr", "--out", "two")[0] == 0
     more = ["--columns", "en", "fr", "de", "--from-prefix", "two", "--train-banks", "de", "--prefix-len", 4]
-    code, _, said = run(train, *OPTIONS, *more, "--out", "three")
-    assert code == 0, said
+    said = run(train, *OPTIONS, *more, "--out", "three")[2]
     assert "Training de on 48 examples" in said  # en -> fr and fr -> en have nothing to train
     model = GPT.from_pretrained("base")
     two, three = Banks.load("two", model), Banks.load("three", model)
@@ -33,11 +32,16 @@ def test_german_is_added_to_a_trained_english_and_french_that_stay_bit_for_bit(r
     for before, after in zip(two.key_values(), three.key_values()):
         assert all(map(torch.equal, before, after))
     assert three.training_record["train_banks"] == ["de"]
-    code, _, said = run(train, "--resume", "three", "--steps", 5)
-    assert code == 0, said
+    assert run(train, "--resume", "three", "--steps", 5)[0] == 0
     resumed = Banks.load("three", model)
     assert all(map(torch.equal, resumed.key_values()[0], two.key_values()[0]))
     assert not torch.equal(resumed.key[2], three.key[2])
+
+
+def test_train_banks_does_not_go_with_reparam_nor_with_banks_that_nothing_trained(run):
+    assert run(train, *OPTIONS, "--train-banks", "en", "--reparam")[0] == 2
+    code, _, said = run(train, *OPTIONS, "--columns", "en", "fr", "--train-banks", "en")
+    assert code == 2 and "--train-banks leaves fr untrained" in said
 
 
 def test_only_the_pairs_that_are_named_are_trained_and_both_files_say_so(run):

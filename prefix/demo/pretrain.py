@@ -6,7 +6,7 @@ A file is a table of sentences and translations (.tsv or .csv, with a header) or
 stands how often one of its sentences is drawn. documents.py says what is made of them. A run goes on exactly from
 DIR/state.pt. So it may end at any time: stop it, and start it again with fewer --tokens. Processes beside it draw the
 documents. It needs the `tokenizers` package (it comes with transformers), unless DIR holds a vocabulary already. On a GPU,
---batch-tokens 16384. On a CPU a malloc that keeps its memory whole makes steps up to three times as fast:
+--batch-tokens 16384 or more. On a CPU a malloc that keeps its memory whole makes steps up to three times as fast:
 LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=thp:always,dirty_decay_ms:5000,muzzy_decay_ms:5000
 """
 
@@ -46,7 +46,6 @@ def main():
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE:WEIGHT", help="held-out loss: on the first")
     parser.add_argument("--tokens", type=float, default=150e6, help="to train on, all in all")
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="of an optimizer step (%(default)s)")
-    parser.add_argument("--peak", type=float, default=PEAK, help="the highest learning rate (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -104,7 +103,7 @@ def train(pool, ahead, validation, args):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = float(np.interp(at["tokens"] / args.tokens, [0, *ENDS], [0, *RATES]))
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = args.peak * rate
+            optimizer.param_groups[0]["lr"] = PEAK * rate
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())

@@ -1,4 +1,4 @@
-"""One run on a GPU that checks and measures what can only be pretended without one. No GPU has run it yet.
+"""One run on a GPU that checks and measures what can only be pretended without one. RESULTS.md has an H100's.
 
     python tests/benchmarks/gpu.py                               all parts; meant to end within eight minutes on an H100
     python tests/benchmarks/gpu.py --parts training decode       some of them

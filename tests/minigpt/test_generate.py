@@ -32,25 +32,21 @@ def random_prompts(n, longest=20, banks=True):
     return prompts
 
 
-def greedy_by_full_forward(model, prompt, banks):
-    """The same without a cache: the whole text through the model for every new token."""
-    ids, bank_mask, new = list(prompt.ids), list(prompt.bank_mask or [0] * len(prompt.ids)), []
-    while len(new) < prompt.max_new:
-        hidden = model.hidden(torch.tensor(ids), PackedBatch([len(ids)], torch.tensor(bank_mask)), banks.slots())
-        token = int(model.logits(hidden[-1]).argmax())
-        if token == STOP:
-            return new
-        ids, bank_mask, new = ids + [token], bank_mask + bank_mask[-1:], new + [token]
-    return new
-
-
 @pytest.mark.parametrize("banks", [True, False])
-@pytest.mark.parametrize("batch_size", [1, 2, 17])
-def test_each_sentence_gets_the_tokens_that_it_gets_alone_without_a_cache(model, batch_size, banks):
-    slots = random_banks(CONFIG, ["en", "fr"], 5)
-    prompts = random_prompts(19, banks=banks)
-    results = generate(model, prompts, [STOP], slots.slots() if banks else None, batch_size=batch_size)
-    assert [r.ids for r in results] == [greedy_by_full_forward(model, p, slots) for p in prompts]
+def test_each_sentence_gets_the_tokens_that_it_gets_alone_without_a_cache(model, banks):
+    slots = random_banks(CONFIG, ["en", "fr"], 5).slots() if banks else None
+    prompts, expected = random_prompts(19, banks=banks), []
+    for prompt in prompts:  # the whole text through the model for every new token
+        ids, bank_mask, new = prompt.ids, prompt.bank_mask or [0] * len(prompt.ids), []
+        while len(new) < prompt.max_new:
+            hidden = model.hidden(torch.tensor(ids), PackedBatch([len(ids)], torch.tensor(bank_mask)), slots)
+            token = int(model.logits(hidden[-1]).argmax())
+            if token == STOP:
+                break
+            ids, bank_mask, new = [*ids, token], [*bank_mask, bank_mask[-1]], [*new, token]
+        expected.append(new)
+    for batch_size in (1, 2, 17):
+        assert [r.ids for r in generate(model, prompts, [STOP], slots, batch_size=batch_size)] == expected
 
 
 @pytest.mark.parametrize("banks", [True, False])
@@ -69,10 +65,11 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(model, banks)
         torch.testing.assert_close(logits, full[range(3), at], rtol=1e-4, atol=1e-4)
 
 
-def test_a_prompt_may_fill_the_context_to_the_last_token_and_one_that_leaves_no_room_is_an_error_that_names_it(model):
-    assert len(generate(model, [Prompt([1] * 60, 4)], [])[0].ids) == 4
+def test_a_prompt_may_fill_the_context_to_the_last_token_and_one_that_leaves_no_room_is_an_error(model):
+    prompt = torch.randint(CONFIG.vocab_size, (60,)).tolist()
+    assert len(generate(model, [Prompt(prompt, 4)], [])[0].ids) == 4
     with pytest.raises(UserError, match="prompt 2: 60 tokens"):
-        generate(model, [Prompt([1], 4), Prompt([1] * 60, 5)], [])
+        generate(model, [Prompt([1], 4), Prompt(prompt, 5)], [])
 
 
 def test_a_sentence_that_stops_is_finished_and_one_at_its_limit_is_cut(model):
@@ -83,28 +80,14 @@ def test_a_sentence_that_stops_is_finished_and_one_at_its_limit_is_cut(model):
     assert stopped.finished and stopped.ids == []
 
 
-def test_samples_are_repeatable_whatever_the_batch_size(model):
-    prompts = random_prompts(9, banks=False)
-    runs = [
-        generate(model, prompts, [STOP], batch_size=b, sampler=Sampler(0.9, 20, 0.95, seed))
-        for b, seed in ((1, 4), (4, 4), (4, 5))
-    ]
-    assert [r.ids for r in runs[0]] == [r.ids for r in runs[1]]
-    assert [r.ids for r in runs[0]] != [r.ids for r in runs[2]]
-
-
 def test_sampling_follows_the_softmax_cut_by_top_k_and_top_p():
     logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
     draw = lambda **cut: [int(Sampler(1.0, seed=0, **cut)(logits, [i])) for i in range(2000)]
     shares = torch.bincount(torch.tensor(draw()), minlength=4) / 2000
     torch.testing.assert_close(shares, torch.tensor([0.1, 0.4, 0.2, 0.3]), atol=0.04, rtol=0)
-    assert set(draw(top_k=2)) == set(draw(top_p=0.65)) == {1, 3} and set(draw(top_p=0.75)) == {1, 2, 3}
-
-
-@pytest.mark.parametrize("temperature, top_p", [(1e-40, 1.0), (1e-50, 1.0), (1.0, 1e-300)])
-def test_numbers_near_or_below_those_of_float32_are_the_likeliest_token(temperature, top_p):
-    logits = torch.randn(3, 50)
-    assert Sampler(temperature, top_p=top_p)(logits, range(3)).tolist() == logits.argmax(dim=-1).tolist()
+    assert set(draw(top_k=2)) == {1, 3}
+    assert set(draw(top_p=0.65)) == {1, 3}
+    assert set(draw(top_p=0.75)) == {1, 2, 3}
 
 
 @pytest.mark.parametrize("beams, length_penalty", [(2, 1.0), (3, 0.5), (5, 1.0), (5, 2.0)])
@@ -122,7 +105,7 @@ def test_beam_search_equals_transformers(model, tmp_path, beams, length_penalty)
 
 
 def test_beams_see_their_own_sentences_banks(model):
-    """One beam with a bank open is greedy; neighbours with other banks change nothing."""
+    """Neighbours with other banks change nothing; one beam gets what greedy decoding gets."""
     slots = random_banks(CONFIG, ["en", "fr"], 5).slots()
     prompts = random_prompts(5)
     together = beam_search(model, prompts, [STOP], slots, beams=3, batch_size=5)
@@ -132,8 +115,9 @@ def test_beams_see_their_own_sentences_banks(model):
     assert [r.ids for r in beam_search(model, prompts, [STOP], slots, beams=1)] == [r.ids for r in greedy]
 
 
-def test_what_a_sentence_leaves_in_its_row_cannot_hurt_the_next(model):
-    model = model.half()  # where numbers can overflow
+def test_what_a_sentence_leaves_in_its_seat_cannot_hurt_the_next(model):
+    """In float16, where numbers can overflow."""
+    model = model.half()
     cache = Cache(model, 2, 30)
     cache.key[:], cache.value[:] = torch.nan, torch.nan
     prefill(model, cache, 0, [[1, 2], [3] * 20])
@@ -141,9 +125,9 @@ def test_what_a_sentence_leaves_in_its_row_cannot_hurt_the_next(model):
 
 
 def test_beams_share_the_cache_by_index(model, monkeypatch):
-    """Nothing is copied while sentences keep their rows: keys and values of every entry are written once."""
+    """Nothing is copied while sentences sit where they are: keys and values of every entry are written once."""
     written = []
-    monkeypatch.setattr(Cache, "write", lambda self, layer, row, entry, k, v: written.append((layer, row, entry)))
+    monkeypatch.setattr(Cache, "write", lambda self, layer, seat, entry, k, v: written.append((layer, seat, entry)))
     beam_search(model, random_prompts(1, banks=False), [], beams=4)
-    places = [(layer, int(r), int(e)) for layer, row, entry in written for r, e in zip(row, entry)]
+    places = [(layer, int(s), int(e)) for layer, seat, entry in written for s, e in zip(seat, entry)]
     assert len(set(places)) == len(places) > 0

@@ -107,6 +107,18 @@ def test_two_runs_give_the_same_bits():
         assert torch.equal(one, other)
 
 
+def compile_kernels(*arguments):
+    """What tests/compile_kernels.py prints, in a process where Triton compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).parents[1] / "compile_kernels.py", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_one_compiled_variant_of_each_kernel_serves_batches_of_all_sizes():
+    assert compile_kernels("variants") == [{kernel.fn.__name__: 1 for kernel in kernels.KERNELS}]
+
+
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may have
 
 
@@ -114,11 +126,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may h
     "capability, dtype, head_dim", [(80, "float16", 64), (90, "bfloat16", 64), (90, "bfloat16", 128)]
 )
 def test_compiled_for_a_gpu_that_is_not_here_every_kernel_fits(capability, dtype, head_dim):
-    script = Path(__file__).parents[1] / "compile_kernels.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, script, str(capability), dtype, str(head_dim)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = compile_kernels(capability, dtype, head_dim)
     assert len(found) == len(kernels.KERNELS) + 1  # and decode_kernel
     for kernel in found:
         assert kernel["stack"] <= 8, f"registers spill: {kernel}"  # Triton 3.6 spills two, Triton 3.9 none

@@ -46,10 +46,12 @@ train.main()
 """
 
 
-def assert_near(out, other):
-    """The numbers of two runs are the same, up to rounding."""
-    ours, theirs = (sum(metrics(run), []) for run in (out, other))
-    assert len(ours) == 6 and ours == [pytest.approx(line, rel=1e-4) for line in theirs]  # four steps, two validations
+def assert_near(ours, theirs):
+    """Two runs have the same metrics: four steps, two validations."""
+    ours, theirs = (sum(metrics(out), []) for out in (ours, theirs))
+    assert len(ours) == len(theirs) == 6
+    for one, other in zip(ours, theirs):
+        assert one == pytest.approx(other, rel=1e-4)
 
 
 def test_any_number_of_processes_trains_as_one_on_ragged_data_even_if_one_runs_out_of_memory(place, tmp_path):

@@ -45,6 +45,11 @@ def test_a_sample_follows_from_its_texts_number_and_the_same_sampler_gives_it_ag
     assert written(demo, TEXTS[2:], sampler=sampler) != whole[2:]
 
 
+def test_numbers_below_those_of_float32_are_the_likeliest_token(demo):
+    greedy = written(demo)
+    assert written(demo, sampler=Sampler(1e-50)) == written(demo, sampler=Sampler(1.0, top_p=1e-300)) == greedy
+
+
 # Memory
 
 
