@@ -46,23 +46,21 @@ def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, on):
     assert [path.read_text() for path in Path("mine").iterdir()] == ["years of work"]
 
 
-@pytest.mark.parametrize(
-    "mistake, words",
-    [
-        (["--prefix-len", "0"], ["--prefix-len", "'0'", "from 1 to 65,536"]),
-        (["--steps", "0"], ["--steps", "'0'", "1 or more"]),
-        (["--batch-size", "9" * 9], ["--batch-size", "from 1 to"]),
-        (["--lr", "nan"], ["--lr", "'nan'", "above 0"]),
-        (["--seed", "9" * 30], ["--seed", "whole number"]),
-        (["--no-such-option"], ["unrecognized arguments: --no-such-option"]),
-        (["--data", "nothing.csv"], ["nothing.csv", "no such file"]),
-        (["--columns", "en", "de"], ["no column 'de'", "'en', 'fr'"]),
-        (["--model", "gpt9"], ["--model gpt9", "gpt2-xl"]),
-        (["--max-tokens", "3"], ["no row that can be used", "(over 3 tokens)"]),
-        (["--device", "cuda"], ["--device cuda", "--device cpu"]),
-    ],
-    ids=lambda value: " ".join(value)[:30],
-)
+@pytest.mark.parametrize("mistake, words", [
+    (["--prefix-len", "0"], ["--prefix-len", "'0'", "from 1 to 65,536"]),
+    (["--steps", "0"], ["--steps", "'0'", "1 or more"]),
+    (["--batch-size", "9" * 9], ["--batch-size", "from 1 to"]),
+    (["--lr", "nan"], ["--lr", "'nan'", "above 0"]),
+    (["--seed", "9" * 30], ["--seed", "whole number"]),
+    (["--no-such-option"], ["unrecognized arguments: --no-such-option"]),
+    (["--data", "nothing.csv"], ["nothing.csv", "no such file"]),
+    (["--columns", "en", "de"], ["no column 'de'", "'en', 'fr'"]),
+    (["--model", "gpt9"], ["--model gpt9", "gpt2-xl"]),
+    (["--max-tokens", "3"], ["no row that can be used", "(over 3 tokens)"]),
+    (["--device", "cuda"], ["--device cuda", "--device cpu"]),
+    (["--train-banks", "en", "--reparam"], ["--reparam moves all banks"]),
+    (["--train-banks", "en"], ["--train-banks leaves fr untrained"]),
+], ids=lambda value: " ".join(value)[:30])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_no_run_directory(run, on, mistake, words):
     assert_refused(run(train, *on, "--out", "new", *mistake), *words)
     assert not Path("new").exists()

@@ -38,12 +38,6 @@ def test_german_is_added_to_a_trained_english_and_french_that_stay_bit_for_bit(r
     assert not torch.equal(resumed.key[2], three.key[2])
 
 
-def test_train_banks_does_not_go_with_reparam_nor_with_banks_that_nothing_trained(run):
-    assert run(train, *OPTIONS, "--train-banks", "en", "--reparam")[0] == 2
-    code, _, said = run(train, *OPTIONS, "--columns", "en", "fr", "--train-banks", "en")
-    assert code == 2 and "--train-banks leaves fr untrained" in said
-
-
 def test_only_the_pairs_that_are_named_are_trained_and_both_files_say_so(run):
     code, _, said = run(train, *OPTIONS, "--pairs", "en:fr", "fr:de", "--out", "some", "--eval-every", 1)
     assert code == 0 and "Training en, fr, de on 24 examples" in said

@@ -28,13 +28,9 @@ pytestmark = pytest.mark.usefixtures("workplace")
 def expected(place):
     """A function: texts -> the lines that translate.py owes for them."""
     model, tokenizer = GPT.from_pretrained(place / "base"), Tokenizer.from_pretrained(place / "base")
-    banks = Banks.load(place / "run" / "prefix.safetensors", model)
-
-    def expected(texts, source="fr", target="en", **options):
-        results = translate_texts(model, tokenizer, banks, texts, source, target, Decoding(max_new=6, **options))
-        return "".join(result.text + "\n" for result in results)
-
-    return expected
+    parts = model, tokenizer, Banks.load(place / "run", model)
+    written = lambda texts, **options: translate_texts(*parts, texts, "fr", "en", Decoding(max_new=6, **options))
+    return lambda texts, **options: "".join(result.text + "\n" for result in written(texts, **options))
 
 
 @pytest.fixture
@@ -61,19 +57,15 @@ def test_each_argument_gets_a_line_of_standard_output_and_nothing_else_is_there(
 # Standard input
 
 
-@pytest.mark.parametrize(
-    "stdin, texts",
-    [
-        (b"", []),
-        (b"un\n\n \n\ndeux\n\n", ["un", "", "", "", "deux", ""]),
-        (b"un\r\ndeux\r\n", ["un", "deux"]),
-        (b"un\rdeux\n", ["un deux"]),
-        ("\ufeffun\ndeux\n".encode(), ["un", "deux"]),
-        ("un \u2028 deux\ntrois\n".encode(), ["un \u2028 deux", "trois"]),
-        ("<|endoftext|>\n« Où ça ? »\n".encode(), ["<|endoftext|>", "« Où ça ? »"]),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("stdin, texts", [
+    (b"", []),
+    (b"un\n\n \n\ndeux\n\n", ["un", "", "", "", "deux", ""]),
+    (b"un\r\ndeux\r\n", ["un", "deux"]),
+    (b"un\rdeux\n", ["un deux"]),
+    ("\ufeffun\ndeux\n".encode(), ["un", "deux"]),
+    ("un \u2028 deux\ntrois\n".encode(), ["un \u2028 deux", "trois"]),
+    ("<|endoftext|>\n« Où ça ? »\n".encode(), ["<|endoftext|>", "« Où ça ? »"]),
+], ids=repr)  # fmt: skip
 def test_each_line_of_standard_input_gets_a_line_of_standard_output(small, expected, stdin, texts):
     code, out, _ = small(stdin=stdin)
     assert (code, out) == (0, expected(texts))
@@ -136,14 +128,11 @@ def test_a_slow_pipe_is_answered_line_by_line():
         giving_up.cancel()
 
 
-@pytest.mark.parametrize(
-    "line, code, texts, words",
-    [
-        ("printf 'été\\n\\n\\xe9\\ndeux' | translate.py --max-new-tokens 6", 2, ["été", "", "", "deux"], ["line 3: "]),
-        ("yes | head -2000 | translate.py --batch-size 1 --max-new-tokens 6 | head -1", 1, ["y"], []),  # a reader goes away
-        ("translate.py <&-", 2, [], ["no text, and standard input is closed"]),
-    ],
-)
+@pytest.mark.parametrize("line, code, texts, words", [
+    ("printf 'été\\n\\n\\xe9\\ndeux' | translate.py --max-new-tokens 6", 2, ["été", "", "", "deux"], ["line 3: "]),
+    ("yes | head -2000 | translate.py --batch-size 1 --max-new-tokens 6 | head -1", 1, ["y"], []),  # a reader goes away
+    ("translate.py <&-", 2, [], ["no text, and standard input is closed"]),
+])  # fmt: skip
 def test_in_a_pipe_translations_are_utf_8_whatever_the_locale_and_errors_are_lines(place, expected, line, code, texts, words):
     script = f"{sys.executable} {ROOT}/translate.py --prefix {place}/run"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # as a locale may have it
@@ -203,25 +192,23 @@ def test_other_forms_of_the_weights_translate(run, options):
     assert "rain" in run(translate, *PREFIX, *options, "Il pleut.")[1]
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--from", "es"], ["no bank 'es'", "en, fr"]),
-        (["--choices", "a", " "], ["--choices: an answer is empty"]),
-        (["--from", "en", "--to", "en"], ["--from en --to en"]),
-        (["--beam", "2", "--temperature", "1"], ["--beam", "--temperature"]),
-        (["--length-penalty", "2"], ["--length-penalty goes with --beam"]),
-        (["--beam", "5000"], ["--beam 5,000", "tokens of this model's vocabulary"]),
-        (["--top-k", "99999"], ["--top-k 99,999", "tokens of this model's vocabulary"]),
-        (["--batch-size", "65537"], ["--batch-size", "1 to 65,536"]),
-        (["--weights", "int8", "--dtype", "float16"], ["--weights int8 is for a CPU, in float32"]),
-        (["--prefix", "nothing"], ["nothing: no prefix file there"]),
-        (["--prefix", ROOT / "minigpt/demo/model.safetensors"], ["not a prefix file"]),
-        (["--model", "nothing"], ["--model nothing: no such directory"]),
-        (["-oui"], ["unrecognized arguments: -oui"]),
-    ],
-    ids=lambda value: " ".join(map(str, value))[:30],
-)
+@pytest.mark.parametrize("options, words", [
+    (["--from", "es"], ["no bank 'es'", "en, fr"]),
+    (["--choices", "a", " "], ["--choices: an answer is empty"]),
+    (["--choices", "a", "--beam", "2"], ["--choices does not go with --beam"]),
+    (["--choices", "a", "--top-k", "2"], ["--choices does not go with --beam"]),
+    (["--from", "en", "--to", "en"], ["--from en --to en"]),
+    (["--beam", "2", "--temperature", "1"], ["--beam", "--temperature"]),
+    (["--length-penalty", "2"], ["--length-penalty goes with --beam"]),
+    (["--beam", "5000"], ["--beam 5,000", "tokens of this model's vocabulary"]),
+    (["--top-k", "99999"], ["--top-k 99,999", "tokens of this model's vocabulary"]),
+    (["--batch-size", "65537"], ["--batch-size", "1 to 65,536"]),
+    (["--weights", "int8", "--dtype", "float16"], ["--weights int8 is for a CPU, in float32"]),
+    (["--prefix", "nothing"], ["nothing: no prefix file there"]),
+    (["--prefix", ROOT / "minigpt/demo/model.safetensors"], ["not a prefix file"]),
+    (["--model", "nothing"], ["--model nothing: no such directory"]),
+    (["-oui"], ["unrecognized arguments: -oui"]),
+], ids=lambda value: " ".join(map(str, value))[:30])  # fmt: skip
 def test_a_mistake_in_translating_is_one_line_and_exit_code_2(small, options, words):
     assert_refused(small(*options, "--", "Bonjour"), *words)
 

@@ -71,30 +71,23 @@ def test_a_setting_that_is_not_implemented_is_an_error_that_names_it(name, why_r
 SIZES = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"]
 
 
-@pytest.mark.parametrize(
-    "name, value, why",
-    [
-        *((name, v, "must be a whole number from 1 on, not ") for name in SIZES for v in (0, "12")),
-        *(("n_embd", v, "must be a whole number from 1 on") for v in (-12, 12.0, True, None, 10**30)),
-        *(("activation_function", v, f"{v!r} is none of gelu_new, ") for v in ("quick_gelu", None, 3)),
-        *(("layer_norm_epsilon", v, "must be a number, not ") for v in ("1e-5", None, 10**400)),
-    ],
-)
+@pytest.mark.parametrize("name, value, why", [
+    *((name, v, "must be a whole number from 1 on, not ") for name in SIZES for v in (0, "12")),
+    *(("n_embd", v, "must be a whole number from 1 on") for v in (-12, 12.0, True, None, 10**30)),
+    *(("activation_function", v, f"{v!r} is none of gelu_new, ") for v in ("quick_gelu", None, 3)),
+    *(("layer_norm_epsilon", v, "must be a number, not ") for v in ("1e-5", None, 10**400)),
+])  # fmt: skip
 def test_a_value_that_makes_no_sense_is_an_error_that_names_the_setting(name, value, why, why_refused):
     assert f"{name} {why}" in why_refused({name: value})
     assert why_refused({"n_embd": 1600, "n_head": 12}) == "n_embd 1600 is not a multiple of n_head 12"
 
 
-@pytest.mark.parametrize(
-    "content, why",
-    [
-        (b"[1]", "expected a JSON object, found [1]"),
-        *((content, "not JSON: ") for content in (b"", b'{"n_head": 12', b"[" * 100_000, "\ufeff{}".encode())),
-        (b'{"n_head": "\xff"}', "not UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 12"),
-        (b"<!DOCTYPE html>\n<html>", "not JSON: Expecting value: line 1 column 1 (char 0) (a web page in place of the"),
-    ],
-    ids=lambda content: str(content)[:20],
-)
+@pytest.mark.parametrize("content, why", [
+    (b"[1]", "expected a JSON object, found [1]"),
+    *((content, "not JSON: ") for content in (b"", b'{"n_head": 12', b"[" * 100_000, "\ufeff{}".encode())),
+    (b'{"n_head": "\xff"}', "not UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 12"),
+    (b"<!DOCTYPE html>\n<html>", "not JSON: Expecting value: line 1 column 1 (char 0) (a web page in place of the"),
+], ids=lambda content: str(content)[:20])  # fmt: skip
 def test_a_file_that_is_something_else_is_an_error_that_says_what(content, why, why_refused):
     assert why in why_refused(content)
 

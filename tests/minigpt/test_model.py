@@ -27,16 +27,12 @@ def test_the_default_config_is_gpt2s():
     assert GPTConfig().head_dim == 64 and GPTConfig().mlp_dim == 3072
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *({"n_embd": size.n_embd, "n_head": size.n_head, "vocab_size": 500, "n_positions": 64} for size in PUBLISHED.values()),
-        *({"activation_function": activation} for activation in ACTIVATIONS),
-        *({"n_inner": 40}, {"layer_norm_epsilon": 0.1}, {"n_positions": 7}, {"n_layer": 1}, {"n_head": 1}),
-        {"reorder_and_upcast_attn": True},  # another way to the same numbers
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", [
+    *({"n_embd": size.n_embd, "n_head": size.n_head, "vocab_size": 500, "n_positions": 64} for size in PUBLISHED.values()),
+    *({"activation_function": activation} for activation in ACTIVATIONS),
+    *({"n_inner": 40}, {"layer_norm_epsilon": 0.1}, {"n_positions": 7}, {"n_layer": 1}, {"n_head": 1}),
+    {"reorder_and_upcast_attn": True},  # another way to the same numbers
+], ids=str)  # fmt: skip
 def test_logits_equal_transformers_at_every_published_proportion_and_for_every_setting(settings, reference, tmp_path):
     theirs = reference(**settings)
     ours, ids = GPT.from_pretrained(tmp_path), torch.randint(theirs.config.vocab_size, (2, theirs.config.n_positions))

@@ -141,19 +141,16 @@ def last_token(**changes):
     return lambda tokens: [*tokens[:-1], tokens[-1] | changes]
 
 
-@pytest.mark.parametrize(
-    "file, name, value",
-    [
-        (J, "model.merges", lambda merges: [" ".join(pair) for pair in merges]),
-        (J, "post_processor", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}),
-        (J, "truncation", {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}),
-        (J, "added_tokens", lambda tokens: tokens[:2]),
-        (J, "added_tokens", last_token(special=True, rstrip=True, single_word=True)),
-        (C, "tokenizer_class", "PreTrainedTokenizerFast"),
-        (C, "eos_token", "[PAD]"),
-        (C, "model_max_length", 8),
-    ],
-)
+@pytest.mark.parametrize("file, name, value", [
+    (J, "model.merges", lambda merges: [" ".join(pair) for pair in merges]),
+    (J, "post_processor", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}),
+    (J, "truncation", {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}),
+    (J, "added_tokens", lambda tokens: tokens[:2]),
+    (J, "added_tokens", last_token(special=True, rstrip=True, single_word=True)),
+    (C, "tokenizer_class", "PreTrainedTokenizerFast"),
+    (C, "eos_token", "[PAD]"),
+    (C, "model_max_length", 8),
+])  # fmt: skip
 def test_what_does_not_change_ids_is_passed_over(saved, file, name, value):
     folder, edit = saved
     edit(file, name, value)
@@ -194,15 +191,12 @@ def test_what_changes_ids_and_is_not_implemented_is_refused_by_name(saved):
             (folder / file).write_text(sound, encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "name, value, why",
-    [
-        (J, last_token(special=False), "text encodes to its added token '<x>', which is not implemented"),
-        (J, last_token(id=400), f"added token '<x>' has id 400, not {SIZE + 1}"),
-        (C, {SIZE + 1: {"content": "<y>", "special": True}}, f"added token '<x>' has id {SIZE + 1}, not {SIZE + 2}"),
-        (C, {SIZE + 1: {"content": "<x>", "special": False}}, "text encodes to its added token '<x>'"),
-    ],
-)
+@pytest.mark.parametrize("name, value, why", [
+    (J, last_token(special=False), "text encodes to its added token '<x>', which is not implemented"),
+    (J, last_token(id=400), f"added token '<x>' has id 400, not {SIZE + 1}"),
+    (C, {SIZE + 1: {"content": "<y>", "special": True}}, f"added token '<x>' has id {SIZE + 1}, not {SIZE + 2}"),
+    (C, {SIZE + 1: {"content": "<x>", "special": False}}, "text encodes to its added token '<x>'"),
+])  # fmt: skip
 def test_added_tokens_that_transformers_would_read_otherwise_are_refused(saved, name, value, why):
     folder, edit = saved
     edit(name, "added_tokens" if name == J else "added_tokens_decoder", value)
@@ -268,17 +262,13 @@ def test_a_merge_of_other_than_two_tokens_that_bpe_leaves_is_an_error_that_names
 SPELLED_BY_MERGES = [f"{END_OF_TEXT[:i]} {END_OF_TEXT[i]}" for i in range(1, len(END_OF_TEXT))]
 
 
-@pytest.mark.parametrize(
-    "merges, vocab, why",
-    [
-        (MERGES, {token: i for token, i in VOCAB.items() if token != "A"}, "'A' is missing"),
-        (MERGES, {token: i for token, i in VOCAB.items() if token != "hell"}, "'hell' is missing"),
-        (MERGES, {token: i for token, i in VOCAB.items() if token != END_OF_TEXT}, f"'{END_OF_TEXT}' is missing"),
-        (SPELLED_BY_MERGES, VOCAB, f"merges make its end-of-text token '{END_OF_TEXT}'"),
-        *((MERGES, VOCAB | {"hello": i}, "") for i in [-1, 5, "0", True, None, []]),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("merges, vocab, why", [
+    (MERGES, {token: i for token, i in VOCAB.items() if token != "A"}, "'A' is missing"),
+    (MERGES, {token: i for token, i in VOCAB.items() if token != "hell"}, "'hell' is missing"),
+    (MERGES, {token: i for token, i in VOCAB.items() if token != END_OF_TEXT}, f"'{END_OF_TEXT}' is missing"),
+    (SPELLED_BY_MERGES, VOCAB, f"merges make its end-of-text token '{END_OF_TEXT}'"),
+    *((MERGES, VOCAB | {"hello": i}, "") for i in [-1, 5, "0", True, None, []]),
+], ids=str)  # fmt: skip
 def test_a_vocabulary_that_lacks_a_token_or_has_bad_ids_is_an_error(merges, vocab, why, tmp_path):
     write(tmp_path, merges, vocab)
     assert why_refused(Tokenizer.from_pretrained, tmp_path).startswith(BPE + why)

@@ -102,16 +102,13 @@ def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_ha
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": "localhost"}
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE is set, but: invalid literal .*torchrun"),
-        ({"WORLD_SIZE": "two"}, "'two'"),
-        ({"RANK": ""}, "RANK expected"),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR expected"),
-        ({"LOCAL_WORLD_SIZE": "4"}, "4 processes on a machine with 2 GPUs: give torchrun --nproc_per_node=2"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE is set, but: invalid literal .*torchrun"),
+    ({"WORLD_SIZE": "two"}, "'two'"),
+    ({"RANK": ""}, "RANK expected"),
+    ({"MASTER_ADDR": ""}, "MASTER_ADDR expected"),
+    ({"LOCAL_WORLD_SIZE": "4"}, "4 processes on a machine with 2 GPUs: give torchrun --nproc_per_node=2"),
+])  # fmt: skip
 def test_an_environment_that_is_not_torchruns_or_has_too_few_gpus_is_one_line(monkeypatch, change, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "LOCAL_WORLD_SIZE" in change)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

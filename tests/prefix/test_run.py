@@ -44,16 +44,12 @@ def test_pairs_name_the_directions_and_without_columns_the_banks(config_of, tmp_
     assert runs.directions(config_of()) is None
 
 
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        ({"pairs": ["en:xx"]}, "--pairs en:xx: not one of en:fr, en:de, fr:en, "),
-        ({"pairs": ["en:fr"]}, "--pairs has no pair with de"),
-        ({"train_banks": ["xx"]}, "--train-banks xx: not one of en, fr, de"),
-        ({"train_banks": ["de"]}, "--train-banks leaves en untrained: give a prefix that has this bank, --from-prefix"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("fields, message", [
+    ({"pairs": ["en:xx"]}, "--pairs en:xx: not one of en:fr, en:de, fr:en, "),
+    ({"pairs": ["en:fr"]}, "--pairs has no pair with de"),
+    ({"train_banks": ["xx"]}, "--train-banks xx: not one of en, fr, de"),
+    ({"train_banks": ["de"]}, "--train-banks leaves en untrained: give a prefix that has this bank, --from-prefix"),
+], ids=str)  # fmt: skip
 def test_a_pair_or_bank_that_cannot_be_trained_is_one_line(fields, message):
     config = {"columns": ["en", "fr", "de"], "pairs": None, "train_banks": None, "from_prefix": None}
     with pytest.raises(UserError, match=message):
