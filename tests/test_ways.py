@@ -3,19 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from benchmarks.ways import (
-    FineTuning,
-    LoRA,
-    Nearest,
-    Prefix,
-    PromptTuning,
-    nearest_shots,
-    opening,
-    train,
-    trigrams,
-)
+from benchmarks.ways import FineTuning, LoRA, Nearest, Prefix, PromptTuning, nearest_shots, opening, train, trigrams
+from conftest import write_table
 
-from minigpt import GPT, Tokenizer
 from minigpt.generate import Prompt, generate
 from prefix.data import corpus as data
 from prefix.data.rows import clean
@@ -24,22 +14,16 @@ from prefix.evaluation.few_shot import Shots, few_shot
 TEXTS = ["Le chat dort.", "Le chien dort.", "Il pleut à Paris.", "Où est la gare ?", "Il pleut.", "LE CHAT dort."]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_pretrained("demo")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return GPT.from_pretrained("demo")
+@pytest.fixture
+def model(demo):
+    return demo[0]
 
 
 @pytest.fixture(scope="module")
 def corpus(tokenizer, tmp_path_factory):
     home = tmp_path_factory.mktemp("corpus")
-    rows = [f"The cat number {i} sleeps.,Le chat numéro {i} dort." for i in range(40)]
-    (home / "pairs.csv").write_text("\n".join(["en,fr", *rows]), encoding="utf-8")
-    return data.load([home / "pairs.csv"], None, tokenizer, home=home)
+    rows = [(f"The cat number {i} sleeps.", f"Le chat numéro {i} dort.") for i in range(40)]
+    return data.load([write_table(home / "pairs.csv", [("en", "fr"), *rows])], None, tokenizer, home=home)
 
 
 @pytest.fixture
