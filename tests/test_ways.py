@@ -3,17 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from benchmarks.ways import (
-    FineTuning,
-    LoRA,
-    Nearest,
-    Prefix,
-    PromptTuning,
-    nearest_shots,
-    opening,
-    train,
-    trigrams,
-)
+from benchmarks.ways import FineTuning, LoRA, Nearest, Prefix, PromptTuning, nearest_shots, opening, train, trigrams
 
 from minigpt.generate import Prompt, generate
 from prefix.data.rows import clean
