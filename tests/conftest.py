@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import string
 import sys
 import tempfile
 from pathlib import Path
@@ -60,9 +59,7 @@ def random_model(config, std=0.3):
 
 def save_random_checkpoint(directory, n_positions=200):
     """A small model with the demo's vocabulary, saved; it is returned, too."""
-    size = len(json.loads((checkpoint.DEMO / "vocab.json").read_text(encoding="utf-8")))
-    config = GPTConfig(vocab_size=size, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2)
-    model = random_model(config, std=0.4)
+    model = small_model(Tokenizer.from_pretrained("demo"), n_positions=n_positions)
     checkpoint.save(model, directory)
     for file in ("vocab.json", "merges.txt"):
         shutil.copy(checkpoint.DEMO / file, directory)
@@ -70,9 +67,9 @@ def save_random_checkpoint(directory, n_positions=200):
 
 
 def random_text(most=7):
-    letters = [string.ascii_lowercase[i] for i in torch.randint(26, (4 * most,))]
-    words = ["".join(letters[i : i + 4]) for i in range(0, 4 * most, 4)]
-    return " ".join(words[: int(torch.randint(1, most + 1, ()))])
+    """1 to `most` words of four letters."""
+    letters = torch.randint(26, (int(torch.randint(1, most + 1, ())), 4)) + ord("a")
+    return " ".join("".join(map(chr, word)) for word in letters)
 
 
 def random_rows(split, n, columns=2):
@@ -128,15 +125,15 @@ def run(monkeypatch, capsys):
 
     def run(script, *arguments, stdin=b""):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-        file = tempfile.TemporaryFile()
+        file = tempfile.TemporaryFile(buffering=0)
         file.write(stdin)
         file.seek(0)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
         capsys.readouterr()
-        code = 0
         try:
             with cli.cli_errors():
                 script.main()
+            code = 0
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
@@ -229,10 +226,10 @@ def tokenizer():
     return Tokenizer.from_pretrained("demo")
 
 
-def small_model(tokenizer, dtype=torch.float32):
+def small_model(tokenizer, dtype=torch.float32, n_positions=128):
     """Two layers of two heads of 16 for this vocabulary, with random weights, frozen."""
-    size = dict(n_positions=128, n_embd=32, n_layer=2, n_head=2)
-    return random_model(GPTConfig(vocab_size=tokenizer.n_vocab, **size), std=0.4).to(dtype)
+    config = GPTConfig(vocab_size=tokenizer.n_vocab, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2)
+    return random_model(config, std=0.4).to(dtype)
 
 
 @pytest.fixture
