@@ -24,12 +24,7 @@ from prefix.translation import translate
 
 CONFIG = GPTConfig(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=2)
 MASKS = [1, 1, 1, 3, 3, 2, 0]  # of the banks a, b, c
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIGPT_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 @pytest.fixture
