@@ -1,9 +1,8 @@
 """The model computes what transformers' GPT-2 computes with the same weights."""
 
-import shutil
-
 import pytest
 import torch
+from conftest import copy_tokenizer
 
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
 from minigpt.checkpoint import DEMO
@@ -100,8 +99,7 @@ def test_the_demo_writes_what_transformers_writes():
 def test_random_weights_write_what_they_write_in_transformers(vocabulary, reference, tmp_path):
     size = len(Tokenizer.from_pretrained(vocabulary).ids)
     theirs = reference(vocab_size=size, n_positions=64)
-    for file in ("vocab.json", "merges.txt"):
-        shutil.copy(vocabulary / file, tmp_path)
+    copy_tokenizer(vocabulary, tmp_path)
     assert_same_continuation(theirs, tmp_path)
 
 
