@@ -71,11 +71,11 @@ class Sampler:
 
 
 @torch.no_grad()
-def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32, sampler=None, on_token=None):
+def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32, sampler=None):
     """Prompts -> a list of Generated, in the same order.
 
-    stop: ids that end a sequence. batch_size: rows of the cache. on_token(number, id): called for each new token.
-    Raises UserError for an empty prompt, or one that does not fit the context."""
+    stop: ids that end a sequence. batch_size: rows of the cache. Raises UserError for an empty prompt, or one that does
+    not fit the context."""
     sampler, stop = sampler or Sampler(), set(stop)
     check_prompts(model, prompts, position_offset)
     results, waiting = [Generated() for _ in prompts], longest_first(prompts)
@@ -98,7 +98,8 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
                 numbers, tokens = unread.popleft()
                 for n, token in zip(numbers, tokens().tolist()):
                     if not ended(results[n], prompts[n]):  # a step late: what an ended sequence got more is dropped
-                        append_token(results[n], token, stop, n, on_token)
+                        results[n].finished = token in stop
+                        results[n].ids += [token] * (token not in stop)
                 for row in reversed(range(len(running))):
                     if ended(results[running[row]], prompts[running[row]]):
                         evict(cache, row, running)
@@ -143,16 +144,6 @@ def check_prompts(model, prompts, position_offset):
                 f"prompt {number + 1}: {len(prompt.ids)} tokens and {prompt.max_new} new ones "
                 f"are more than the {limit} that this model's context has room for"
             )
-
-
-def append_token(result, token, stop, number, on_token):
-    """A token ends a sequence or becomes its newest."""
-    if token in stop:
-        result.finished = True
-        return
-    result.ids.append(token)
-    if on_token:
-        on_token(number, token)
 
 
 def ended(result, prompt):

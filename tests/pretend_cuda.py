@@ -302,7 +302,6 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
         "CUDAGraph": Graph, "graph": capture, "Event": Event, "device": lambda device: contextlib.nullcontext(),
         "current_stream": lambda: None, "stream": contextlib.nullcontext,
         "current_device": gpu.current_device, "set_device": gpu.set_device, "is_available": lambda: True,
-        "is_current_stream_capturing": lambda: False,  # optimizers ask; CUDA builds of torch would ask a driver
         "get_device_capability": lambda device=None: capability,
         "is_bf16_supported": lambda including_emulation=True: capability >= (8, 0),
         "mem_get_info": lambda device=None: (1 << 34, 1 << 34),
@@ -313,6 +312,8 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
     group = lambda lists, *_: {(lists[0][0].device, lists[0][0].dtype): (lists, list(range(len(lists[0]))))}
     for module in ("torch.nn.utils.clip_grad", "torch.optim.optimizer"):  # the original is C++, which sees the CPU
         monkeypatch.setattr(sys.modules[module], "_group_tensors_by_device_and_dtype", group, raising=False)
+    # where torch is a CUDA build, this asks a driver
+    monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None, raising=False)
     monkeypatch.setattr("prefix.batches.ThreadPoolExecutor", threads)
     monkeypatch.setattr(torch.autograd, "_engine_run_backward", partial(backward, torch.autograd._engine_run_backward))
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
