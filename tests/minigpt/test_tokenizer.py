@@ -2,11 +2,10 @@
 
 import json
 import random
-import shutil
 
 import pytest
 import torch
-from conftest import edit_json, why_refused
+from conftest import copy_tokenizer, edit_json, why_refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -211,15 +210,14 @@ def test_whatever_changes_ids_changes_the_fingerprint(saved, trained):
 
 
 def test_tokens_added_by_an_old_transformers_are_refused(trained, tmp_path):
-    for file in ("vocab.json", "merges.txt"):
-        shutil.copy(trained / file, tmp_path)
+    copy_tokenizer(trained, tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<x>": SIZE}))
     told = "added_tokens.json is not read: save the tokenizer by transformers 5"
     assert why_refused(Tokenizer.from_pretrained, tmp_path) == told
 
 
 def test_special_tokens_in_vocab_json_are_never_made_of_text(trained, tmp_path):
-    shutil.copy(trained / "merges.txt", tmp_path)
+    copy_tokenizer(trained, tmp_path)
     vocab = json.loads((trained / "vocab.json").read_text(encoding="utf-8"))
     vocab = {"<s>": 0, "[PAD]": 1} | {token: i + 2 for token, i in vocab.items()} | {"[MASK]": 1000}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")

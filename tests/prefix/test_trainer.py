@@ -67,7 +67,6 @@ def test_training_moves_all_slots_and_nothing_else(model, trainer):
     before, t = {name: p.clone() for name, p in model.named_parameters()}, trainer()
     start = slots_of(t)
     assert [p for group in t.optimizer.param_groups for p in group["params"]] == list(t.banks.parameters())
-    assert set(start) == {"key.0", "key.1", "value.0", "value.1"}
     assert t.run()
     assert same(before, dict(model.named_parameters()))
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
@@ -144,11 +143,8 @@ def test_a_step_that_is_not_finite_leaves_the_slots_alone_and_is_counted_and_ten
 # Too little memory
 
 
-OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to"),
-    MemoryError(),
-]
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()]
+OUT_OF_MEMORY += [RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to")]
 
 
 def short_of_memory(trainer, is_too_much, error=OUT_OF_MEMORY[0]):
@@ -206,13 +202,13 @@ def test_memory_that_is_too_small_for_one_pair_is_an_error_that_says_what_to_do(
 
 
 def test_a_run_that_goes_on_keeps_the_micro_batches_that_fitted(trainer):
-    start, settings = slots_of(trainer()), dict(steps=6, batch_size=20)
-    whole, stopped = trainer("whole", start, **settings), trainer("stopped", start, **settings)
+    start = slots_of(trainer())
+    whole, stopped = trainer("whole", start, batch_size=20), trainer("stopped", start, batch_size=20)
     for t in (whole, stopped):
         short_of_memory(t, lambda _, number: number == 1)
     stop_after(stopped, 3)
     assert whole.run() and not stopped.run()
-    resumed = trainer("stopped", **settings)
+    resumed = trainer("stopped", batch_size=20)
     default = resumed.loader.micro_batch_tokens
     resumed.resume()
     assert resumed.loader.micro_batch_tokens == whole.loader.micro_batch_tokens < default
