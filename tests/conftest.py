@@ -1,4 +1,4 @@
-"""What several test files share: fresh random numbers, random models and checkpoints, GPT-2 vocabularies, transformers'
+"""What several test files share: fresh random numbers, random models and checkpoints, transformers'
 GPT-2 as the reference, and a way to run the commands."""
 
 import csv
@@ -32,7 +32,6 @@ if not torch.cuda.is_available():
 
 CONTEXT = 200  # positions of the checkpoints in `place`
 TRAIN = ["--steps", "3", "--batch-size", "4", "--prefix-len", "3", "--device", "cpu", "--dtype", "float32"]
-REAL_VOCABULARY = Path(__file__).parents[2] / "shared/data/gpt2_tokenizer"
 
 
 @pytest.fixture(autouse=True)
@@ -89,18 +88,6 @@ def write_table(path, rows):
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     return path
-
-
-@pytest.fixture(scope="session", params=["gpt2", "demo"])
-def vocabulary(request, tmp_path_factory):
-    """A directory with a vocab.json and merges.txt, and a config.json that tells transformers whose they are."""
-    source = checkpoint.DEMO if request.param == "demo" else REAL_VOCABULARY
-    if not source.is_dir():
-        pytest.skip(f"gpt2's own vocabulary is not at {source}")
-    directory = tmp_path_factory.mktemp(request.param)
-    copy_tokenizer(source, directory)
-    (directory / "config.json").write_text('{"model_type": "gpt2"}')
-    return directory
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import copy_tokenizer, edit_json, why_refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minigpt import Tokenizer, UserError
+from minigpt import Tokenizer, UserError, checkpoint
 from minigpt.tokenizer import END_OF_TEXT, byte_characters
 
 PIECES = [
@@ -18,9 +19,20 @@ PIECES = [
     *["0", "7", "42", " 12345", "3,14", "½", "٣", " ", "  ", "\t", "\n", "\r\n", "\n\n ", "\u00a0", "\u202f"],
     *[".", "...", " ?!", "…", "(", "_", "--", "🙂", " 👩‍👩‍👧", "🇫🇷", "日本語", " Ελλάδα", "नमस्ते", "\0", "\ufeff"],
 ]
+REAL = Path(__file__).parents[3] / "shared/data/gpt2_tokenizer"
 SIZE = 302  # tokens of `trained`
 TEXTS = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 SLOW = settings(deadline=None)
+
+
+@pytest.fixture(scope="module", params=[REAL, checkpoint.DEMO], ids=["gpt2", "demo"])
+def vocabulary(request, tmp_path_factory):
+    """A directory with a published vocab.json and merges.txt."""
+    if not request.param.is_dir():
+        pytest.skip(f"gpt2's own vocabulary is not at {REAL}")
+    directory = tmp_path_factory.mktemp("vocabulary")
+    copy_tokenizer(request.param, directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
