@@ -1,4 +1,4 @@
-"""What several test files share: fresh random numbers, random models and checkpoints, GPT-2 vocabularies, transformers'
+"""What several test files share: fresh random numbers, random models and checkpoints, transformers'
 GPT-2 as the reference, and a way to run the commands."""
 
 import csv
@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-import string
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -32,31 +32,17 @@ if not torch.cuda.is_available():
 
 CONTEXT = 200  # positions of the checkpoints in `place`
 TRAIN = ["--steps", "3", "--batch-size", "4", "--prefix-len", "3", "--device", "cpu", "--dtype", "float32"]
-REAL_VOCABULARY = Path(__file__).parents[2] / "shared/data/gpt2_tokenizer"
 
 
 @pytest.fixture(autouse=True)
-def fresh_random_numbers():
-    """Other inputs in every run. pytest prints the seed of a test that fails."""
+def the_same_for_every_test(request, monkeypatch):
+    """Other inputs in every run (pytest prints the seed of a test that fails), notices that are new, exact tokens and bits
+    on the CPU also where there is a GPU, and no picture of each loss, which takes longer than the smallest runs train."""
     print(f"torch.manual_seed({torch.seed()})")
-
-
-@pytest.fixture(autouse=True)
-def notices_are_new():
     distributed.log_once.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def gpus_are_for_the_kernels(request, monkeypatch):
-    """All other tests compare exact tokens and bits on the CPU, also where there is a GPU."""
     if request.path.name not in ("test_kernels.py", "test_decode_kernel.py", "test_attention.py"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-@pytest.fixture(autouse=True)
-def pictures_are_for_their_own_tests(request, monkeypatch):
-    """Each training run would draw its loss, which takes longer than the smallest of them train."""
     if request.path.name not in ("test_attention_maps.py", "test_pictures.py"):
         for name in ("matplotlib", "matplotlib.figure"):
             monkeypatch.setitem(sys.modules, name, None)
@@ -72,19 +58,21 @@ def random_model(config, std=0.3):
 
 def save_random_checkpoint(directory, n_positions=200):
     """A small model with the demo's vocabulary, saved; it is returned, too."""
-    size = len(json.loads((checkpoint.DEMO / "vocab.json").read_text(encoding="utf-8")))
-    config = GPTConfig(vocab_size=size, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2)
-    model = random_model(config, std=0.4)
+    model = small_model(Tokenizer.from_pretrained("demo"), n_positions=n_positions)
     checkpoint.save(model, directory)
-    for file in ("vocab.json", "merges.txt"):
-        shutil.copy(checkpoint.DEMO / file, directory)
+    copy_tokenizer(checkpoint.DEMO, directory)
     return model
 
 
+def copy_tokenizer(source, directory):
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(source / file, directory)
+
+
 def random_text(most=7):
-    letters = [string.ascii_lowercase[i] for i in torch.randint(26, (4 * most,))]
-    words = ["".join(letters[i : i + 4]) for i in range(0, 4 * most, 4)]
-    return " ".join(words[: int(torch.randint(1, most + 1, ()))])
+    """1 to `most` words of four letters."""
+    letters = torch.randint(26, (int(torch.randint(1, most + 1, ())), 4)) + ord("a")
+    return " ".join("".join(map(chr, word)) for word in letters)
 
 
 def random_rows(split, n, columns=2):
@@ -102,26 +90,10 @@ def write_table(path, rows):
     return path
 
 
-@pytest.fixture(scope="session", params=["gpt2", "demo"])
-def vocabulary(request, tmp_path_factory):
-    """A directory with a vocab.json and merges.txt, and a config.json that tells transformers whose they are."""
-    source = checkpoint.DEMO if request.param == "demo" else REAL_VOCABULARY
-    if not source.is_dir():
-        pytest.skip(f"gpt2's own vocabulary is not at {source}")
-    directory = tmp_path_factory.mktemp(request.param)
-    for file in ("vocab.json", "merges.txt"):
-        shutil.copy(source / file, directory)
-    (directory / "config.json").write_text('{"model_type": "gpt2"}')
-    return directory
-
-
 @pytest.fixture
 def reference(tmp_path):
     """A function: settings -> transformers' GPT-2 with random weights, which it has saved in tmp_path."""
-    from transformers import (  # takes seconds: only for those who ask
-        GPT2Config,
-        GPT2LMHeadModel,
-    )
+    from transformers import GPT2Config, GPT2LMHeadModel  # takes seconds: only for those who ask
 
     tiny = dict(vocab_size=100, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None)
 
@@ -143,15 +115,15 @@ def run(monkeypatch, capsys):
 
     def run(script, *arguments, stdin=b""):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-        file = tempfile.TemporaryFile()
+        file = tempfile.TemporaryFile(buffering=0)
         file.write(stdin)
         file.seek(0)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
         capsys.readouterr()
-        code = 0
         try:
             with cli.cli_errors():
                 script.main()
+            code = 0
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
@@ -175,10 +147,21 @@ def refusal(read, *arguments):
     return str(caught.value)
 
 
+def why_refused(read, path, *more):
+    """The message of that UserError, less the path that it begins with."""
+    return refusal(read, path, *more).removeprefix(str(path)).lstrip("/: ")
+
+
+def edit_json(path, change):
+    """change(content) changes a JSON file's content in place."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """A folder with checkpoints `base` and `other`, the tables en-fr.csv and en-fr-de.csv, and the trained prefixes of
-    runs `run` and `run3`."""
+    """A folder with checkpoints `base`, `other`, tables en-fr.csv, en-fr-de.csv, and the trained runs `run`, `run3`."""
     place = tmp_path_factory.mktemp("place")
     for name in ("base", "other"):
         save_random_checkpoint(place / name, CONTEXT)
@@ -222,18 +205,15 @@ def write(tmp_path):
     return write
 
 
-# A small training run
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     return Tokenizer.from_pretrained("demo")
 
 
-def small_model(tokenizer, dtype=torch.float32):
+def small_model(tokenizer, dtype=torch.float32, n_positions=128):
     """Two layers of two heads of 16 for this vocabulary, with random weights, frozen."""
-    size = dict(n_positions=128, n_embd=32, n_layer=2, n_head=2)
-    return random_model(GPTConfig(vocab_size=tokenizer.n_vocab, **size), std=0.4).to(dtype)
+    config = GPTConfig(vocab_size=tokenizer.n_vocab, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2)
+    return random_model(config, std=0.4).to(dtype)
 
 
 @pytest.fixture
@@ -251,6 +231,14 @@ def load(tmp_path, tokenizer):
     return load
 
 
+@pytest.fixture(scope="session")
+def cats(tokenizer, tmp_path_factory):
+    """The Corpus of 60 pairs that differ in a number."""
+    home = tmp_path_factory.mktemp("cats")
+    rows = [(f"The cat number {i} sleeps.", f"Le chat numéro {i} dort.") for i in range(60)]
+    return data.load([write_table(home / "pairs.csv", [("en", "fr"), *rows])], None, tokenizer, home=home)
+
+
 @pytest.fixture
 def corpus(load):
     return load(random_rows("train", 20) + random_rows("validation", 4))
@@ -258,8 +246,7 @@ def corpus(load):
 
 @pytest.fixture
 def trainer(model, tokenizer, corpus, tmp_path):
-    """A function: settings -> a Trainer of random banks of 3 slots, with a run directory of its own. slots: where they
-    start instead."""
+    """A function: settings -> a Trainer of random banks of 3 slots (or those in `slots`), with a run directory."""
 
     def build(out="run", slots=None, model=model, corpus=corpus, banks=None, micro=None, directions=None, **settings):
         (tmp_path / out).mkdir(exist_ok=True)
@@ -273,13 +260,36 @@ def trainer(model, tokenizer, corpus, tmp_path):
     return build
 
 
+def metrics(out):
+    """(lines of steps, lines of validations) of a run's directory, without their seconds, which never fall."""
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in open(Path(out, "metrics.jsonl"))]
+    steps = [line for line in lines if "loss" in line]
+    seconds = [line.pop("seconds") for line in steps]
+    assert seconds == sorted(seconds)
+    return steps, [line for line in lines if "val_loss" in line]
+
+
+def content_of_all(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
 def one_step(trainer):
     """The line of metrics of a trainer's next step."""
     return trainer.optimizer_step(trainer.loader.step(trainer.progress.step))
 
 
+def stop_after(trainer, step):
+    """Have this process signalled at the end of a step."""
+    watch(trainer, "optimizer_step", lambda *_: trainer.progress.step == step and os.kill(os.getpid(), signal.SIGINT))
+
+
 def slots_of(trainer):
     return {name: p.detach().clone() for name, p in trainer.banks.named_parameters()}
+
+
+def flat(banks):
+    """Keys and values of each bank in turn, as they are now."""
+    return [x.detach().clone() for pair in banks.key_values() for x in pair]
 
 
 def saved_prefix(trainer):
@@ -291,6 +301,16 @@ def saved_prefix(trainer):
 def same(one, other):
     """Are two dicts of tensors equal, bit for bit?"""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def projected(model, compute):
+    """What c_attn puts out in every layer while compute() runs: (n_layer, N, 3, n_head, head_dim), queries first."""
+    found = []
+    hooks = [block.attn.c_attn.register_forward_hook(lambda *call: found.append(call[-1].detach())) for block in model.h]
+    compute()
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found).unflatten(-1, (3, model.config.n_head, -1))
 
 
 def watch(owner, attribute, note):

@@ -22,6 +22,7 @@ from prefix.translation import Decoding, Translation
 from prefix.translation import translate as translate_texts
 
 LABELS = ["joy", "anger", "fear of tests"]
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +43,6 @@ def place(tmp_path_factory):
         banks.training_record["settings"] = {"lr": 0.03, "steps": 7, "seed": 5}
         banks.save(place / f"{'-'.join(names)}.safetensors", model)
     return place
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch, place):
-    """Every command runs in an empty folder."""
-    monkeypatch.setenv("MINIGPT_HOME", str(place / "home"))
-    monkeypatch.chdir(tmp_path)
 
 
 def rows_of(place, name, n=5):

@@ -3,54 +3,29 @@
 import numpy as np
 import pytest
 import torch
-from benchmarks.ways import (
-    FineTuning,
-    LoRA,
-    Nearest,
-    Prefix,
-    PromptTuning,
-    nearest_shots,
-    opening,
-    train,
-    trigrams,
-)
+from benchmarks.ways import FineTuning, LoRA, Nearest, Prefix, PromptTuning, nearest_shots, opening, train, trigrams
 
-from minigpt import GPT, Tokenizer
 from minigpt.generate import Prompt, generate
-from prefix.data import corpus as data
 from prefix.data.rows import clean
 from prefix.evaluation.few_shot import Shots, few_shot
 
 TEXTS = ["Le chat dort.", "Le chien dort.", "Il pleut à Paris.", "Où est la gare ?", "Il pleut.", "LE CHAT dort."]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.from_pretrained("demo")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return GPT.from_pretrained("demo")
-
-
-@pytest.fixture(scope="module")
-def corpus(tokenizer, tmp_path_factory):
-    home = tmp_path_factory.mktemp("corpus")
-    rows = [f"The cat number {i} sleeps.,Le chat numéro {i} dort." for i in range(40)]
-    (home / "pairs.csv").write_text("\n".join(["en,fr", *rows]), encoding="utf-8")
-    return data.load([home / "pairs.csv"], None, tokenizer, home=home)
+@pytest.fixture
+def model(demo):
+    return demo[0]
 
 
 @pytest.fixture
-def examples(corpus):
+def examples(cats):
     """Two pairs of unlike length, one in each direction."""
-    return [(corpus.ids(3, 0), corpus.ids(3, 1), 0, 1), (corpus.ids(12, 1)[:4], corpus.ids(12, 0), 1, 0)]
+    return [(cats.ids(3, 0), cats.ids(3, 1), 0, 1), (cats.ids(12, 1)[:4], cats.ids(12, 0), 1, 0)]
 
 
-def test_prompt_embeddings_that_are_those_of_tokens_are_these_tokens(model, tokenizer, corpus, examples):
-    way = PromptTuning("demo", tokenizer, corpus, length=2)  # its embeddings start as those of these:
-    front = [opening(corpus, column, 2) for column in (0, 1)]
+def test_prompt_embeddings_that_are_those_of_tokens_are_these_tokens(model, tokenizer, cats, examples):
+    way = PromptTuning("demo", tokenizer, cats, length=2)  # its embeddings start as those of these:
+    front = [opening(cats, column, 2) for column in (0, 1)]
     batch = way.pack(examples)
     rows = [[*front[s], *source, *front[t], way.sep, *target] for source, target, s, t in examples]
     expected = torch.cat([model(torch.tensor([row]))[0] for row in rows])
@@ -62,10 +37,12 @@ def test_prompt_embeddings_that_are_those_of_tokens_are_these_tokens(model, toke
     assert [translation.text for translation in way.translate(TEXTS, "fr", "en")] == answers and any(answers)
 
 
-def test_fine_tuning_reads_the_prompt_that_decoding_asks_with(tokenizer, corpus, examples):
-    batch = FineTuning("demo", tokenizer, corpus).pack(examples)
+def test_fine_tuning_reads_the_prompt_that_decoding_asks_with(tokenizer, cats, examples):
+    batch = FineTuning("demo", tokenizer, cats).pack(examples)
     firsts = [0, batch.packed.lengths[0]]  # the first token of each sentence, and the first that counts
-    counts = [batch.target_index.tolist().index(min(at for at in batch.target_index.tolist() if at >= first)) for first in firsts]
+    counts = [
+        batch.target_index.tolist().index(min(at for at in batch.target_index.tolist() if at >= first)) for first in firsts
+    ]
     prompts = [batch.ids[first : batch.target_index[count] + 1] for first, count in zip(firsts, counts)]
     asked = ["en: The cat number 3 sleeps.\nfr:", f"fr: {tokenizer.decode(examples[1][0])}\nen:"]
     assert [tokenizer.decode(prompt) for prompt in prompts] == asked
@@ -75,8 +52,8 @@ def test_fine_tuning_reads_the_prompt_that_decoding_asks_with(tokenizer, corpus,
     assert torch.equal(batch.ids[within + 1], batch.targets[batch.targets != tokenizer.eot])
 
 
-def test_lora_merged_into_our_weights_gives_the_logits_that_peft_gives(tokenizer, corpus, examples, model):
-    way = LoRA("demo", tokenizer, corpus)
+def test_lora_merged_into_our_weights_gives_the_logits_that_peft_gives(tokenizer, cats, examples, model):
+    way = LoRA("demo", tokenizer, cats)
     batch = way.pack(examples)
     plain = model.hidden(batch.ids, batch.packed)
     torch.testing.assert_close(way.hidden(batch).detach(), plain, rtol=0, atol=1e-4)  # before training: nothing added
@@ -89,13 +66,13 @@ def test_lora_merged_into_our_weights_gives_the_logits_that_peft_gives(tokenizer
 
 
 @pytest.mark.parametrize("kind, trained", [(Prefix, 61440), (PromptTuning, 5120), (FineTuning, None), (LoRA, 61440)])
-def test_each_way_trains_what_it_says_and_nothing_else(kind, trained, tokenizer, corpus):
-    way = kind("demo", tokenizer, corpus)
+def test_each_way_trains_what_it_says_and_nothing_else(kind, trained, tokenizer, cats):
+    way = kind("demo", tokenizer, cats)
     learned = list(way.parameters())
     assert sum(p.numel() for p in learned) == (trained or sum(p.numel() for p in way.model.parameters()))
     frozen = [p for p in way.model.parameters() if all(p is not q for q in learned)]
     before = [p.detach().clone() for p in learned], [p.detach().clone() for p in frozen]
-    train(way, corpus, steps=2, lr=1e-3, batch_size=4)
+    train(way, cats, steps=2, lr=1e-3, batch_size=4)
     after = learned, frozen
     unchanged = [[torch.equal(old, new) for old, new in zip(*both)] for both in zip(before, after)]
     assert not any(unchanged[0]) and all(unchanged[1])

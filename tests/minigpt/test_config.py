@@ -36,75 +36,58 @@ def test_what_is_written_is_read_back(read):
     assert read(config.to_dict()) == config
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"model_type": "gpt2", "n_ctx": 512, "resid_pdrop": 0.1, "use_cache": False, "summary_type": "mean"},
-        {"reorder_and_upcast_attn": True, "pruned_heads": {}, "n_inner": None, "hidden_act": "relu"},
-        {"quantization_config": None, "dtype": "bfloat16", "architectures": ["GPT2ForSequenceClassification"]},
-    ],
-)
-def test_settings_that_do_not_change_the_function_are_passed_over(settings, read):
+def test_settings_that_do_not_change_the_function_are_passed_over(read):
+    settings = {"model_type": "gpt2", "n_ctx": 512, "resid_pdrop": 0.1, "use_cache": False, "summary_type": "mean"}
+    settings |= {"reorder_and_upcast_attn": True, "pruned_heads": {}, "n_inner": None, "hidden_act": "relu"}
+    settings |= {"quantization_config": None, "dtype": "bfloat16", "architectures": ["GPT2ForSequenceClassification"]}
     assert read(settings) == GPTConfig()
 
 
-def test_all_of_transformers_other_names_are_known():
+def test_transformers_other_names_of_a_setting_are_read(read, why_refused):
     from transformers import GPT2Config
 
     assert ALIASES == GPT2Config.attribute_map
+    for alias, name in ALIASES.items():
+        assert read({alias: 24}) == read({name: 24, alias: 24}) == GPTConfig(**{name: 24})
+        assert why_refused({name: 24, alias: 48}) == f"{name} is 24 but {alias}, its other name, is 48"
 
 
-@pytest.mark.parametrize("alias, name", ALIASES.items())
-def test_transformers_other_names_of_a_setting_are_read(alias, name, read, why_refused):
-    assert read({alias: 24}) == read({name: 24, alias: 24}) == GPTConfig(**{name: 24})
-    assert why_refused({name: 24, alias: 48}) == f"{name} is 24 but {alias}, its other name, is 48"
+NOT_IMPLEMENTED = {
+    "model_type": "llama",
+    "scale_attn_weights": False,
+    "scale_attn_by_inverse_layer_idx": True,
+    "quantization_config": {"load_in_4bit": True},
+    "pruned_heads": {"0": [1]},
+    "auto_map": {"AutoModelForCausalLM": "modeling.Other"},
+}
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("model_type", "llama"),
-        ("scale_attn_weights", False),
-        ("scale_attn_by_inverse_layer_idx", True),
-        ("quantization_config", {"load_in_4bit": True}),
-        ("pruned_heads", {"0": [1]}),
-        ("auto_map", {"AutoModelForCausalLM": "modeling.Other"}),
-    ],
-)
-def test_a_setting_that_is_not_implemented_is_an_error_that_names_it(name, value, why_refused):
+@pytest.mark.parametrize("name", NOT_IMPLEMENTED)
+def test_a_setting_that_is_not_implemented_is_an_error_that_names_it(name, why_refused):
+    value = NOT_IMPLEMENTED[name]
     assert why_refused({name: value}).startswith(f"{name} = {value!r} is not implemented: only ")
 
 
 SIZES = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"]
 
 
-@pytest.mark.parametrize(
-    "name, value, why",
-    [
-        *((name, v, "must be a whole number from 1 on, not ") for name in SIZES for v in (0, "12")),
-        *(("n_embd", v, "must be a whole number from 1 on") for v in (-12, 12.0, True, None, 10**30)),
-        *(("activation_function", v, f"{v!r} is none of gelu_new, ") for v in ("quick_gelu", None, 3)),
-        *(("layer_norm_epsilon", v, "must be a number, not ") for v in ("1e-5", None, 10**400)),
-    ],
-)
+@pytest.mark.parametrize("name, value, why", [
+    *((name, v, "must be a whole number from 1 on, not ") for name in SIZES for v in (0, "12")),
+    *(("n_embd", v, "must be a whole number from 1 on") for v in (-12, 12.0, True, None, 10**30)),
+    *(("activation_function", v, f"{v!r} is none of gelu_new, ") for v in ("quick_gelu", None, 3)),
+    *(("layer_norm_epsilon", v, "must be a number, not ") for v in ("1e-5", None, 10**400)),
+])  # fmt: skip
 def test_a_value_that_makes_no_sense_is_an_error_that_names_the_setting(name, value, why, why_refused):
     assert f"{name} {why}" in why_refused({name: value})
-
-
-def test_heads_that_do_not_divide_the_width_are_an_error_with_both_numbers(why_refused):
     assert why_refused({"n_embd": 1600, "n_head": 12}) == "n_embd 1600 is not a multiple of n_head 12"
 
 
-@pytest.mark.parametrize(
-    "content, why",
-    [
-        (b"[1]", "expected a JSON object, found [1]"),
-        *((content, "not JSON: ") for content in (b"", b'{"n_head": 12', b"[" * 100_000, "\ufeff{}".encode())),
-        (b'{"n_head": "\xff"}', "not UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 12"),
-        (b"<!DOCTYPE html>\n<html>", "not JSON: Expecting value: line 1 column 1 (char 0) (a web page in place of the"),
-    ],
-    ids=lambda content: str(content)[:20],
-)
+@pytest.mark.parametrize("content, why", [
+    (b"[1]", "expected a JSON object, found [1]"),
+    *((content, "not JSON: ") for content in (b"", b'{"n_head": 12', b"[" * 100_000, "\ufeff{}".encode())),
+    (b'{"n_head": "\xff"}', "not UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 12"),
+    (b"<!DOCTYPE html>\n<html>", "not JSON: Expecting value: line 1 column 1 (char 0) (a web page in place of the"),
+], ids=lambda content: str(content)[:20])  # fmt: skip
 def test_a_file_that_is_something_else_is_an_error_that_says_what(content, why, why_refused):
     assert why in why_refused(content)
 

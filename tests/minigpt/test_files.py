@@ -18,19 +18,12 @@ def replace(path, text="new", error=None):
             raise error
 
 
-def test_on_a_clean_exit_the_new_file_takes_the_place_of_the_old(write, tmp_path):
-    path = write("a.txt", "old")
-    with replacing(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    path, flushed = tmp_path / "a.txt", []
-    monkeypatch.setattr(files, "flush", lambda which: flushed.append((which.suffix, path.exists())))
+def test_a_new_file_is_on_the_disk_before_it_takes_the_place_of_the_old(write, tmp_path, monkeypatch):
+    path, seen = write("a.txt", "old"), []
+    monkeypatch.setattr(files, "flush", lambda which: seen.append((which.suffix, path.read_text())))
     replace(path)
-    assert flushed == [(files.TEMPORARY, False), ("", True)]  # the file, then its folder
+    assert seen == [(files.TEMPORARY, "old"), ("", "new")]  # the file, then its folder
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -1,6 +1,5 @@
 """Data parallel training: any number of processes, on any number of machines, train as one does."""
 
-import json
 import os
 import socket
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import metrics
 
 import evaluate
 import train
@@ -46,14 +46,10 @@ train.main()
 """
 
 
-def metrics(out):
-    """The numbers of each line of a run, but for the seconds."""
-    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    return [[value for name, value in sorted(line.items()) if name != "seconds"] for line in lines]
-
-
 def assert_near(ours, theirs):
-    assert len(ours) == len(theirs) == 6  # four steps, two validations
+    """Two runs have the same metrics: four steps, two validations."""
+    ours, theirs = (sum(metrics(out), []) for out in (ours, theirs))
+    assert len(ours) == len(theirs) == 6
     for one, other in zip(ours, theirs):
         assert one == pytest.approx(other, rel=1e-4)
 
@@ -68,7 +64,7 @@ def test_any_number_of_processes_trains_as_one_on_ragged_data_even_if_one_runs_o
         done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, env=os.environ | home)
         assert done.returncode == 0, done.stderr
         assert ("out of memory" in done.stderr) == (n > 1)
-        assert_near(metrics(tmp_path / f"{n}"), metrics(tmp_path / "1"))
+        assert_near(tmp_path / f"{n}", tmp_path / "1")
 
 
 def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_has(run, place, tmp_path, monkeypatch):
@@ -95,7 +91,7 @@ def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_ha
     agents = [agent("0"), agent("1")]
     said = [one.communicate(timeout=300)[1] for one in agents]
     assert [one.returncode for one in agents] == [0, 0], said
-    assert_near(metrics("run"), metrics("whole"))
+    assert_near("run", "whole")
     assert [path.name for path in (tmp_path / "1").iterdir()] == ["home"]  # its own token cache, and nothing else
     assert "Trained" in said[0] and "Trained" not in said[1]
 
@@ -106,16 +102,13 @@ def test_two_machines_without_a_common_disk_go_on_with_a_run_that_one_of_them_ha
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": "localhost"}
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE is set, but: invalid literal .*torchrun"),
-        ({"WORLD_SIZE": "two"}, "'two'"),
-        ({"RANK": ""}, "RANK expected"),
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR expected"),
-        ({"LOCAL_WORLD_SIZE": "4"}, "4 processes on a machine with 2 GPUs: give torchrun --nproc_per_node=2"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE is set, but: invalid literal .*torchrun"),
+    ({"WORLD_SIZE": "two"}, "'two'"),
+    ({"RANK": ""}, "RANK expected"),
+    ({"MASTER_ADDR": ""}, "MASTER_ADDR expected"),
+    ({"LOCAL_WORLD_SIZE": "4"}, "4 processes on a machine with 2 GPUs: give torchrun --nproc_per_node=2"),
+])  # fmt: skip
 def test_an_environment_that_is_not_torchruns_or_has_too_few_gpus_is_one_line(monkeypatch, change, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "LOCAL_WORLD_SIZE" in change)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

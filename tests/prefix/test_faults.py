@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_refused, content_of_all, metrics
 from safetensors import SafetensorError, safe_open
 
 import train
@@ -91,12 +92,13 @@ def fork(place, tmp_path_factory):
 def begin(place):
     """A function: a directory -> the arguments of a run into it, or, if it was begun, those that go on with it."""
 
-    def begin(out):
-        if (out / "config.json").exists():
-            return ["--resume", out]
-        return ["--model", place / "base", "--data", place / "en-fr.csv", *OPTIONS.split(), "--out", out]
+    first = ["--model", place / "base", "--data", place / "en-fr.csv", *OPTIONS.split(), "--out"]
+    return lambda out: ["--resume", out] if (out / "config.json").exists() else [*first, out]
 
-    return begin
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +110,6 @@ def whole(begin, fork, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "run"
-
-
 def content_of(path):
     """(metadata without the seconds, tensors) of a safetensors file."""
     with safe_open(path, framework="pt") as file:
@@ -121,17 +118,9 @@ def content_of(path):
         return metadata, {name: file.get_tensor(name) for name in file.keys()}
 
 
-def lines_of(run):
-    return [json.loads(line) | {"seconds": None} for line in (run / METRICS).read_text().splitlines()]
-
-
-def all_of(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def assert_same_end(run, whole):
     """All that two runs left is the same, bit for bit, but for the seconds."""
-    assert lines_of(run) == lines_of(whole)
+    assert metrics(run) == metrics(whole)
     assert (run / "config.json").read_text() == (whole / "config.json").read_text()
     for name in ("prefix.safetensors", "last/state.safetensors"):
         (metadata, tensors), (expected_metadata, expected) = (content_of(out / name) for out in (run, whole))
@@ -173,21 +162,22 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(fork, begin, whole, out, n
 
 
 def assert_ends_with_one_line(result, *words):
-    code, _, said = result
+    """After notices."""
+    code, out, said = result
     *notices, error = said.splitlines()
-    assert code == 2 and error.startswith("error: ") and all(str(word) in error for word in words), said
+    assert_refused((code, out, f"{error}\n"), "error: ", *words)
     assert not any(line.startswith(("error", "Traceback")) for line in notices), said
 
 
 def test_a_run_is_left_alone_by_a_second_one_that_goes_on_or_begins_there(run, begin, whole, out):
     beginning = begin(out)
     shutil.copytree(whole, out)
-    before = all_of(out)
+    before = content_of_all(out)
     with locked(out / METRICS):
         more = ["--resume", out, "--steps", STEPS + 1]
         assert_ends_with_one_line(run(train, *more), out, "another process is at work there")
     assert_ends_with_one_line(run(train, *beginning), out, "not empty")
-    assert all_of(out) == before
+    assert content_of_all(out) == before
 
 
 def test_on_a_full_disk_a_run_ends_with_one_line_and_goes_on_when_there_is_room(run, begin, whole, out, monkeypatch):

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from conftest import one_step, random_rows, same, slots_of
+from conftest import one_step, projected, random_rows, same, slots_of
 
-from minigpt import GPT, Tokenizer, UserError
+from minigpt import GPT, UserError
 from prefix.banks import Banks
-from prefix.batches import BatchLoader
 from prefix.data import corpus as data
 from prefix.init import TEXT_SLOTS, initial_banks, random_banks
 from prefix.run import DEMO_CORPUS
 from prefix.sequences import pack_pairs, pairs_of
-from prefix.trainer import Settings, Trainer
 
 # What --init zero-effect may change of the demo on sentences that it has not seen: the share of the base's loss and, in
 # nats, the mean divergence of a token's distribution, and the log-probability that moves most of all 4,096 of all tokens.
@@ -28,25 +26,15 @@ def start(model, tokenizer, corpus, init, prefix_len, seed=0, offset=0):
 # --init text
 
 
-def keys_and_values(model, ids):
-    """What the projections of each layer put out for these ids: two of (n_layer, n_head, T, head_dim)."""
-    found = []
-    hooks = [block.attn.c_attn.register_forward_hook(lambda _, __, out: found.append(out)) for block in model.h]
-    model(torch.tensor([ids]))
-    for hook in hooks:
-        hook.remove()
-    qkv = torch.stack(found).unflatten(-1, (3, model.config.n_head, -1))  # (n_layer, T, 3, n_head, head_dim)
-    return qkv[:, :, 1].transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
-
-
 @pytest.mark.parametrize("prefix_len", [3, TEXT_SLOTS])
 def test_slots_start_as_keys_and_values_of_the_first_training_sentences(model, tokenizer, load, prefix_len):
     corpus = load(random_rows("test", 2) + random_rows("train", 9))
     banks = start(model, tokenizer, corpus, "text", prefix_len)
     for column in (0, 1):
         ids = [i for row in corpus.rows("train") for i in corpus.ids(row, column).tolist()][:prefix_len]
-        for ours, theirs in zip((banks.key[column], banks.value[column]), keys_and_values(model, ids)):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        qkv = projected(model, lambda: model(torch.tensor([ids])))  # (n_layer, T, 3, n_head, head_dim)
+        for ours, which in ((banks.key, 1), (banks.value, 2)):
+            torch.testing.assert_close(ours[column], qkv[:, :, which].transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -87,16 +75,9 @@ def test_random_slots_follow_from_the_seed(model, tokenizer, corpus):
 
 
 @pytest.fixture(scope="module")
-def demo():
+def demo(tokenizer):
     """The demo checkpoint, its tokenizer and its corpus."""
-    tokenizer = Tokenizer.from_pretrained("demo")
     return GPT.from_pretrained("demo"), tokenizer, data.load([DEMO_CORPUS], ("en", "fr"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def quiet(demo):
-    """The slots of --init zero-effect there."""
-    return start(*demo, "zero-effect", 10)
 
 
 def packed(demo, split, n):
@@ -127,14 +108,14 @@ def test_slots_of_zero_effect_leave_the_model_as_it_is_on_sentences_that_they_we
         assert_nearly_the_base(model, batch, loud.slots(), offset)
 
 
-def test_slots_of_zero_effect_are_all_different_have_values_of_zero_and_learn(demo, quiet, tmp_path):
+def test_slots_of_zero_effect_are_all_different_have_values_of_zero_and_learn(demo, trainer):
+    model, _, corpus = demo
+    quiet = start(*demo, "zero-effect", 10)
     keys = torch.cat(list(quiet.key), dim=2)  # (n_layer, n_head, S, head_dim)
     assert (torch.cdist(keys, keys) + torch.eye(keys.size(2)) > 0.1).all()
     assert not any(value.any() for value in quiet.value)
-    model, tokenizer, corpus = demo
     banks = Banks(dict(zip(quiet.names, quiet.key_values())))
-    settings = Settings(steps=15, lr=0.1, batch_size=16, warmup=1)
-    t = Trainer(model, banks, BatchLoader(corpus, tokenizer, settings, model.device), settings, tmp_path)
+    t = trainer(model=model, corpus=corpus, banks=banks, steps=15, lr=0.1, batch_size=16, warmup=1)
     t.loader.train = t.loader.train[:16]
     batch, first = packed(demo, "train", 16), slots_of(t)
     with torch.no_grad():

@@ -1,11 +1,9 @@
 """Several learning rates at once: the best after a tenth of the steps goes on, as if it had been the only one."""
 
-import json
 import os
-import signal
 
 import pytest
-from conftest import random_rows, same, saved_prefix, slots_of, watch
+from conftest import metrics, random_rows, same, saved_prefix, slots_of, stop_after
 
 from minigpt import UserError
 from prefix.init import random_banks
@@ -17,8 +15,9 @@ STEPS = 30
 
 
 @pytest.fixture
-def make_trainer(model, tokenizer, corpus, trainer):
+def make_trainer(model, corpus, trainer, tmp_path):
     """A function: rate, directory -> a Trainer at the same start."""
+    (tmp_path / "run").mkdir()
 
     def make_trainer(rate, out, corpus=corpus):
         banks = TrainableBanks(random_banks(model.config, ["en", "fr"], 3, seed=5))
@@ -27,21 +26,15 @@ def make_trainer(model, tokenizer, corpus, trainer):
     return make_trainer
 
 
-def lines(trainer):
-    lines = [json.loads(line) for line in open(trainer.out / "metrics.jsonl")]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-
-
 def assert_as_alone(trainer, rate, make_trainer, tmp_path):
     """This trainer ends as a run with this rate alone: slots, metrics, prefix file."""
     alone = make_trainer(rate, tmp_path / "alone")
     assert alone.run() and trainer.run()
     assert same(slots_of(trainer), slots_of(alone)) and same(saved_prefix(trainer), saved_prefix(alone))
-    assert lines(trainer) == lines(alone)
+    assert metrics(trainer.out) == metrics(alone.out)
 
 
 def test_the_best_rate_goes_on_exactly_as_a_run_with_that_rate_alone(make_trainer, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
     trainer, best = try_rates(RATES, make_trainer, tmp_path / "run")
     said = capsys.readouterr().err
     trials = [make_trainer(rate, tmp_path / f"by-hand-{rate}") for rate in RATES]
@@ -57,13 +50,11 @@ def test_the_best_rate_goes_on_exactly_as_a_run_with_that_rate_alone(make_traine
 @pytest.mark.parametrize("rate, step", [(0, 1), (2, 2)])
 def test_a_signal_ends_a_trial_and_the_next_try_goes_on_there(make_trainer, tmp_path, rate, step):
     out, made = tmp_path / "run", []
-    out.mkdir()
 
     def stopped_once(lr, out):
         made.append(make_trainer(lr, out))
         if len(made) == rate + 1:
-            interrupt = lambda t=made[-1]: t.progress.step == step and os.kill(os.getpid(), signal.SIGINT)
-            watch(made[-1], "optimizer_step", lambda *_: interrupt())
+            stop_after(made[-1], step)
         return made[-1]
 
     trainer, best = try_rates(RATES, stopped_once, out)
@@ -73,7 +64,6 @@ def test_a_signal_ends_a_trial_and_the_next_try_goes_on_there(make_trainer, tmp_
 
 
 def test_a_choice_that_was_killed_while_its_files_were_copied_is_made_again(make_trainer, tmp_path):
-    (tmp_path / "run").mkdir()
     try_rates(RATES, make_trainer, tmp_path / "run")
     os.truncate(tmp_path / "run/last/state.safetensors", 1000)
     trainer, best = try_rates(RATES, make_trainer, tmp_path / "run")

@@ -1,16 +1,12 @@
 """Slots behind Li and Liang's network: what it is exactly, and that the rest of training goes with it."""
 
 import torch
-from conftest import same, slots_of
+from conftest import flat, slots_of
 from safetensors import safe_open
 
 from prefix.banks import Banks
 from prefix.init import random_banks
 from prefix.reparam import INNER, Reparametrised
-
-
-def flat(banks):
-    return [x.detach() for pair in banks.key_values() for x in pair]
 
 
 def test_the_network_is_that_of_the_paper_and_slots_begin_where_they_start(model):
@@ -45,14 +41,3 @@ def test_training_moves_the_network_but_not_the_start_and_the_prefix_file_has_th
     with safe_open(t.out / "prefix.safetensors", framework="pt") as file:
         assert set(file.keys()) == {"en.key", "en.value", "fr.key", "fr.value"}
     assert all(map(torch.equal, flat(Banks.load(t.out, model)), flat(t.banks)))
-
-
-def test_a_reparametrised_run_that_was_stopped_goes_on_as_if_it_had_not_been(trainer, model):
-    start = random_banks(model.config, ["en", "fr"], 3)
-    whole, stopped, resumed = (
-        trainer(out, banks=Reparametrised(start, seed=seed), lr=0.01)
-        for out, seed in (("whole", 3), ("stopped", 3), ("stopped", 4))  # another network, until it resumes
-    )
-    assert whole.run() and stopped.run(4)
-    resumed.resume()
-    assert resumed.run() and same(slots_of(resumed), slots_of(whole))

@@ -44,16 +44,12 @@ def test_pairs_name_the_directions_and_without_columns_the_banks(config_of, tmp_
     assert runs.directions(config_of()) is None
 
 
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        ({"pairs": ["en:xx"]}, "--pairs en:xx: not one of en:fr, en:de, fr:en, "),
-        ({"pairs": ["en:fr"]}, "--pairs has no pair with de"),
-        ({"train_banks": ["xx"]}, "--train-banks xx: not one of en, fr, de"),
-        ({"train_banks": ["de"]}, "--train-banks leaves en untrained: give a prefix that has this bank, --from-prefix"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("fields, message", [
+    ({"pairs": ["en:xx"]}, "--pairs en:xx: not one of en:fr, en:de, fr:en, "),
+    ({"pairs": ["en:fr"]}, "--pairs has no pair with de"),
+    ({"train_banks": ["xx"]}, "--train-banks xx: not one of en, fr, de"),
+    ({"train_banks": ["de"]}, "--train-banks leaves en untrained: give a prefix that has this bank, --from-prefix"),
+], ids=str)  # fmt: skip
 def test_a_pair_or_bank_that_cannot_be_trained_is_one_line(fields, message):
     config = {"columns": ["en", "fr", "de"], "pairs": None, "train_banks": None, "from_prefix": None}
     with pytest.raises(UserError, match=message):
@@ -63,24 +59,21 @@ def test_a_pair_or_bank_that_cannot_be_trained_is_one_line(fields, message):
 # --resume
 
 
-def test_a_run_that_is_not_there_is_one_sentence(tmp_path):
+def test_a_config_that_is_missing_or_has_a_missing_or_foreign_field_is_one_line_that_names_it(config_of, write, tmp_path):
     with pytest.raises(UserError, match=r"no run to go on with: no .*nosuch/config.json"):
         runs.read_config(tmp_path / "nosuch" / "config.json")
-
-
-@pytest.mark.parametrize("change, fault", [({"alien": 1}, "alien is unknown"), ({"columns": None}, "columns is missing")])
-def test_a_config_with_a_missing_or_foreign_field_is_one_line_that_names_it(config_of, write, change, fault):
-    config = {name: value for name, value in (config_of() | change).items() if value is not None or name not in change}
-    path = write("config.json", json.dumps(config))
-    with pytest.raises(UserError, match=f"config.json: not the config of a run of this version: {fault}"):
-        runs.read_config(path)
+    config, told = config_of(), "config.json: not the config of a run of this version: "
+    without = {name: value for name, value in config.items() if name != "columns"}
+    for content, fault in ((config | {"alien": 1}, "alien is unknown"), (without, "columns is missing")):
+        with pytest.raises(UserError, match=told + fault):
+            runs.read_config(write("config.json", json.dumps(content)))
 
 
 def test_a_run_that_saved_every_so_many_seconds_as_earlier_ones_could_goes_on(config_of, write):
-    config = config_of("--save-every", 7)
-    assert runs.read_config(write("config.json", json.dumps(config)))["settings"]["save_every"] == 7
-    config["settings"]["save_every"] = "60s"
-    assert runs.read_config(write("config.json", json.dumps(config)))["settings"]["save_every"] == 50
+    config = config_of()
+    for given, read in ((7, 7), ("60s", 50)):
+        config["settings"]["save_every"] = given
+        assert runs.read_config(write("config.json", json.dumps(config)))["settings"]["save_every"] == read
 
 
 # The newest run

@@ -87,14 +87,11 @@ def test_a_beam_for_which_there_is_no_memory_is_one_line_before_any_is_taken(dem
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
 
 
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        ("generate", {"sampler": Sampler(1.0, seed=1)}),
-        ("beam_search", {"beams": 2}),
-        ("likeliest_answer", {"choices": ["It rains.", "Thank you."]}),
-    ],
-)
+@pytest.mark.parametrize("name, options", [
+    ("generate", {"sampler": Sampler(1.0, seed=1)}),
+    ("beam_search", {"beams": 2}),
+    ("likeliest_answer", {"choices": ["It rains.", "Thank you."]}),
+])  # fmt: skip
 def test_where_memory_runs_out_rows_are_halved_and_the_texts_are_the_same(demo, monkeypatch, capsys, name, options):
     before, work, tried = written(demo, **options), getattr(algorithms, name), []
 

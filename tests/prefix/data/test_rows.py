@@ -94,14 +94,10 @@ def test_a_key_that_json_objects_have_later_is_found(write):
     assert resolve_columns([path], ["de", "en"]) == ("de", "en") and resolve_columns([path], ["en", "fr"])
 
 
-@pytest.mark.parametrize("name", "en EN eng English fr_CA German pt-BR zh_Hans es-419".split())
-def test_languages_are_known_by_code_and_name(name):
-    assert is_language(name)
-
-
-@pytest.mark.parametrize("name", "id text xx en_text en_id english_id cat Unnamed -en".split() + ["", "Unnamed: 0"])
-def test_other_names_are_no_languages(name):
-    assert not is_language(name)
+def test_languages_are_known_by_code_and_name_and_other_names_are_none():
+    assert all(map(is_language, "en EN eng English fr_CA German pt-BR zh_Hans es-419".split()))
+    others = ["", "Unnamed: 0", *"id text xx en_text en_id english_id cat Unnamed -en".split()]
+    assert not any(map(is_language, others))
 
 
 # Tables without a header
@@ -154,10 +150,14 @@ def test_a_mistake_about_columns_is_told_in_one_line(write, names, content, colu
 
 
 def test_with_three_columns_a_row_may_lack_one(write):
-    path = write("a.csv", "en,fr,de\none,un,eins\ntwo,,zwei\nthree,,\n,quatre,vier\n")
-    found, report = read(path, columns=["en", "fr", "de"])
-    assert [texts for _, texts in found] == [("one", "un", "eins"), ("two", "", "zwei"), ("", "quatre", "vier")]
-    assert report == skips(1, "empty side", 4)
+    rows = [("one", "un", "eins"), ("two", "", "zwei"), ("three", "", ""), ("", "quatre", "vier")]
+    objects = [{name: text for name, text in zip(("en", "fr", "de"), row) if text} for row in rows]
+    for path, first in (
+        (write("a.csv", table_of(",", [("en", "fr", "de"), *rows])), 2),
+        (write("a.jsonl", "".join(json.dumps(one) + "\n" for one in objects)), 1),
+    ):
+        found, report = read(path, columns=["en", "fr", "de"])
+        assert [texts for _, texts in found] == [rows[0], rows[1], rows[3]] and report == skips(1, "empty side", first + 2)
 
 
 PIECES = [

@@ -171,10 +171,13 @@ BAD_ROWS = {
     "quotes do not match": [b'"one,un', b'"one"x,un', b'one,"un'],
     "field too long": [b"one," + b"x" * 100_001, b'one,"%b"' % (b"x" * 200_000), b"y" * 300_000],
 }
-bad_rows = [(reason, row) for reason, rows in BAD_ROWS.items() for row in rows]
 
 
-@pytest.mark.parametrize("reason, row", bad_rows, ids=lambda value: str(value)[:24])
+def each_of(table):
+    return [(reason, row) for reason, rows in table.items() for row in rows]
+
+
+@pytest.mark.parametrize("reason, row", each_of(BAD_ROWS), ids=lambda value: str(value)[:24])
 def test_a_bad_row_is_counted_and_the_others_are_read(write, reason, row):
     good = b'"two","deux"'  # has quotes, or what a bad row leaves open would be taken for more of it
     path = write("a.csv", b"\n".join([b"en,fr", b"one,un", row, good, row, good]))
@@ -186,24 +189,18 @@ def test_a_bad_row_is_counted_and_the_others_are_read(write, reason, row):
         assert read(path) == ([(2, ("one", "un")), (4, ("two", "deux"))], skips(1, reason, 3))
 
 
-@pytest.mark.parametrize(
-    "row, reason",
-    [
-        (b'{"en": "one"', "not a JSON object"),
-        (b'["one", "un"]', "not a JSON object"),
-        (b"[" * 100_000, "not a JSON object"),
-        (b'{"en": ' + b"9" * 5000 + b"}", "not a JSON object"),
-        (b'{"en": "one"}', "empty side"),
-        (b'{"en": "one", "fr": null}', "empty side"),
-        (b'{"en": "one", "fr": ["un"]}', "a list or object, not a text"),
-        (b'{"en": "one", "fr": "\\u0000"}', "NUL byte"),
-        (b'{"en": "one", "fr": "\\ud800"}', "not UTF-8"),
-        (b'{"en": "one", "fr": "\xff"}', "not UTF-8"),
-        (b'{"en": "one", "fr": "' + b"x" * 100_001 + b'"}', "field too long"),
-    ],
-    ids=lambda x: str(x)[:30],
-)
-def test_a_bad_line_of_json_is_counted_and_the_others_are_read(write, row, reason):
+BAD_LINES = {  # of JSON
+    "not a JSON object": [b'{"en": "one"', b'["one", "un"]', b"[" * 100_000, b'{"en": ' + b"9" * 5000 + b"}"],
+    "empty side": [b'{"en": "one"}', b'{"en": "one", "fr": null}'],
+    "a list or object, not a text": [b'{"en": "one", "fr": ["un"]}'],
+    "NUL byte": [b'{"en": "one", "fr": "\\u0000"}'],
+    "not UTF-8": [b'{"en": "one", "fr": "\\ud800"}', b'{"en": "one", "fr": "\xff"}'],
+    "field too long": [b'{"en": "one", "fr": "' + b"x" * 100_001 + b'"}'],
+}
+
+
+@pytest.mark.parametrize("reason, row", each_of(BAD_LINES), ids=lambda x: str(x)[:30])
+def test_a_bad_line_of_json_is_counted_and_the_others_are_read(write, reason, row):
     path = write("a.jsonl", b"\n".join([b'{"en": "one", "fr": "un"}', row, b'{"en": 2, "fr": false}']))
     assert read(path) == ([(1, ("one", "un")), (3, ("2", "false"))], skips(1, reason, 2))
 
@@ -222,12 +219,14 @@ def test_a_quote_that_never_closes_costs_one_row(write):
     assert report == skips(2, "quotes do not match", 2)
 
 
-ROW = {"a.csv": "one {},un\n", "a.tsv": "one {}\tun\n", "a.jsonl": '{{"en": "one {}", "fr": "un"}}\n'}
-HEADER = {"a.csv": "en,fr\n", "a.tsv": "en\tfr\n", "a.jsonl": "\n"}
+LONG = "x" * 10_000
+ROWS = {"a.csv": ("en,fr\n", f"{LONG},un\n"), "a.tsv": ("en\tfr\n", f"{LONG}\tun\n")}
+ROWS["a.jsonl"] = "", f'{{"en": "{LONG}", "fr": "un"}}\n'
 
 
-@pytest.mark.parametrize("name", ROW)
+@pytest.mark.parametrize("name", ROWS)
 def test_rows_go_through_one_by_one(write, name):
-    path = write(name, HEADER[name] + "".join(ROW[name].format("x" * 10_000) for _ in range(2000)))
+    header, row = ROWS[name]
+    path = write(name, header + row * 2000)
     count = lambda: [1 for _ in read_rows([path], COLUMNS, Skipped())]
     assert peak_of(count) < 5_000_000 < path.stat().st_size / 4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model, write_table
+from conftest import projected, random_model, write_table
 
 from minigpt import GPTConfig
 from minigpt.attention import PackedBatch, attend
@@ -24,12 +24,7 @@ from prefix.translation import translate
 
 CONFIG = GPTConfig(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=2)
 MASKS = [1, 1, 1, 3, 3, 2, 0]  # of the banks a, b, c
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINIGPT_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 @pytest.fixture
@@ -47,23 +42,13 @@ def ids():
     return torch.randperm(50)[: len(MASKS)]
 
 
-def recorded(model, compute):
-    """What each layer's c_attn gives while compute() runs."""
-    seen = []
-    hooks = [block.attn.c_attn.register_forward_hook(lambda *call: seen.append(call[-1].detach())) for block in model.h]
-    compute()
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 def test_the_mass_is_what_the_softmax_written_out_gives(model, banks, ids):
     packed = PackedBatch([len(ids)], torch.tensor(MASKS))
-    activations = recorded(model, lambda: model.hidden(ids, packed, banks.slots()))
+    layers = projected(model, lambda: model.hidden(ids, packed, banks.slots())).double()
     mass = attention_maps.attention_mass(model, banks, ids, MASKS)
     assert mass.shape == (3, 2, len(ids), 4)
-    for i, qkv in enumerate(activations):
-        q, k, _ = qkv.double().view(len(ids), 3, 2, 12).unbind(1)
+    for i, qkv in enumerate(layers):
+        q, k, _ = qkv.unbind(1)
         for head in range(2):
             for t, mask in enumerate(MASKS):
                 exp = lambda keys: float((keys.detach().double() @ q[t, head] / math.sqrt(12)).exp().sum())

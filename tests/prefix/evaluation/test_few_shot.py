@@ -5,7 +5,6 @@ import torch
 
 from minigpt import UserError
 from minigpt.generate import Prompt, generate
-from prefix.data import corpus as data
 from prefix.data.rows import clean
 from prefix.evaluation.few_shot import FORMS, Shots, draw_shots, few_shot, form_log_p, stop_ids
 from prefix.translation import Decoding
@@ -21,14 +20,6 @@ WRITTEN = {
 @pytest.fixture
 def model(demo):
     return demo[0]
-
-
-@pytest.fixture(scope="module")
-def corpus(tokenizer, tmp_path_factory):
-    home = tmp_path_factory.mktemp("corpus")
-    rows = [f"The cat number {i} sleeps.,Le chat numéro {i} dort." for i in range(60)]
-    (home / "pairs.csv").write_text("\n".join(["en,fr", *rows]), encoding="utf-8")
-    return data.load([home / "pairs.csv"], None, tokenizer, home=home)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -76,17 +67,17 @@ def test_a_trial_that_does_not_fit_into_the_context_is_left_out_of_both_forms(mo
     assert form_log_p(model, tokenizer, shots, [long]) == {}
 
 
-def test_examples_and_trials_are_training_pairs_and_none_is_to_be_evaluated(corpus):
-    training = {(corpus.text(row, 1), corpus.text(row, 0)) for row in corpus.rows("train")}
+def test_examples_and_trials_are_training_pairs_and_none_is_to_be_evaluated(cats):
+    training = {(cats.text(row, 1), cats.text(row, 0)) for row in cats.rows("train")}
     avoid = {source for source, _ in [*training][:20]}
-    shots, trials = draw_shots(corpus, "fr", "en", 5, 0, avoid)
+    shots, trials = draw_shots(cats, "fr", "en", 5, 0, avoid)
     assert (len({*shots.pairs}), len({*trials})) == (5, 12)
     assert {*shots.pairs, *trials} <= training and len({*shots.pairs, *trials}) == 17
     assert not {source for source, _ in [*shots.pairs, *trials]} & avoid
-    assert draw_shots(corpus, "fr", "en", 5, 0, avoid) == (shots, trials) != draw_shots(corpus, "fr", "en", 5, 1, avoid)
+    assert draw_shots(cats, "fr", "en", 5, 0, avoid) == (shots, trials) != draw_shots(cats, "fr", "en", 5, 1, avoid)
     left = len(training) - 20
     with pytest.raises(UserError, match=f"{left + 1} shots, but {left} training pairs to draw them from"):
-        draw_shots(corpus, "fr", "en", left + 1, 0, avoid)
+        draw_shots(cats, "fr", "en", left + 1, 0, avoid)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,10 +1,13 @@
 """A run's loss.png: drawn where matplotlib is installed, and never a reason for a run to fail."""
 
 import json
+import os
+import signal
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import random_rows, save_random_checkpoint, write_table
+from conftest import TRAIN
 
 import train
 from prefix.evaluation import pictures
@@ -49,22 +52,17 @@ def test_a_picture_that_cannot_be_drawn_is_one_line_and_nothing_else(tmp_path, m
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_run_that_ends_and_one_that_is_stopped_leave_the_picture(run, tmp_path, monkeypatch, stopped):
+def test_a_run_that_ends_and_one_that_is_stopped_leave_the_picture(run, place, workplace, monkeypatch, stopped):
     pytest.importorskip("matplotlib")
-    monkeypatch.setenv("MINIGPT_HOME", str(tmp_path / "home"))
-    save_random_checkpoint(tmp_path / "base")
-    table = write_table(tmp_path / "t.csv", [["en", "fr"], *random_rows("train", 12), *random_rows("validation", 2)])
-    if stopped:
-        step = train.Trainer.optimizer_step
+    step = train.Trainer.optimizer_step
 
-        def interrupted(trainer, batch):
-            record = step(trainer, batch)
-            trainer.stop.append(2)
-            trainer.stopped = True
-            return record
+    def signalled(trainer, batch):
+        record = step(trainer, batch)
+        if stopped and trainer.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return record
 
-        monkeypatch.setattr(train.Trainer, "optimizer_step", interrupted)
-    options = ["--model", tmp_path / "base", "--data", table, "--device", "cpu", "--prefix-len", 2]
-    code, out, err = run(train, *options, "--steps", 3, "--batch-size", 4, "--out", tmp_path / "new")
+    monkeypatch.setattr(train.Trainer, "optimizer_step", signalled)
+    code, out, err = run(train, "--model", place / "base", "--data", place / "en-fr.csv", *TRAIN, "--out", "new")
     assert (code, out) == ((130, "") if stopped else (0, "")), err
-    assert (tmp_path / "new/loss.png").read_bytes().startswith(b"\x89PNG") and "loss.png" not in err
+    assert Path("new/loss.png").read_bytes().startswith(b"\x89PNG") and "loss.png" not in err

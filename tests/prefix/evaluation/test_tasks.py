@@ -1,20 +1,16 @@
 """Banks are not about two languages: more columns, rows that lack some, answers to choose from, several files."""
 
-import itertools
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONTEXT, TRAIN, assert_refused, random_model, random_rows, random_text, write_table
+from conftest import CONTEXT, assert_refused, random_model, random_rows, random_text, write_table
 
 import evaluate
-import train
 import translate
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
 from minigpt.generate import Prompt, generate
 from prefix.banks import Banks
-from prefix.data.corpus import load
 from prefix.data.rows import columns_for
 from prefix.decoding import Decoding
 from prefix.init import random_banks
@@ -24,47 +20,20 @@ CONFIG = GPTConfig(vocab_size=61, n_positions=48, n_embd=24, n_layer=2, n_head=3
 
 
 @pytest.fixture
-def trained(run, place, workplace):
-    """A function: the name of a run, its data and further options -> the run's folder."""
+def saved(place, workplace):
+    """A function: a name, banks -> a folder of this name with their prefix file, whose record names a table of them."""
 
-    def trained(name, table, *options, base="base"):
-        code, _, err = run(train, "--model", place / base, "--data", table, "--out", name, *TRAIN, *options)
-        assert code == 0, err
-        return Path(name)
+    def saved(name, ends, base="base", position_offset=0):
+        rows = [row for split, n in (("train", 5), ("test", 2)) for row in random_rows(split, n)]
+        model = GPT.from_pretrained(place / base)
+        banks = random_banks(model.config, ends, 3)
+        table = write_table(Path(f"{'-'.join(ends)}.csv"), [ends, *rows])
+        banks.position_offset = position_offset
+        banks.training_record = {"model": str(place / base), "data": [str(table)], "columns": ends}
+        Path(name).mkdir()
+        banks.save(f"{name}/prefix.safetensors", model)
 
-    return trained
-
-
-def table_of(*names):
-    splits = ("train", 5), ("validation", 1), ("test", 2)
-    rows = [row for split, n in splits for row in random_rows(split, n, len(names))]
-    return write_table(f"{'-'.join(names)}.csv", [names, *rows])
-
-
-LACKING = [(0, 1, 2), (0, 1), (1, 2), (0, 2)]  # the columns that a row has
-
-
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_three_columns_train_three_banks_in_six_directions_and_rows_may_lack_one(trained, kind):
-    names, rows = ["en", "fr", "de"], []
-    for split, has in itertools.product(["train"] * 3 + ["validation"], LACKING):
-        (texts,) = random_rows(split, 1, len(has))
-        rows.append({names[column]: text for column, text in zip(has, texts)})
-    if kind == "csv":
-        table = write_table("table.csv", [names, *([row.get(name, "") for name in names] for row in rows)])
-    else:
-        table = Path("table.jsonl")
-        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    banks = Banks.read(trained("run", table, "--columns", *names, "--init", "random") / "prefix.safetensors")
-    assert banks.names == names
-    start = random_banks(GPTConfig(n_embd=32, n_layer=2, n_head=2), names, 3, seed=0)
-    for learned, first in zip(banks.parameters(), start.parameters()):
-        assert (learned != first).any(dim=(1, 3)).all()  # every slot of every layer has moved
-    corpus = load([table], names, Tokenizer.from_pretrained("demo"))
-    found = [tuple(example) for example in corpus.examples("train").tolist()]
-    six = list(itertools.permutations(range(3), 2))
-    assert found == [(row, s, t) for row, has in enumerate(LACKING * 3) for s, t in six if {s, t} <= {*has}]
-    assert {(s, t) for _, s, t in found} == {*six}
+    return saved
 
 
 @pytest.mark.parametrize("files, columns, expected", [
@@ -103,15 +72,6 @@ def test_a_text_without_room_for_the_longest_choice_is_a_fault(place):
     assert does_not.text == "" and "no room to answer" in does_not.fault
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--beam", 2, "--choices", "joy"], "--choices does not go with --beam"),
-    (["--top-k", 2, "--choices", "joy"], "--choices does not go with --beam"),
-    (["--choices", ""], "an answer is empty"),
-])  # fmt: skip
-def test_choosing_and_searching_do_not_go_together(run, options, words):
-    assert_refused(run(translate, "x", *options), words)
-
-
 def test_a_batch_may_mix_banks_of_several_files_and_each_sentence_is_what_it_would_be_alone():
     model = random_model(CONFIG)
     parts = [random_banks(CONFIG, names, n, seed=n) for names, n in ((["en", "fr"], 4), (["de"], 2), (["es", "it"], 5))]
@@ -130,9 +90,9 @@ def test_a_batch_may_mix_banks_of_several_files_and_each_sentence_is_what_it_wou
     assert generate(model, [mixed, *prompts], [60], whole.slots())[1:] == expected
 
 
-def test_both_commands_take_the_banks_of_several_files(trained, run):
-    for name, ends in (("one", ("en", "fr")), ("two", ("es", "it"))):
-        trained(name, table_of(*ends))
+def test_both_commands_take_the_banks_of_several_files(saved, run):
+    saved("one", ["en", "fr"])
+    saved("two", ["es", "it"])
     both, texts = ["--prefix", "one", "--prefix", "two"], [random_text() for _ in range(9)]
     for source, target, alone in (("fr", "en", "one"), ("it", "es", "two")):
         direction = ["--from", source, "--to", target, *texts]
@@ -148,12 +108,11 @@ def test_both_commands_take_the_banks_of_several_files(trained, run):
     assert found[0] == found[1] and "\tit\tes\n" in found[0] and "\tfr\t" not in found[0]
 
 
-def test_files_that_do_not_go_together_are_refused_in_one_line(trained, run):
-    tables = [table_of("en", "fr"), table_of("es", "it")]
-    trained("one", tables[0])
-    trained("again", tables[0])
-    trained("shifted", tables[1], "--position-offset", "prefix")
-    trained("stranger", tables[1], base="other")
+def test_files_that_do_not_go_together_are_refused_in_one_line(saved, run):
+    saved("one", ["en", "fr"])
+    saved("again", ["en", "fr"])
+    saved("shifted", ["es", "it"], position_offset=3)
+    saved("stranger", ["es", "it"], base="other")
     for name, *words in (
         ("one", "bank 'en' is there twice, in one/prefix.safetensors and in one/prefix.safetensors"),
         ("again", "bank 'en' is there twice, in one/prefix.safetensors and in again/prefix.safetensors"),
