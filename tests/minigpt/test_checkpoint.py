@@ -161,7 +161,7 @@ def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(change, why, weigh
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:248dfc\nsize 548105171\n", " (a git LFS pointer in"),
     (pickle.dumps(["weights"]), " (a pickle, which could run code: "),
     (torch.save, "(a zip or a pickle of torch.save, which could run code: "),
-], ids=lambda content: str(content)[:30])  # fmt: skip
+], ids=lambda x: x.__name__ if callable(x) else str(x)[:30])  # fmt: skip
 def test_a_file_that_is_cut_or_something_else_is_an_error_that_says_what(content, what, weights, tmp_path):
     sound = (tmp_path / WEIGHTS).read_bytes()
     if content is torch.save:
