@@ -41,7 +41,7 @@ def small(run, place):
 
 def test_the_demo_translates_on_a_fresh_clone(run):
     code, out, err = run(translate, "--device", "cpu", "Bonjour", "Il pleut.")
-    assert (code, out) == (0, "Good morning\nIt's raining.\n")
+    assert (code, out) == (0, "Good afternoon.\nIt's raining.\n")
     assert f"Using the prefix {DEMO_PREFIX}" in err
 
 

@@ -18,7 +18,7 @@ def written(demo, texts=TEXTS, **options):
 
 
 def test_translating_is_one_call_that_gives_a_text_for_each_text(demo):
-    assert written(demo, ["Bonjour", "", "Il\npleut."]) == ["Good morning", "", "It's raining."]
+    assert written(demo, ["Bonjour", "", "Il\npleut."]) == ["Good afternoon.", "", "It's raining."]
 
 
 def test_the_end_of_text_token_is_ordinary_text_and_the_target_bank_is_open_from_the_separator_on(demo, monkeypatch):
