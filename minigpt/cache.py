@@ -29,7 +29,8 @@ FAILED = set()  # what this GPU has not done as it should: "kernel", "graph"
 class Cache:
     """Room for `rows` sequences of `capacity` entries, each of which a step continues by one token for each beam.
 
-    key, value (n_layer, rows, n_head, capacity, head_dim), allocated once. slots: those that sequences may see, or None.
+    kv (n_layer, 2, rows, n_head, capacity, head_dim): keys and values, allocated once; key and value are views of it.
+    slots: those that sequences may see, or None.
     length: a list on the host, how many entries of each row are filled. On the device, of the next step: ids (rows,
     beams), the tokens that it feeds in; visible (rows, beams, capacity), the entries that each beam sees; and state
     (4, rows), of each row: entry, where its next keys and values go; position; bank_mask; running, 1 or, where the row
@@ -37,9 +38,8 @@ class Cache:
 
     def __init__(self, model, rows, capacity, slots=None, beams=1):
         c, device = model.config, model.device
-        shape = (c.n_layer, rows, c.n_head, capacity, c.head_dim)
-        self.key = torch.zeros(shape, device=device, dtype=model.dtype)
-        self.value = torch.zeros(shape, device=device, dtype=model.dtype)
+        self.kv = torch.zeros(c.n_layer, 2, rows, c.n_head, capacity, c.head_dim, device=device, dtype=model.dtype)
+        self.key, self.value = self.kv.unbind(1)
         self.ids = torch.zeros(rows, beams, device=device, dtype=torch.int64)
         self.visible = torch.zeros(rows, beams, capacity, device=device, dtype=torch.bool)
         self.state = torch.zeros(4, rows, device=device, dtype=torch.int64)
@@ -53,22 +53,20 @@ class Cache:
         self.slots, self.layers = slots, slot_layers(slots, c.n_layer)
         self.tried, self.kernel, self.graph = False, None, None  # how a GPU runs a step: see first_step
 
-    def write(self, layer, row, entry, k, v):
-        """k, v (N, n_head, head_dim) of N tokens -> where row (N,) and entry (N,) say."""
-        self.key[layer][row, :, entry] = k
-        self.value[layer][row, :, entry] = v
+    def write(self, layer, row, entry, kv):
+        """kv (N, 2, n_head, head_dim), keys and values of N tokens -> where row (N,) and entry (N,) say."""
+        self.kv[layer][:, row, :, entry] = kv
 
     def clear(self, rows):
         """Zero these rows (float16 only). Entries past a sequence's end get weight 0, but 0 * nan of an overflow is nan."""
         if self.key.dtype == torch.float16:
-            self.key[:, rows], self.value[:, rows] = 0, 0
+            self.kv[:, :, rows] = 0
 
     def evict(self, row, last):
         """The sequence in `row` has ended: that of `last`, the last row that is running, takes its place."""
         if row != last:
             n = self.length[row] = self.length[last]
-            self.key[:, row, :, :n] = self.key[:, last, :, :n]
-            self.value[:, row, :, :n] = self.value[:, last, :, :n]
+            self.kv[:, :, row, :, :n] = self.kv[:, :, last, :, :n]
             self.ids[row], self.visible[row], self.state[:, row] = self.ids[last], self.visible[last], self.state[:, last]
         self.state[:, last] = 0
 
@@ -105,7 +103,7 @@ def borrow_cache(model, rows, capacity, slots=None, beams=1):
 
 def kept_bytes(model):
     """Bytes of keys and values that the model's next decoding may use again, or that are free before it takes others."""
-    return 2 * KEPT[model].key.nbytes if model in KEPT else 0
+    return KEPT[model].kv.nbytes if model in KEPT else 0
 
 
 def greedy(logits):
@@ -124,8 +122,7 @@ def prefill(model, cache, first, prompts, bank_masks=None, position_offset=0):
     row = to_device(torch.arange(rows.start, rows.stop).repeat_interleave(torch.tensor(lengths)), device)  # (N,)
 
     def attn_fn(i, qkv):
-        _, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (N, n_head, head_dim)
-        cache.write(i, row, packed.position, k, v)
+        cache.write(i, row, packed.position, qkv.unflatten(-1, (3, model.config.n_head, -1))[:, 1:])
         return attend(qkv, model.config.n_head, packed, cache.layers[i], model.attention)
 
     hidden = model.blocks(model.embed(ids, packed.position + position_offset), attn_fn)  # (N, n_embd)
@@ -179,15 +176,14 @@ def plain_attention(model, cache, entry, T):
     if cache.slots is not None:
         visible_slots = cache.slots.visible_slots(cache.bank_mask[:B])[:, None].expand(-1, beams, -1)
         visible = torch.cat([visible_slots, visible], dim=-1)  # (B, beams, S + T)
-    bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, -torch.inf)
-    row = torch.arange(B, device=entry.device).repeat_interleave(beams)
+    bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
+    row, entry, kv = torch.arange(B, device=entry.device).repeat_interleave(beams), entry.flatten(), cache.kv[:, :, :B, :, :T]
 
     def attn_fn(i, qkv):
-        q, k, v = qkv.unflatten(-1, (3, model.config.n_head, -1)).unbind(1)  # (B * beams, n_head, head_dim)
-        cache.write(i, row, entry.flatten(), k, v)
-        key, value = cache.key[i, :B, :, :T], cache.value[i, :B, :, :T]
-        q = q.unflatten(0, (B, beams)).transpose(1, 2)  # (B, n_head, beams, head_dim)
-        return attend_cached(q, key, value, bias, cache.layers[i], model.attention).flatten(0, 1)
+        qkv = qkv.unflatten(-1, (3, model.config.n_head, -1))  # (B * beams, 3, n_head, head_dim)
+        cache.write(i, row, entry, qkv[:, 1:])
+        q = qkv[:, 0].unflatten(0, (B, beams)).transpose(1, 2)  # (B, n_head, beams, head_dim)
+        return attend_cached(q, *kv[i], bias, cache.layers[i], model.attention).flatten(0, 1)
 
     return attn_fn
 
@@ -257,7 +253,7 @@ def attend_cached(q, key, value, bias, slots=None, backend="auto"):
     """Q queries for each of B cache rows, over the row's keys and over slots that all rows share.
 
     q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
-    bias (B, Q, S + T): 0 for the slots and then the cached keys that a query sees, -inf for others
+    bias (B, Q, S + T): 0 for the slots and then the cached keys that a query sees, the least number for others
     -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each row."""
     if slots is None:  # also for one layer alone: prefix/evaluation closes layers
         bias = bias[..., bias.size(-1) - key.size(2) :]
@@ -291,12 +287,9 @@ def flash_cached(q, key, value, bias, slots):
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = flash(q, key, value, attn_mask=bias[:, None, :, n_slots:])  # (B, n_head, Q, head_dim), (B, n_head, Q)
     if n_slots:
-        slot_bias = bias[..., :n_slots]  # (B, Q, S)
-        slot_out, slot_lse = flash(
-            fold_heads(q)[None], slots.key[None], slots.value[None], attn_mask=slot_bias.reshape(1, 1, -1, n_slots)
-        )
-        closed = slot_bias.amax(dim=-1)[:, None, :, None] == -torch.inf  # no slot visible: the log-sum-exp is meaningless, the share 0
-        share = (unfold_heads(slot_lse[0, ..., None], q) - lse[..., None]).masked_fill(closed, -torch.inf).sigmoid()
+        slot_bias = bias[..., :n_slots].reshape(1, 1, -1, n_slots)
+        slot_out, slot_lse = flash(fold_heads(q)[None], slots.key[None], slots.value[None], attn_mask=slot_bias)
+        share = (unfold_heads(slot_lse[0, ..., None], q) - lse[..., None]).sigmoid()  # 0 where no slot is visible
         out = torch.lerp(out, unfold_heads(slot_out[0], q), share.to(out.dtype))
     return out
 

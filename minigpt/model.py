@@ -54,9 +54,9 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
     def logits(self, hidden):
-        """(..., n_embd) -> (..., n) in float32: the head is the embedding itself, used backwards."""
+        """(..., n_embd) -> (..., n) in float32 or better: the head is the embedding itself, used backwards."""
         logits = project(hidden.reshape(-1, hidden.size(-1)), self.weight)[:, : len(self.weight)]
-        return logits.view(*hidden.shape[:-1], -1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).view(*hidden.shape[:-1], -1)
 
 
 class Attention(nn.Module):

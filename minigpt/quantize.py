@@ -1,8 +1,7 @@
 """Frozen weights as decoding on a CPU reads them fastest.
 
-A step of a small batch takes as long as reading all weights does. `prepack` puts bfloat16 weights, half of float32's
-bytes, into the blocks in which the CPU's library multiplies them, which it would otherwise do again for each product.
-`quantize` rounds float32 weights to 8 bits, a quarter of the bytes, with one scale for each output, and what they are
+A step of a small batch takes as long as reading all weights does. `prepack` puts them into the blocks in which oneDNN
+multiplies them, which it would otherwise do again for each product; bfloat16 has half of float32's bytes. `quantize` rounds float32 weights to 8 bits, a quarter of the bytes, with one scale for each output, and what they are
 multiplied with to 8 bits, too, with one scale for each row, so that a sentence does not depend on its neighbours:
 
     weight[n] = scale[n] * eight_bits[n]        scale[n] = max |weight[n]| / 127
@@ -24,7 +23,9 @@ from torch import nn
 from minigpt.config import ACTIVATIONS
 
 NOTHING = ("none", [], "")  # what a packed product does to its result
-ROWS = 8  # of the batch for which bfloat16 weights are packed
+GELU = {"gelu_tanh": ("gelu", [], "tanh"), "gelu": ("gelu", [], "none")}
+ROWS = 8  # of the batch for which weights are packed
+PAYS = 0.8  # of the time of a product of weights as they are, at most, for packing them in float32
 MIDDLE = 128  # both libraries take x without a sign: from 1 to 255
 TINY = torch.finfo(torch.float32).tiny
 
@@ -38,12 +39,21 @@ def multiplies_bf16():
 
 
 def prepack(model):
-    """For a model in bfloat16, on a CPU that multiplies it; on others this does nothing."""
-    if multiplies_bf16():
+    """For a model on a CPU, in bfloat16 or float32: where its products are faster so. Elsewhere this does nothing."""
+    if packing_pays(model):
         _replace(model, PackedConv1D, PackedEmbedding)
-        for block in model.h if ACTIVATIONS[model.config.activation_function] == "gelu_tanh" else ():
-            block.mlp.c_fc.then, block.mlp.activate = ("gelu", [], "tanh"), nn.Identity()  # in the product itself
+        then = GELU.get(ACTIVATIONS[model.config.activation_function])
+        for block in model.h if then else ():
+            block.mlp.c_fc.then, block.mlp.activate = then, nn.Identity()  # in the product itself
     return model
+
+
+def packing_pays(model):
+    """Whether oneDNN multiplies packed weights faster: in float32 measured on one matrix, in a few ms."""
+    if model.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return model.dtype == torch.bfloat16 and multiplies_bf16()
+    plain, x = model.h[0].mlp.c_fc, torch.ones(ROWS, model.config.n_embd)
+    return seconds(PackedConv1D(plain), x) < PAYS * seconds(plain, x)
 
 
 def quantize(model, product):
@@ -135,24 +145,23 @@ def saturates(product):
 
 
 def fastest_product(model):
-    """OneDNN or FBGEMM, measured on one of the model's matrices with 1 row and with 32, in a few ms. None on a CPU for
-    which torch has neither (x86 before AVX2, others)."""
+    """OneDNN or FBGEMM, measured on one matrix with 1 row and with 32, in a few ms. None on a CPU for which torch has
+    neither (x86 before AVX2, others)."""
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return None
     weight, scale = rounded(model.h[0].mlp.c_fc.weight.T, 127)
-    seconds = {}
-    for kind in (OneDNN, FBGEMM):
-        product, seconds[kind] = kind(weight, scale), 0
-        for rows in (1, 32):
-            x = torch.ones(rows, weight.size(1))
-            seconds[kind] += min(clock(product, x) for _ in range(5))
-    return min(seconds, key=seconds.get)
+    products, inputs = [OneDNN(weight, scale), FBGEMM(weight, scale)], [torch.ones(n, weight.size(1)) for n in (1, 32)]
+    return type(min(products, key=lambda product: sum(seconds(product, x) for x in inputs)))
 
 
-def clock(run, x):
-    start = time.perf_counter()
-    run(x)
-    return time.perf_counter() - start
+def seconds(run, x):
+    """The least that run(x) takes, of several times."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run(x)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def rounded(weight, levels):

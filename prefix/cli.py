@@ -142,10 +142,10 @@ def reform(model, weights):
         if product := fastest_product(model):
             quantize(model, product)
         log(f"8 bits: {f'multiplied by {product.__name__}' if product else 'torch has no product for this CPU; float32'}")
-    elif model.dtype == torch.bfloat16:
-        prepack(model)
-        if not multiplies_bf16():
-            log("This CPU has no instructions for bfloat16: --dtype float32 is many times as fast")
+        return
+    prepack(model)
+    if model.dtype == torch.bfloat16 and not multiplies_bf16():
+        log("This CPU has no instructions for bfloat16: --dtype float32 is many times as fast")
 
 
 def direction(args, banks):

@@ -147,7 +147,7 @@ def our_batches(args, dtype, int8=False):
     bytes_per_weight = 1 if int8 else model.dtype.itemsize
     if int8:
         quantize(model, fastest_product(model))
-    elif args.device == "cpu" and dtype == "bfloat16":
+    elif args.device == "cpu":
         prepack(model)
     slots = random_banks(model.config, ["en", "fr"], SLOTS).to(args.device).slots().to(model.dtype)
 

@@ -1,6 +1,8 @@
 """Packed and 8-bit weights: another form of the same model."""
 
 import copy
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +22,13 @@ def in_8_bits(product):
     return lambda model: quantize(model.float(), product)
 
 
+def packed_in_float32(model):
+    with mock.patch.object(module, "packing_pays", lambda model: True):
+        return prepack(model.float())
+
+
 FORMS = [(prepack, 0.03), *((in_8_bits(product), 0.06) for product in PRODUCTS)]
+FORMS += [(packed_in_float32, 1e-5)] if torch.backends.mkldnn.is_available() else []
 eight_bits = pytest.mark.parametrize("product", PRODUCTS)
 
 
@@ -43,7 +51,9 @@ def times(product, x, weight):
 
 @pytest.mark.parametrize("form, bound", FORMS)
 @pytest.mark.parametrize("tokens", [1, 8, 40])
-def test_the_logits_stay_what_they_are_in_decoding_too(model, form, bound, tokens):
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu"])
+def test_the_logits_stay_what_they_are_in_decoding_too(form, bound, tokens, activation):
+    model = random_model(replace(CONFIG, activation_function=activation), std=0.2).to(torch.bfloat16)
     ids = torch.randint(CONFIG.vocab_size, (2, tokens + 1))
     exact = copy.deepcopy(model).float()(ids)
     model = form(model)
@@ -105,7 +115,7 @@ def test_the_embedding_of_a_token_is_also_its_row_of_the_head(model, form, bound
 @pytest.mark.skipif(not PRODUCTS, reason="torch has no 8-bit product for this CPU")
 @pytest.mark.parametrize("fast", PRODUCTS)
 def test_the_faster_product_is_taken_and_none_where_a_cpu_has_none(model, monkeypatch, fast):
-    monkeypatch.setattr(module, "clock", lambda run, x: 1.0 if isinstance(run, fast) else 2.0)
+    monkeypatch.setattr(module, "seconds", lambda run, x: 1.0 if isinstance(run, fast) else 2.0)
     assert fastest_product(model) is fast
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["none"])
     assert fastest_product(model) is None
@@ -123,6 +133,13 @@ def test_nothing_is_packed_where_bfloat16_is_emulated(model, monkeypatch):
     assert type(prepack(model).wte).__name__ == "Embedding"
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+@pytest.mark.parametrize("packed, kind", [(0.7, "PackedEmbedding"), (0.9, "Embedding")])
+def test_float32_is_packed_where_that_is_a_good_deal_faster(model, monkeypatch, packed, kind):
+    monkeypatch.setattr(module, "seconds", lambda run, x: packed if isinstance(run, module.PackedConv1D) else 1.0)
+    assert type(prepack(model.float()).wte).__name__ == kind
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("B, Q, T, S", [(1, 1, 1, 3), (3, 1, 20, 7), (2, 4, 9, 5), (3, 2, 8, 0)])
 def test_cached_attention_without_scores_in_memory_equals_the_formula(dtype, bound, B, Q, T, S):
@@ -132,7 +149,7 @@ def test_cached_attention_without_scores_in_memory_equals_the_formula(dtype, bou
     sees = torch.rand(B, Q, S + T) < 0.5
     sees[..., -1] = True
     sees[0, :, :S] = False
-    bias = torch.zeros(B, Q, S + T, dtype=dtype).masked_fill(~sees, -torch.inf)
+    bias = torch.zeros(B, Q, S + T, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
     fused = attend_cached(q, key, value, bias, slots)
     exact = attend_cached(q.double(), key.double(), value.double(), bias.double(), slots, "plain")
     assert error(fused, exact) < bound
