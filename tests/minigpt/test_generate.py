@@ -124,7 +124,7 @@ def test_what_a_sentence_leaves_in_its_seat_cannot_hurt_the_next(model):
     """In float16, where numbers can overflow."""
     model = model.half()
     cache = Cache(model, 2, 30)
-    cache.key[:], cache.value[:] = torch.nan, torch.nan
+    cache.kv[:] = torch.nan
     prefill(model, cache, 0, [[1, 2], [3] * 20])
     assert decode_one_token(model, cache, 2).isfinite().all()
 
@@ -132,7 +132,7 @@ def test_what_a_sentence_leaves_in_its_seat_cannot_hurt_the_next(model):
 def test_beams_share_the_cache_by_index(model, monkeypatch):
     """Nothing is copied while sentences sit where they are: keys and values of every entry are written once."""
     written = []
-    monkeypatch.setattr(Cache, "write", lambda self, layer, seat, entry, k, v: written.append((layer, seat, entry)))
+    monkeypatch.setattr(Cache, "write", lambda self, layer, seat, entry, kv: written.append((layer, seat, entry)))
     beam_search(model, random_prompts(1, banks=False), [], beams=4)
     places = [(layer, int(s), int(e)) for layer, seat, entry in written for s, e in zip(seat, entry)]
     assert len(set(places)) == len(places) > 0
