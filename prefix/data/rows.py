@@ -132,6 +132,11 @@ def unused_columns(paths, columns):
     return [name for name in inspect(paths).names if name and name not in columns and len(paths) == 1]
 
 
+def unclear_header(paths, columns):
+    """The number of the line in a table that named these columns, if they are not all languages, else 0."""
+    return len(paths) == 1 and not all(map(is_language, columns)) and next(tables.records(paths))[0]
+
+
 def _default_columns(where, there):
     """The columns to read where nobody named them."""
     columns = {name: sample for name, sample in zip(there.names, there.samples) if name}
