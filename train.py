@@ -67,7 +67,7 @@ def add_options(parser):
     add = parser.add_argument_group("how it is learned").add_argument
     add("--steps", **n(1), help="optimizer steps (demo: 300, else 2048)")
     add("--batch-size", **n(1, MAX_BATCH), default=64, help="pairs per optimizer step (64)")
-    text = "peak learning rate (0.3; 0.003 with --reparam); of several, the best after a tenth of the steps goes on"
+    text = "peak learning rate (0.3; 0.003 with --reparam); several: the best after a tenth of the steps (at least 20) goes on"
     add("--lr", nargs="+", type=float_range(0, 100, open_low=True), metavar="X", help=text)
     add("--warmup", **n(0), help="steps of linear warm-up (a twentieth of the steps)")
     add("--reparam", action="store_true", help="train slots through Li and Liang's MLP, for the training only (off)")

@@ -83,9 +83,9 @@ def test_a_line_of_words_that_becomes_names_of_banks_is_told_unless_it_was_named
 
 
 def test_of_several_rates_the_best_trains_the_prefix_also_where_the_trials_were_interrupted(run, monkeypatch):
-    several = [*OPTIONS, "--steps", 10, "--prefix-len", 2, "--columns", "en", "fr", "--lr", 1e-4, 0.2]
+    several = [*OPTIONS, "--steps", 21, "--prefix-len", 2, "--columns", "en", "fr", "--lr", 1e-4, 0.2]
     said = run(train, *several, "--out", "whole")[2]
-    assert "Going on with --lr" in said and said.count("after 1 of 10 steps") == 2
+    assert "Going on with --lr" in said and said.count("after 20 of 21 steps") == 2
     with monkeypatch.context() as patch:
         patch.setattr("prefix.rates.shutil.copytree", lambda *_, **__: sys.exit(9))
         assert run(train, *several, "--out", "stopped")[0] == 9

@@ -7,11 +7,12 @@ from conftest import metrics, random_rows, same, saved_prefix, slots_of, stop_af
 
 from minigpt import UserError
 from prefix.init import random_banks
-from prefix.rates import try_rates
+from prefix.rates import trial_steps, try_rates
 from prefix.reparam import TrainableBanks
+from prefix.trainer import Settings
 
 RATES = [1e-4, 0.1, 90.0]
-STEPS = 30
+STEPS, TRIAL = 24, 20
 
 
 @pytest.fixture
@@ -38,13 +39,18 @@ def test_the_best_rate_goes_on_exactly_as_a_run_with_that_rate_alone(make_traine
     trainer, best = try_rates(RATES, make_trainer, tmp_path / "run")
     said = capsys.readouterr().err
     trials = [make_trainer(rate, tmp_path / f"by-hand-{rate}") for rate in RATES]
-    assert all(trial.run(STEPS // 10) for trial in trials)
+    assert all(trial.run(TRIAL) for trial in trials)
     losses = {rate: trial.validation_loss() for rate, trial in zip(RATES, trials)}
     assert best == min(losses, key=losses.get) and f"Going on with --lr {best:g}" in said
     for rate, loss in losses.items():
-        assert f"--lr {rate:g}: validation loss {loss:.4f} after 3 of 30 steps" in said
-    assert trainer.progress.step == STEPS // 10 and trainer.settings.lr == best
+        assert f"--lr {rate:g}: validation loss {loss:.4f} after 20 of 24 steps" in said
+    assert trainer.progress.step == TRIAL and trainer.settings.lr == best
     assert_as_alone(trainer, best, make_trainer, tmp_path)
+
+
+@pytest.mark.parametrize("steps, warmup, length", [(300, 15, 30), (40, 2, 20), (300, 40, 80), (3, 0, 3), (100, 99, 100)])
+def test_a_trial_is_a_tenth_of_the_steps_but_long_enough_to_tell(steps, warmup, length):
+    assert trial_steps(Settings(steps, [0.1, 0.3], warmup=warmup)) == length
 
 
 @pytest.mark.parametrize("rate, step", [(0, 1), (2, 2)])
