@@ -11,6 +11,9 @@ from contextlib import nullcontext
 from itertools import permutations
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli_errors: no traceback of what is still being imported
+
 import torch
 
 from minigpt import UserError

@@ -5,6 +5,7 @@ Imported by scripts and by the `__main__` part of modules, and by nothing else.
 
 import argparse
 import os
+import signal
 import sys
 from contextlib import contextmanager, suppress
 
@@ -41,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 def cli_errors():
     """A UserError, a full disk or too little memory becomes one line on standard error and exit code 2; Ctrl-C a quiet
     130. Standard output is UTF-8, as standard input is, whatever the locale says."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with suppress(AttributeError):  # a notebook's standard output is no file
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # as paths are read
     try:

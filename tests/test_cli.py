@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,6 +106,23 @@ def test_every_option_has_a_text_with_its_default(script, monkeypatch):
         told = f"({default}" if isinstance(default, (int, str)) and default is not False else "("
         if action.dest != "help" and (default or script is not evaluate):
             assert told in action.help, action.dest
+
+
+@pytest.mark.parametrize("script", ["train", "translate", "evaluate"])
+def test_ctrl_c_while_torch_is_imported_is_quiet(script, write):
+    fake = write("torch.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    line = [sys.executable, Path(train.__file__).with_name(f"{script}.py")]
+    done = subprocess.run(line, capture_output=True, env=os.environ | {"PYTHONPATH": str(fake.parent)}, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")  # a shell calls it 130
+
+
+def test_ctrl_c_in_a_command_is_one_word(run, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(translate, "main", lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        assert run(translate) == (130, "", "stopped\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
