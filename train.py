@@ -31,7 +31,7 @@ from prefix.rates import try_rates
 from prefix.state import METRICS
 from prefix.trainer import Settings, Trainer
 
-MAX_SLOTS = 1 << 16  # of a bank: far more than any context has positions
+MAX_SLOTS = 1 << 12  # of a bank: more than any published context has positions, less than fills a machine's memory
 MAX_BATCH = 1 << 20  # pairs, whose list is in memory
 FAR = 30  # units: at the best rate of each base slots moved by 1 to 17, and where they moved by more it was worse
 
@@ -58,7 +58,8 @@ def add_options(parser):
     add("--data", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines, or a text file per column (the sample corpus)")
     text = "columns to use, each the name of a bank (both of two, else the first two that are names of languages)"
     add("--columns", nargs="+", metavar="NAME", help=text)
-    add("--pairs", nargs="+", metavar="SOURCE:TARGET", help="directions to train (all that occur)")
+    pair = cli.number(str, lambda text: all(text.partition(":")), "a pair SOURCE:TARGET")
+    add("--pairs", nargs="+", type=pair, metavar="SOURCE:TARGET", help="directions to train (all that occur)")
     add("--limit", **n(1), help="read no more than N usable rows (all)")
     add("--max-tokens", **n(3), default=384, help="longest pair, in tokens (384)")
     add("--init", choices=INITS, default="text", help="slots start as real text, at random, or without effect (text)")
@@ -107,6 +108,8 @@ def main():
 
     trainer, names = make_trainer(rates[0], out), config["columns"]
     arrows = [f"{names[s]} -> {names[t]}" for s, t in directions or permutations(range(len(names)), 2)]
+    if len(rates) > 1 and not len(trainer.loader.validation):
+        raise UserError("several --lr are compared on validation pairs, and there are none: give one --lr")
     if args.dry_run:
         dry_run(trainer, len(corpus), arrows)
         return distributed.finish()

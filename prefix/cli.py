@@ -53,6 +53,8 @@ def cli_errors():
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
+        if getattr(error, "filename", None):  # and no number, as str(error) has it
+            error = f"{error.filename}: {error.strerror}"
         print(f"error: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

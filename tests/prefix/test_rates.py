@@ -3,9 +3,8 @@
 import os
 
 import pytest
-from conftest import metrics, random_rows, same, saved_prefix, slots_of, stop_after
+from conftest import metrics, same, saved_prefix, slots_of, stop_after
 
-from minigpt import UserError
 from prefix.init import random_banks
 from prefix.rates import trial_steps, try_rates
 from prefix.reparam import TrainableBanks
@@ -20,7 +19,7 @@ def make_trainer(model, corpus, trainer, tmp_path):
     """A function: rate, directory -> a Trainer at the same start."""
     (tmp_path / "run").mkdir()
 
-    def make_trainer(rate, out, corpus=corpus):
+    def make_trainer(rate, out):
         banks = TrainableBanks(random_banks(model.config, ["en", "fr"], 3, seed=5))
         return trainer(out, banks=banks, corpus=corpus, lr=rate, steps=STEPS, eval_every=7)
 
@@ -74,9 +73,3 @@ def test_a_choice_that_was_killed_while_its_files_were_copied_is_made_again(make
     os.truncate(tmp_path / "run/last/state.safetensors", 1000)
     trainer, best = try_rates(RATES, make_trainer, tmp_path / "run")
     assert_as_alone(trainer, best, make_trainer, tmp_path)
-
-
-def test_several_rates_without_validation_pairs_are_an_error(make_trainer, load, tmp_path):
-    none = load(random_rows("train", 5))
-    with pytest.raises(UserError, match="give one --lr"):
-        try_rates(RATES, lambda rate, out: make_trainer(rate, out, none), tmp_path)
