@@ -6,10 +6,14 @@ python evaluate.py --metrics label=accuracy summary=rouge      several tasks, ea
 python evaluate.py --from tweet --to label --choices           a classifier: accuracy, macro-F1, a confusion matrix
 """
 
+import signal
 from argparse import ArgumentTypeError
 from datetime import datetime
 from itertools import permutations
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli_errors: no traceback of what is still being imported
 
 import torch
 

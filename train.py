@@ -8,7 +8,11 @@ import shlex
 import signal
 import sys
 from contextlib import nullcontext
+from itertools import permutations
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli_errors: no traceback of what is still being imported
 
 import torch
 
@@ -20,14 +24,14 @@ from prefix.batches import MICRO_BATCH_TOKENS, BatchLoader
 from prefix.cli import float_range, int_at_least
 from prefix.data import corpus as data
 from prefix.distributed import log
-from prefix.dry_run import dry_run
+from prefix.dry_run import counted, dry_run
 from prefix.evaluation.pictures import draw_loss
 from prefix.init import INITS, initial_banks
 from prefix.rates import try_rates
 from prefix.state import METRICS
 from prefix.trainer import Settings, Trainer
 
-MAX_SLOTS = 1 << 16  # of a bank: far more than any context has positions
+MAX_SLOTS = 1 << 12  # of a bank: more than any published context has positions, less than fills a machine's memory
 MAX_BATCH = 1 << 20  # pairs, whose list is in memory
 FAR = 30  # units: at the best rate of each base slots moved by 1 to 17, and where they moved by more it was worse
 
@@ -52,8 +56,10 @@ def add_options(parser):
     add("--prefix-len", **n(1, MAX_SLOTS), default=10, help="slots in each bank (10)")
     add("--model", help="a directory, demo, or a published name such as gpt2 (gpt2-xl if it is on disk, else demo)")
     add("--data", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines, or a text file per column (the sample corpus)")
-    add("--columns", nargs="+", metavar="NAME", help="columns to use, each the name of a bank (the first two)")
-    add("--pairs", nargs="+", metavar="SOURCE:TARGET", help="directions to train (all that occur)")
+    text = "columns to use, each the name of a bank (both of two, else the first two that are names of languages)"
+    add("--columns", nargs="+", metavar="NAME", help=text)
+    pair = cli.number(str, lambda text: all(text.partition(":")), "a pair SOURCE:TARGET")
+    add("--pairs", nargs="+", type=pair, metavar="SOURCE:TARGET", help="directions to train (all that occur)")
     add("--limit", **n(1), help="read no more than N usable rows (all)")
     add("--max-tokens", **n(3), default=384, help="longest pair, in tokens (384)")
     add("--init", choices=INITS, default="text", help="slots start as real text, at random, or without effect (text)")
@@ -65,7 +71,7 @@ def add_options(parser):
     add = parser.add_argument_group("how it is learned").add_argument
     add("--steps", **n(1), help="optimizer steps (demo: 300, else 2048)")
     add("--batch-size", **n(1, MAX_BATCH), default=64, help="pairs per optimizer step (64)")
-    text = "peak learning rate (0.3; 0.003 with --reparam); of several, the best after a tenth of the steps goes on"
+    text = "peak learning rate (0.3; 0.003 with --reparam); several: the best after a tenth of the steps (at least 20) goes on"
     add("--lr", nargs="+", type=float_range(0, 100, open_low=True), metavar="X", help=text)
     add("--warmup", **n(0), help="steps of linear warm-up (a twentieth of the steps)")
     add("--reparam", action="store_true", help="train slots through Li and Liang's MLP, for the training only (off)")
@@ -100,9 +106,12 @@ def main():
         loader = BatchLoader(corpus, tokenizer, settings, model.device, directions, micro_batch_tokens)
         return Trainer(model, banks, loader, settings, out)
 
-    trainer = make_trainer(rates[0], out)
+    trainer, names = make_trainer(rates[0], out), config["columns"]
+    arrows = [f"{names[s]} -> {names[t]}" for s, t in directions or permutations(range(len(names)), 2)]
+    if len(rates) > 1 and not len(trainer.loader.validation):
+        raise UserError("several --lr are compared on validation pairs, and there are none: give one --lr")
     if args.dry_run:
-        dry_run(trainer, len(corpus))
+        dry_run(trainer, len(corpus), arrows)
         return distributed.finish()
     out = trainer.out = out or distributed.broadcast(run.make_directory(args.out) if first else None)
     with locked(out / METRICS) if first else nullcontext():
@@ -116,14 +125,15 @@ def main():
             for folder in (out, out / "last"):
                 remove_leftovers(folder)
             run.write_config(out, config)
-        names, n = ", ".join(config["train_banks"] or config["columns"]), len(trainer.loader.train)
-        log(f"Training {names} on {n:,} examples, {model.device}, {model.dtype}, {out}")
+        if (began := trainer.progress.step) < trainer.settings.steps:
+            told = f"{counted(len(arrows), 'direction')} on {counted(len(trainer.loader.train), 'example')}"
+            log(f"Training {', '.join(config['train_banks'] or names)} in {told}, {model.device}, {model.dtype}, {out}")
         if len(rates) > 1:
             trainer, config["settings"]["lr"] = try_rates(rates, make_trainer, out)
             if first and not trainer.stopped:
                 run.write_config(out, config)
         finished = not trainer.stopped and train(trainer)
-    log(closing_line(trainer, model) if finished else f"stopped after step {trainer.progress.step}; {to_go_on(out)}")
+    log(closing_line(trainer, model, began) if finished else f"stopped after step {trainer.progress.step}; {to_go_on(out)}")
     distributed.finish()
     if not finished:
         sys.exit(128 + (trainer.stop[0] if trainer.stop else signal.SIGTERM))
@@ -180,15 +190,19 @@ def advice(progress, moved):
     return ""
 
 
-def closing_line(trainer, model):
-    """What a run came to, behind advice where it went wrong."""
+def closing_line(trainer, model, began):
+    """What a run came to that began, or went on, at that step, behind advice where it went wrong."""
     p, out, trained = trainer.progress, trainer.out, sum(parameter.numel() for parameter in trainer.unfrozen)
+    if began == p.step:
+        return f"{out} is finished, all {p.step:,} steps are done; {to_go_on(out)} --steps N"
     fraction = trained / sum(parameter.numel() for parameter in model.parameters())
     pace = f"in {p.seconds:.0f} s ({p.tokens / max(p.seconds, 1e-3):,.0f} tokens/s)"
     good = "not validated" if p.base_loss is None else f"validation loss {p.best:.4f} ({p.base_loss:.4f} without the prefix)"
     skipped = f"; {p.skipped} steps were not finite and skipped" if p.skipped else ""
     result = f"Trained {trained:,} parameters ({fraction:.2%} of the model) {pace}: {good}{skipped}"
-    return f"{advice(p, trainer.banks.moved())}{result}; {out}/prefix.safetensors. Try: python evaluate.py --prefix {shlex.quote(str(out))}"
+    script = "evaluate.py" if len(trainer.loader.corpus.examples("test")) else "translate.py"
+    next_ = f"Try: python {script} --prefix {shlex.quote(str(out))}"
+    return f"{advice(p, trainer.banks.moved())}{result}; {out}/prefix.safetensors. {next_}"
 
 
 if __name__ == "__main__":

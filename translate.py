@@ -5,8 +5,12 @@ python translate.py --from en --to fr < lines.txt   one per line of standard inp
 """
 
 import os
+import signal
 import sys
 from collections import Counter
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli_errors: no traceback of what is still being imported
 
 from tqdm import tqdm
 

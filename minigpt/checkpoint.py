@@ -56,7 +56,7 @@ def default(tell):
     """The model to use if none is named: gpt2-xl if it is on disk, else the demo; `tell` gets a line that says so."""
     if on_disk("gpt2-xl"):
         return "gpt2-xl"
-    tell(f"Using the small demo checkpoint. gpt2-xl is not on this machine; to fetch it: {_command('gpt2-xl')}")
+    tell("Using the small demo checkpoint: gpt2-xl is not on this machine (--model gpt2-xl fetches it, or says how)")
     return "demo"
 
 

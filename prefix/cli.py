@@ -5,6 +5,7 @@ Imported by scripts and by the `__main__` part of modules, and by nothing else.
 
 import argparse
 import os
+import signal
 import sys
 from contextlib import contextmanager, suppress
 
@@ -41,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 def cli_errors():
     """A UserError, a full disk or too little memory becomes one line on standard error and exit code 2; Ctrl-C a quiet
     130. Standard output is UTF-8, as standard input is, whatever the locale says."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with suppress(AttributeError):  # a notebook's standard output is no file
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # as paths are read
     try:
@@ -51,6 +53,8 @@ def cli_errors():
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
+        if getattr(error, "filename", None):  # and no number, as str(error) has it
+            error = f"{error.filename}: {error.strerror}"
         print(f"error: {(str(error) or 'out of memory').splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -6,8 +6,9 @@ import time
 import torch
 
 
-def dry_run(trainer, n_rows):
-    """Print examples, tokens, memory and time of a run, from one micro-batch of its first step. Writes no file."""
+def dry_run(trainer, n_rows, directions):
+    """Print banks, directions, examples, tokens, memory and time of a run, from one micro-batch of its first step. Writes
+    no file."""
     s, loader, device = trainer.settings, trainer.loader, trainer.model.device
     batch, validation = loader.step(0), loader.batch_of(loader.validation)
     largest = max(batch.micro_batches, key=lambda micro_batch: len(micro_batch.ids))
@@ -23,9 +24,20 @@ def dry_run(trainer, n_rows):
         import resource  # not on Windows
 
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{n_rows:,} rows; {len(loader.train):,} examples to train on, {len(loader.validation):,} to validate on")
-    tokens = f"about {batch.n_tokens:,} tokens in {len(batch.micro_batches)} micro-batches"
-    print(f"{s.batch_size:,} examples a step: {tokens}")
-    print(f"{s.steps:,} steps: each example {s.steps * s.batch_size / len(loader.train):.2g} times")
-    each = f"{per_token * batch.n_tokens:.2g} s a step"
-    print(f"Memory: about {memory / 1e9:.1f} GB. Time: about {seconds / 60:.1f} min on {device}, {each}")
+    print(f"Banks {', '.join(trainer.banks.names)}; directions {', '.join(directions)}")
+    examples = counted(len(loader.train), "example")
+    print(f"{counted(n_rows, 'row')}; {examples} to train on, {len(loader.validation):,} to validate on")
+    tokens = f"about {batch.n_tokens:,} tokens in {counted(len(batch.micro_batches), 'micro-batch')}"
+    print(f"{counted(s.batch_size, 'example')} a step: {tokens}")
+    print(f"{counted(s.steps, 'step')}: each example {rounded(s.steps * s.batch_size / len(loader.train))} times")
+    each = f"{rounded(per_token * batch.n_tokens)} s a step"
+    print(f"Memory: about {memory / 1e9:.1f} GB. Time: about {rounded(seconds / 60)} min on {device}, {each}")
+
+
+def counted(n, noun):
+    return f"{n:,} {noun}{('es' if noun.endswith('h') else 's') * (n != 1)}"
+
+
+def rounded(x):
+    """x with two digits that count, without an exponent."""
+    return f"{float(f'{x:.2g}'):,.12g}"

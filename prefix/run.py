@@ -54,8 +54,12 @@ def resolve(args):
     paths = data_paths(args.data)
     named = args.columns or [*dict.fromkeys(name for pair in args.pairs or () for name in pair.split(":"))] or None
     columns = list(rows.resolve_columns(paths, named))
-    if not named and (unused := rows.unused_columns(paths, columns)):
-        log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
+    if not named:
+        if unused := rows.unused_columns(paths, columns):
+            log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
+        elif line := rows.unclear_header(paths, columns):
+            header = f"Line {line} is read as the names of the columns: {', '.join(columns)}"
+            log(f"{header} (if it is a row, put a line of names above it)")
     return {name: getattr(args, name) for name in GIVEN} | {
         "model": model_name(name),
         "data": data_names(paths),

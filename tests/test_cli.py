@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, on):
 
 
 @pytest.mark.parametrize("mistake, words", [
-    (["--prefix-len", "0"], ["--prefix-len", "'0'", "from 1 to 65,536"]),
+    (["--prefix-len", "0"], ["--prefix-len", "'0'", "from 1 to 4,096"]),
     (["--steps", "0"], ["--steps", "'0'", "1 or more"]),
     (["--batch-size", "9" * 9], ["--batch-size", "from 1 to"]),
     (["--lr", "nan"], ["--lr", "'nan'", "above 0"]),
@@ -55,6 +57,7 @@ def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, on):
     (["--no-such-option"], ["unrecognized arguments: --no-such-option"]),
     (["--data", "nothing.csv"], ["nothing.csv", "no such file"]),
     (["--columns", "en", "de"], ["no column 'de'", "'en', 'fr'"]),
+    (["--pairs", "en-fr"], ["--pairs", "'en-fr' is not a pair SOURCE:TARGET"]),
     (["--model", "gpt9"], ["--model gpt9", "gpt2-xl"]),
     (["--max-tokens", "3"], ["no row that can be used", "(over 3 tokens)"]),
     (["--device", "cuda"], ["--device cuda", "--device cpu"]),
@@ -63,6 +66,18 @@ def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, on):
 ], ids=lambda value: " ".join(value)[:30])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_no_run_directory(run, on, mistake, words):
     assert_refused(run(train, *on, "--out", "new", *mistake), *words)
+    assert not Path("new").exists()
+
+
+def test_an_out_that_cannot_be_a_directory_is_told_by_its_name(run, on):
+    Path("file").touch()
+    assert_refused(run(train, *on, "--out", "file"), "error: file: Not a directory\n")
+    assert_refused(run(train, *on, "--out", "file/new"), "error: file/new: Not a directory\n")
+
+
+def test_several_rates_without_validation_pairs_are_one_line_and_leave_no_run_directory(run, on):
+    table = write_table("few.csv", [("en", "fr"), *random_rows("train", 5)])
+    assert_refused(run(train, *on, "--data", table, "--lr", "0.1", "0.3", "--out", "new"), "validation pairs", "give one --lr")
     assert not Path("new").exists()
 
 
@@ -104,6 +119,23 @@ def test_every_option_has_a_text_with_its_default(script, monkeypatch):
         told = f"({default}" if isinstance(default, (int, str)) and default is not False else "("
         if action.dest != "help" and (default or script is not evaluate):
             assert told in action.help, action.dest
+
+
+@pytest.mark.parametrize("script", ["train", "translate", "evaluate"])
+def test_ctrl_c_while_torch_is_imported_is_quiet(script, write):
+    fake = write("torch.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    line = [sys.executable, Path(train.__file__).with_name(f"{script}.py")]
+    done = subprocess.run(line, capture_output=True, env=os.environ | {"PYTHONPATH": str(fake.parent)}, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")  # a shell calls it 130
+
+
+def test_ctrl_c_in_a_command_is_one_word(run, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(translate, "main", lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        assert run(translate) == (130, "", "stopped\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ from tqdm import tqdm
 
 from minigpt import checkpoint
 from minigpt.files import UserError
-from prefix.data.rows import Skipped, read_rows, resolve_columns
+from prefix.data.rows import NOT_UTF8, TO_UTF8, Skipped, read_rows, resolve_columns
 from prefix.data.splits import SPLITS, split_of
 from prefix.data.tables import open_bytes
 
-CACHE_FORMAT = 6
+CACHE_FORMAT = 7
 FILES = ("tokens.bin", "index.bin", *(f"{split}.bin" for split in SPLITS))
 
 
@@ -96,13 +96,14 @@ def open_if_valid(directory, tokenizer):
 
 def _build(directory, paths, columns, tokenizer, limit, max_tokens):
     """Write a cache's files, row by row. Returns a list: a line for each thing that there is to report."""
-    skipped, n_rows, n_tokens = Skipped(), 0, 0
+    skipped, n_rows, n_tokens, is_ascii = Skipped(), 0, 0, True
     directions, kind = list(itertools.permutations(range(len(columns)), 2)), _dtype(tokenizer).char
     bar = tqdm(total=limit, unit=" rows", desc="encoding", disable=not sys.stderr.isatty(), file=sys.stderr)
     with ExitStack() as stack, bar:
         tokens, index, *splits = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
         index.write(array("q", [0]))
         for line, texts in read_rows(paths, columns, skipped):
+            is_ascii = is_ascii and all(map(str.isascii, texts))
             ids = [tokenizer.encode(text) for text in texts]
             if sum(sorted(map(len, ids))[-2:]) + 1 > max_tokens:  # the row's longest pair, with its separator
                 skipped.add(f"too long (over {max_tokens} tokens)", line)
@@ -118,10 +119,19 @@ def _build(directory, paths, columns, tokenizer, limit, max_tokens):
             bar.update()
             if n_rows == limit:
                 break
+    return _report(" ".join(map(str, paths)), skipped, n_rows, is_ascii)
+
+
+def _report(where, skipped, n_rows, is_ascii):
+    """What there is to report of so many usable rows. Raises UserError where there are none, or the file is in another
+    encoding, of which only the ASCII rows can be read."""
+    n_skipped, (n_damaged, line) = sum(n for n, _ in skipped.counts.values()), skipped.counts.get(NOT_UTF8, (0, 0))
+    n = n_rows + n_skipped
+    if n_damaged > n * (0.1 if is_ascii else 0.5):
+        raise UserError(f"{where}: {n_damaged:,} of {n:,} rows are not UTF-8 (first at line {line}): {TO_UTF8}")
     if not n_rows:
-        faults = "; ".join(skipped.report()) or "there is none at all"
-        raise UserError(f"{' '.join(map(str, paths))}: no row that can be used: {faults}")
-    return skipped.report()
+        raise UserError(f"{where}: no row that can be used: {'; '.join(skipped.report()) or 'there is none at all'}")
+    return [f"Warning: {n_skipped:,} of {n:,} rows are not used"] * (n_skipped > n_rows) + skipped.report()
 
 
 def _dtype(tokenizer):

@@ -19,6 +19,7 @@ from prefix.data.tables import MAX_FIELD
 
 FIRST_ROWS = 100  # which tell what a column holds
 SAME = 3  # rows that make one value a constant
+NOT_UTF8, TO_UTF8 = "not UTF-8", "make it UTF-8, for example with iconv -f LATIN1 -t UTF-8"
 
 # ISO 639 codes and English names, without those that mostly mean another thing: id, mt, cat, may.
 LANGUAGES = set(
@@ -70,7 +71,8 @@ def inspect(paths, columns=None):
     line, names = next(found, (1, "the file is empty"))
     if fault := names if isinstance(names, str) else damage(names):
         _, start = next(tables.lines_of(paths[0]), (1, ""))
-        raise UserError(f"{where}: no table: expected names of columns, in UTF-8: {fault}; it begins {start!r:.60}")
+        told = fault + (f"; it begins {start!r:.60}" if start else "") + f": {TO_UTF8}" * (fault == NOT_UTF8)
+        raise UserError(f"{where}: no table: expected names of columns, in UTF-8: {told}")
     if len(paths) > 1:
         if len(columns or names) != len(paths):
             raise UserError(f"{where}: {len(paths)} text files, but {len(columns)} columns: name one for each file")
@@ -128,6 +130,11 @@ def columns_for(paths, names, columns=None):
 def unused_columns(paths, columns):
     """The columns that a table has beside these."""
     return [name for name in inspect(paths).names if name and name not in columns and len(paths) == 1]
+
+
+def unclear_header(paths, columns):
+    """The number of the line in a table that named these columns, if they are not all languages, else 0."""
+    return len(paths) == 1 and not all(map(is_language, columns)) and next(tables.records(paths))[0]
 
 
 def _default_columns(where, there):
@@ -233,4 +240,4 @@ def damage(texts):
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:  # of the bytes that are not UTF-8, tables.py made lone surrogates
-        return "not UTF-8"
+        return NOT_UTF8

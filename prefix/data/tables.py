@@ -58,7 +58,7 @@ def _aligned(paths):
     yield 0, [Path(path).suffix[1:] for path in paths]
     counts = [sum(1 for _ in lines_of(path)) for path in paths]
     if len(set(counts)) > 1:
-        told = ", ".join(f"{path} has {n:,} lines" for path, n in zip(paths, counts))
+        told = ", ".join(f"{path} has {n:,} line{'s' * (n != 1)}" for path, n in zip(paths, counts))
         raise UserError(f"{told}: line by line they must be translations of each other")
     for row in zip(*map(lines_of, paths)):
         yield row[0][0], [line for _, line in row]

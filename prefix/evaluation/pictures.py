@@ -1,6 +1,7 @@
 """Pictures by matplotlib, where it is installed: a run's loss, attention maps, what closing slots does."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from minigpt.files import replacing
@@ -24,6 +25,8 @@ def save_picture(path, inches, draw, *drawn):
 
 def draw_loss(run):
     """Write loss.png beside the metrics.jsonl of a run directory. Raises nothing: no run shall fail for a picture."""
+    if not find_spec("matplotlib"):  # nobody asked for it
+        return
     try:
         with open(run / "metrics.jsonl", encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]

@@ -56,15 +56,16 @@ def tables(result):
 
 
 def score_lines(result):
-    """Each score and count: its name, the prefix, the mean of the draws, the ratio of scores."""
+    """Each score and count: its name, the prefix, the mean of the draws, the ratio of scores where these are many."""
     lines, draws = [["", *(system.name for system in result.systems), *["ratio"] * bool(result.draws)]], result.draws
+    enough = len(result.sources) >= ENOUGH
     for name, value in (result.prefix.scores | result.prefix.counts).items():
         values = [(draw.scores | draw.counts)[name] for draw in draws] or [0]
         scored, mean, digits = name in result.signatures, np.mean(values), 0 if isinstance(value, int) else 2
         line = [name, f"{value:.{digits}f}"]
         if draws:
             line.append(f"{mean:.{digits}f}" + (f" ± {np.std(values):.1f}" if scored else ""))
-            line.append(f"{value / mean:.1f}x" if scored and mean >= 0.1 else "")
+            line.append("" if not scored or mean < 0.1 else f"{value / mean:.1f}x" if enough else "-")
         if name != "sources cut" or value or mean:
             lines.append(line)
     return lines

@@ -3,15 +3,15 @@
 import os
 
 import pytest
-from conftest import metrics, random_rows, same, saved_prefix, slots_of, stop_after
+from conftest import metrics, same, saved_prefix, slots_of, stop_after
 
-from minigpt import UserError
 from prefix.init import random_banks
-from prefix.rates import try_rates
+from prefix.rates import trial_steps, try_rates
 from prefix.reparam import TrainableBanks
+from prefix.trainer import Settings
 
 RATES = [1e-4, 0.1, 90.0]
-STEPS = 30
+STEPS, TRIAL = 24, 20
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def make_trainer(model, corpus, trainer, tmp_path):
     """A function: rate, directory -> a Trainer at the same start."""
     (tmp_path / "run").mkdir()
 
-    def make_trainer(rate, out, corpus=corpus):
+    def make_trainer(rate, out):
         banks = TrainableBanks(random_banks(model.config, ["en", "fr"], 3, seed=5))
         return trainer(out, banks=banks, corpus=corpus, lr=rate, steps=STEPS, eval_every=7)
 
@@ -38,13 +38,18 @@ def test_the_best_rate_goes_on_exactly_as_a_run_with_that_rate_alone(make_traine
     trainer, best = try_rates(RATES, make_trainer, tmp_path / "run")
     said = capsys.readouterr().err
     trials = [make_trainer(rate, tmp_path / f"by-hand-{rate}") for rate in RATES]
-    assert all(trial.run(STEPS // 10) for trial in trials)
+    assert all(trial.run(TRIAL) for trial in trials)
     losses = {rate: trial.validation_loss() for rate, trial in zip(RATES, trials)}
     assert best == min(losses, key=losses.get) and f"Going on with --lr {best:g}" in said
     for rate, loss in losses.items():
-        assert f"--lr {rate:g}: validation loss {loss:.4f} after 3 of 30 steps" in said
-    assert trainer.progress.step == STEPS // 10 and trainer.settings.lr == best
+        assert f"--lr {rate:g}: validation loss {loss:.4f} after 20 of 24 steps" in said
+    assert trainer.progress.step == TRIAL and trainer.settings.lr == best
     assert_as_alone(trainer, best, make_trainer, tmp_path)
+
+
+@pytest.mark.parametrize("steps, warmup, length", [(300, 15, 30), (40, 2, 20), (300, 40, 80), (3, 0, 3), (100, 99, 100)])
+def test_a_trial_is_a_tenth_of_the_steps_but_long_enough_to_tell(steps, warmup, length):
+    assert trial_steps(Settings(steps, [0.1, 0.3], warmup=warmup)) == length
 
 
 @pytest.mark.parametrize("rate, step", [(0, 1), (2, 2)])
@@ -68,9 +73,3 @@ def test_a_choice_that_was_killed_while_its_files_were_copied_is_made_again(make
     os.truncate(tmp_path / "run/last/state.safetensors", 1000)
     trainer, best = try_rates(RATES, make_trainer, tmp_path / "run")
     assert_as_alone(trainer, best, make_trainer, tmp_path)
-
-
-def test_several_rates_without_validation_pairs_are_an_error(make_trainer, load, tmp_path):
-    none = load(random_rows("train", 5))
-    with pytest.raises(UserError, match="give one --lr"):
-        try_rates(RATES, lambda rate, out: make_trainer(rate, out, none), tmp_path)

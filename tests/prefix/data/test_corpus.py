@@ -105,7 +105,7 @@ def test_a_pair_too_long_for_the_model_is_skipped(write, load):
     path = write("a.csv", "en,fr,de\n123,4567,\n123,45678,\n12345,,678\n1234567,8,\n")
     corpus = load([path], ["en", "fr", "de"], max_tokens=8)
     assert texts_of(corpus) == [("123", "4567", "")]
-    assert corpus.report == skips(3, "too long (over 8 tokens)", 3)
+    assert corpus.report == ["Warning: 3 of 4 rows are not used", *skips(3, "too long (over 8 tokens)", 3)]
 
 
 def test_a_file_without_usable_rows_is_an_error_that_lists_the_reasons(write, load, folder):
@@ -114,6 +114,25 @@ def test_a_file_without_usable_rows_is_an_error_that_lists_the_reasons(write, lo
     with pytest.raises(UserError, match="a.csv: no row that can be used: there is none at all"):
         load([write("a.csv", "en,fr\n")])
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("names", ["a.csv", "a.en a.fr"])
+@pytest.mark.parametrize("others, most", [("ete", 10), ("été", 50)])
+def test_a_file_in_latin_1_is_refused_and_damaged_rows_of_one_in_utf_8_are_counted(write, load, folder, names, others, most):
+    def files(n):
+        french = [f"été {i}".encode("latin-1") if i < n else f"{others} {i}".encode() for i in range(100)]
+        columns = [b"summer %d" % i for i in range(100)], french
+        if names == "a.csv":
+            return [write("a.csv", b"en,fr\n" + b"\n".join(map(b",".join, zip(*columns))))]
+        return [write(name, b"\n".join(column)) for name, column in zip(names.split(), columns)]
+
+    first = 1 + (names == "a.csv")
+    told = rf": {most + 1} of 100 rows are not UTF-8 \(first at line {first}\): .* iconv -f LATIN1 -t UTF-8"
+    with pytest.raises(UserError, match=told):
+        load(files(most + 1))
+    assert list(folder.iterdir()) == []
+    corpus = load(files(most))
+    assert len(corpus) == 100 - most and corpus.report == skips(most, "not UTF-8", first)
 
 
 def test_a_limit_counts_usable_rows_and_reads_little_further_than_it_needs(write, load, monkeypatch):
@@ -138,6 +157,7 @@ def test_every_fault_of_a_file_is_told_once_with_its_first_line_and_the_rest_is_
         corpus = load([path], ["en", "fr"])
         assert texts_of(corpus) == [('two three, "four"', "deux trois, été"), ("line", "last"), ("line", "last")]
         assert corpus.report == [
+            "Warning: 10 of 13 rows are not used",
             *skips(2, "wrong number of fields", 7),
             *skips(2, "empty side", 9),
             *skips(1, "not UTF-8", 11),

@@ -69,7 +69,7 @@ class Page(HTMLParser):
 def test_the_terminal_the_page_and_the_json_file_have_the_same_table_and_sentences():
     text, page = report.to_text(SETTINGS, [result()]), Page(report.to_html(SETTINGS, [result()])).text
     (direction,) = json.loads(report.to_json(SETTINGS, [result()]))["directions"]
-    rows = [["", "prefix", "1-shot", "ratio"], ["BLEU", "30.00", "10.00 ± 2.5", "3.0x"], ["empty", "0", "0", ""]]
+    rows = [["", "prefix", "1-shot", "ratio"], ["BLEU", "30.00", "10.00 ± 2.5", "-"], ["empty", "0", "0", ""]]
     rows += [["truncated", "1", "1", ""], ["seconds", "0.25", "0.25", ""]]
     assert direction["table"] == rows and direction["prefix"]["scores"] == {"BLEU": 30}
     words = [cell for row in rows for cell in row] + ["prefixed 1", "shot 1", "the cat 1", "nrefs:1|tok:13a"]
@@ -84,12 +84,13 @@ def test_cut_sources_are_counted_where_there_are_any():
     assert ["sources cut", "0", "2", ""] in report.score_lines(result(cut=3))  # in one of two draws
 
 
-@pytest.mark.parametrize("n, p, words", [
-    (99, 0.002, "; no verdict on fewer than 100 sentences"),
-    (100, 0.002, ", significant (p = 0.002)"),
-    (100, 0.0519, ", not significant (p = 0.052)"),
+@pytest.mark.parametrize("n, p, ratio, words", [
+    (99, 0.002, "-", "; no verdict on fewer than 100 sentences"),
+    (100, 0.002, "3.0x", ", significant (p = 0.002)"),
+    (100, 0.0519, "3.0x", ", not significant (p = 0.052)"),
 ])  # fmt: skip
-def test_from_a_hundred_sentences_on_there_is_a_verdict_at_five_per_cent(n, p, words):
+def test_from_a_hundred_sentences_on_there_is_a_ratio_and_a_verdict_at_five_per_cent(n, p, ratio, words):
+    assert report.score_lines(result(n))[1][-1] == ratio
     found = {"BLEU": {"delta": 20.0, "interval": (12.5, 27.25), "p": p}}
     assert report.difference(result(n, difference=found)) == "+20.00 BLEU (+12.50 to +27.25)" + words
 
