@@ -20,7 +20,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from minigpt.attention import KERNELS_FROM, PackedBatch, attend, out_of_memory, slot_layers, to_device
+from minigpt.attention import PackedBatch, slot_layers, to_device
+from minigpt.backends import KERNELS_FROM, attend
+from minigpt.memory import out_of_memory
 
 KEPT = WeakKeyDictionary()  # of each model on a GPU: its last cache
 FAILED = set()  # what this GPU has not done as it should: "kernel", "graph"

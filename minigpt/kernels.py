@@ -234,10 +234,7 @@ def constants(kernel, n_head, head_dim, dtype):
 
 
 def triton_attention(qkv, n_head, packed, slots):
-    """attention.attend's kernel path: qkv (N, 3C), slots: one layer's, in float32, or None -> (N, C)."""
-    if slots is None:
-        none = qkv.new_empty(n_head, 0, qkv.size(1) // 3 // n_head)
-        return FusedAttention.apply(qkv, none, none, packed.bank_mask[:0], packed, n_head)
+    """backends.attend's kernel path: qkv (N, 3C), the Slots of one layer -> (N, C)."""
     return FusedAttention.apply(qkv, slots.key, slots.value, slots.bank, packed, n_head)
 
 

@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from minigpt import checkpoint
-from minigpt.attention import PackedBatch, attend, slot_layers
+from minigpt.attention import PackedBatch, slot_layers
+from minigpt.backends import attend
 from minigpt.config import ACTIVATIONS, GPTConfig
 from minigpt.files import UserError
 from minigpt.loss import project
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
     def forward(self, x, attn_fn):
-        """attn_fn: what the tokens of x attend to: text and slots (attention.attend), or a cache (cache.py)."""
+        """attn_fn: what the tokens of x attend to: text and slots (backends.attend), or a cache (cache.py)."""
         return self.c_proj(attn_fn(self.c_attn(x)))  # (N, C) -> (N, 3C) -> (N, C) -> (N, C)
 
 
@@ -98,7 +99,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.attention = "auto"  # or "fused", "plain": see attention.attend
+        self.attention = "auto"  # or "fused", "plain": see backends.attend
         self.checkpoint_activations = False  # True: keep each block's input only, compute the rest again in backward
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.n_positions, config.n_embd)
