@@ -92,17 +92,17 @@ def uses_graphs(device):
 def borrow_cache(model, rows, capacity, slots=None, beams=1):
     """A Cache for one decoding. On a GPU it is the model's last one if that fits, so that its graph is recorded once; a
     lone row is as long as the context, so that it fits every line that is typed. After an error it is not kept."""
-    kept, device = KEPT.pop(model, None), model.device
-    asked = (rows, beams, device, model.dtype, model.attention)
-    if kept and (kept.kind != asked or kept.capacity < capacity or not kept.take_slots(slots)):
-        kept = None  # its memory is free before more is taken
-    if kept is None:
-        lone = rows == 1 and uses_graphs(device)
-        kept = Cache(model, rows, max(capacity, model.config.n_positions) if lone else capacity, slots, beams)
-        kept.kind = asked
-    yield kept
-    if uses_graphs(device):
-        KEPT[model] = kept
+    cache, kind = KEPT.pop(model, None), (rows, beams, model.device, model.dtype, model.attention)
+    if cache and (cache.kind != kind or cache.capacity < capacity or not cache.take_slots(slots)):
+        cache = None  # its memory is free before more is taken
+    if cache is None:
+        if rows == 1 and uses_graphs(model.device):
+            capacity = max(capacity, model.config.n_positions)
+        cache = Cache(model, rows, capacity, slots, beams)
+        cache.kind = kind
+    yield cache
+    if uses_graphs(model.device):
+        KEPT[model] = cache
 
 
 def kept_bytes(model):
