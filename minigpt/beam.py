@@ -83,12 +83,12 @@ def select(states, logits, stop, length_penalty):
     parents = []
     for state, scores, flat in zip(states, found[0].view(torch.float32).tolist(), found[1].tolist()):
         candidates = [(score, *divmod(i, logits.size(-1))) for score, i in zip(scores, flat)]
-        parents.append(advance(state, candidates, stop, length_penalty))
+        parents.append(sort_candidates(state, candidates, stop, length_penalty))
     return parents
 
 
-def advance(state, candidates, stop, length_penalty):
-    """Sort a sequence's candidates (score, parent beam, token), best first, into finished hypotheses and new beams."""
+def sort_candidates(state, candidates, stop, length_penalty):
+    """Candidates (score, parent beam, token), best first, become finished hypotheses and new beams -> their parents."""
     old, kept, beams = state.beams, [], len(state.beams)
     length = len(old[0]) + 1  # of a hypothesis that ends now, its stop token included
     last = length == state.prompt.max_new

@@ -20,7 +20,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from minigpt.attention import KERNELS_FROM, PackedBatch, attend, out_of_memory, slot_layers, to_device
+from minigpt.attention import PackedBatch, slot_layers, to_device
+from minigpt.backends import KERNELS_FROM, attend
+from minigpt.memory import out_of_memory
 
 KEPT = WeakKeyDictionary()  # of each model on a GPU: its last cache
 FAILED = set()  # what this GPU has not done as it should: "kernel", "graph"
@@ -88,17 +90,17 @@ def uses_graphs(device):
 def borrow_cache(model, rows, capacity, slots=None, beams=1):
     """A Cache for one decoding. On a GPU it is the model's last one if that fits, so that its graph is recorded once; a
     lone row is as long as the context, so that it fits every line that is typed. After an error it is not kept."""
-    kept, device = KEPT.pop(model, None), model.device
-    asked = (rows, beams, device, model.dtype, model.attention)
-    if kept and (kept.kind != asked or kept.capacity < capacity or not kept.take_slots(slots)):
-        kept = None  # its memory is free before more is taken
-    if kept is None:
-        lone = rows == 1 and uses_graphs(device)
-        kept = Cache(model, rows, max(capacity, model.config.n_positions) if lone else capacity, slots, beams)
-        kept.kind = asked
-    yield kept
-    if uses_graphs(device):
-        KEPT[model] = kept
+    cache, kind = KEPT.pop(model, None), (rows, beams, model.device, model.dtype, model.attention)
+    if cache and (cache.kind != kind or cache.capacity < capacity or not cache.take_slots(slots)):
+        cache = None  # its memory is free before more is taken
+    if cache is None:
+        if rows == 1 and uses_graphs(model.device):
+            capacity = max(capacity, model.config.n_positions)
+        cache = Cache(model, rows, capacity, slots, beams)
+        cache.kind = kind
+    yield cache
+    if uses_graphs(model.device):
+        KEPT[model] = cache
 
 
 def kept_bytes(model):
@@ -216,9 +218,7 @@ def first_step(model, cache, B):
         try:
             setattr(cache, name, prepare(model, cache))
             logits = run()
-            fault = (
-                None if agree(logits.float(), expected.float(), model.dtype) else "its numbers are not those of a plain step"
-            )
+            fault = "" if agree(logits, expected, model.dtype) else "its numbers are not those of a plain step"
         except Exception as error:  # of a compiler, a driver: whatever it is, there is another way
             if out_of_memory(error) or out_of_memory(error.__context__):  # a capture ends with an error of its own
                 raise
@@ -245,6 +245,7 @@ def record_graph(model, cache):
 
 def agree(logits, expected, dtype):
     """Do two paths' logits (B, beams, vocab_size) differ by no more than rounding in `dtype`? (NaN: no.)"""
+    logits, expected = logits.float(), expected.float()
     spread = expected - expected.mean(dim=-1, keepdim=True)  # the logits of a base may all be far from 0
     return bool((logits - expected).norm() <= (0.01 if dtype == torch.float32 else 0.1) * spread.norm())
 

@@ -1,13 +1,13 @@
 """A decoding step on a GPU in seven launches a layer, two kinds of them in Triton.
 
 decode_kernel is the attention: new keys and values go into the cache, and each row's queries attend to them, to the
-row's own entries and to the slots, in one softmax. A program owns one row and head. Its queries, one or one for each beam,
-are one block. It reads on the device how many entries its row has, so none is rounded up, and one CUDA graph serves every
-length. cache.attend_cached is the reference. Memory: H heads, D head_dim, Q queries a row; qkv (rows * Q, 3 H D), out
-(rows * Q, H D); the rest as in cache.Cache. BQ is Q, rounded up to what tl.dot takes; the other sizes are those of kernels.py.
+row's own entries and to the slots, in one softmax. A program owns one row and head. Its queries, one for each beam, are one
+block. It reads on the device how many entries its row has, so one CUDA graph serves every length. cache.attend_cached is
+the reference. Memory: H heads, D head_dim, Q queries a row; qkv (rows * Q, 3 H D), out (rows * Q, H D); the rest as in
+cache.Cache. BQ is Q, rounded up to what tl.dot takes; the other sizes are those of kernels.py.
 
-norm_kernel is a layer norm which also adds the bias of the projection that comes next to the residual stream. So that
-projection is one product, summed onto the stream where it lies.
+norm_kernel is a layer norm which also adds the next projection's bias to the residual stream. So that projection is one
+product, summed onto the stream where it lies.
 """
 
 import torch
@@ -103,7 +103,7 @@ def norm_and_add(x, ln, add):
 
 
 def decode_blocks(model, cache, x):
-    """GPT.blocks for a step: x (N, C), which is overwritten -> (N, C)."""
+    """model.GPT.blocks for a step: x (N, C), which is overwritten -> (N, C)."""
     for i, block in enumerate(model.h):
         attn, mlp = block.attn, block.mlp
         h = norm_and_add(x, block.ln_1, attn.c_proj.bias)

@@ -224,20 +224,18 @@ KERNELS = (forward_kernel, delta_kernel, query_gradient_kernel, key_gradient_ker
 @cache
 def constants(kernel, n_head, head_dim, dtype):
     """What a kernel is compiled for. float32 has no tensor cores here, and half the room."""
-    exact = dtype == torch.float32
-    block = BLOCK // 2 if exact else BLOCK
-    sizes = dict(H=n_head, D=head_dim, BD=max(16, triton.next_power_of_2(head_dim)), BM=block)
+    exact, width = dtype == torch.float32, max(16, triton.next_power_of_2(head_dim))
+    sizes = dict(H=n_head, D=head_dim, BD=width, BM=BLOCK // 2 if exact else BLOCK)
     if kernel is delta_kernel:
         return sizes
-    stages = 1 if head_dim > 64 or exact else 3 if kernel in (forward_kernel, query_gradient_kernel) else 2
+    stages = 3 if kernel in (forward_kernel, query_gradient_kernel) else 2
+    if exact or head_dim > 64:
+        stages = 1
     return dict(**sizes, BN=BLOCK // 2, EXACT=exact, num_warps=4, num_stages=stages)  # the fastest on an H100
 
 
 def triton_attention(qkv, n_head, packed, slots):
-    """attention.attend's kernel path: qkv (N, 3C), slots: one layer's, in float32, or None -> (N, C)."""
-    if slots is None:
-        none = qkv.new_empty(n_head, 0, qkv.size(1) // 3 // n_head)
-        return FusedAttention.apply(qkv, none, none, packed.bank_mask[:0], packed, n_head)
+    """backends.attend's kernel path: qkv (N, 3C), the Slots of one layer -> (N, C)."""
     return FusedAttention.apply(qkv, slots.key, slots.value, slots.bank, packed, n_head)
 
 
@@ -263,13 +261,11 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         qkv, out, lse, key, value, bank = ctx.saved_tensors
-        start, end, bank_mask, n_head = ctx.packed.start, ctx.packed.end, ctx.packed.bank_mask, ctx.n_head
-        (N, C), S = out.shape, len(bank)
+        packed, n_head, (N, C), S = ctx.packed, ctx.n_head, out.shape, len(bank)
         sizes = {kernel: constants(kernel, n_head, C // n_head, qkv.dtype) for kernel in KERNELS}
         factor = (C // n_head) ** -0.5
         scale = LOG2_E * factor
-        grad_out = grad_out.contiguous()
-        delta = torch.empty_like(lse)
+        grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
         block = sizes[forward_kernel]["BM"]
         blocks = triton.cdiv(N, block)
         delta_kernel[(blocks, n_head)](out, grad_out, delta, N, **sizes[delta_kernel])
@@ -277,13 +273,14 @@ class FusedAttention(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_qkv = torch.empty_like(qkv)
             query_gradient_kernel[(blocks, n_head)](
-                qkv, grad_qkv, grad_out, lse, delta, key, value, start, bank_mask, bank, N, S, scale, factor,
+                qkv, grad_qkv, grad_out, lse, delta, key, value, packed.start, packed.bank_mask, bank, N, S, scale, factor,
                 **sizes[query_gradient_kernel],
             )  # fmt: skip
             key_blocks = triton.cdiv(N, sizes[key_gradient_kernel]["BN"])
             key_gradient_kernel[(key_blocks, n_head)](
-                qkv, grad_qkv, grad_out, lse, delta, start, end, N, scale, factor, **sizes[key_gradient_kernel]
-            )
+                qkv, grad_qkv, grad_out, lse, delta, packed.start, packed.end, N, scale, factor,
+                **sizes[key_gradient_kernel],
+            )  # fmt: skip
         if S and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             part = triton.cdiv(blocks, PARTS) * block
             splits = triton.cdiv(N, part)
@@ -291,8 +288,8 @@ class FusedAttention(torch.autograd.Function):
             grad_value = torch.empty_like(grad_key)
             slot_blocks = triton.cdiv(S, sizes[slot_gradient_kernel]["BN"])
             slot_gradient_kernel[(slot_blocks, n_head, splits)](
-                qkv, grad_out, lse, delta, key, value, grad_key, grad_value, bank_mask, bank, N, S, part, scale, factor,
-                **sizes[slot_gradient_kernel],
+                qkv, grad_out, lse, delta, key, value, grad_key, grad_value, packed.bank_mask, bank, N, S, part,
+                scale, factor, **sizes[slot_gradient_kernel],
             )  # fmt: skip
             grad_key, grad_value = grad_key.sum(0), grad_value.sum(0)
         return grad_qkv, grad_key, grad_value, None, None, None

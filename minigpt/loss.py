@@ -8,45 +8,18 @@ are then freed:
                           d loss / d hidden = (softmax(logits) - onehot(target)) @ wte
 
 A GPU's logits are float32 also where the model is not: GPT-2's lie near -100, where bfloat16 holds multiples of 0.5 only.
+There rows of zeros follow wte in memory (checkpoint.load_weights), up to a size that a GPU multiplies fast.
 """
 
 import torch
 
 CHUNK = 1024  # tokens whose logits are held at a time
-PAD = 64  # a GPU multiplies matrices fast whose sizes are multiples of so many
-
-
-def project(hidden, wte):
-    """hidden (M, n_embd), wte (vocab_size, n_embd) -> logits (M, at least vocab_size), -inf past vocab_size."""
-    rows = padded(wte)
-    if not wte.is_cuda or wte.dtype == torch.float32:
-        logits = hidden @ rows.T
-    elif torch.is_grad_enabled() and hidden.requires_grad:  # the product below has no gradient
-        logits = hidden.float() @ rows.T.float()
-    else:
-        logits = torch.mm(hidden, rows.T, out_dtype=torch.float32)
-    if len(rows) > len(wte):
-        logits[:, len(wte) :] = -torch.inf
-    return logits
-
-
-def padded_rows(n):
-    return -(-n // PAD) * PAD
-
-
-def padded(wte):
-    """wte (vocab_size, n_embd) with the rows of zeros that follow it in a GPU's memory (checkpoint.load_weights)."""
-    rows = padded_rows(len(wte))
-    has_them = wte.is_cuda and wte.untyped_storage().nbytes() == rows * wte.size(1) * wte.itemsize
-    return wte.as_strided((rows, wte.size(1)), wte.stride()) if has_them else wte
-
-
-def nll_sum(hidden, wte, targets):
-    """hidden (M, n_embd), wte (vocab_size, n_embd) frozen, targets (M,) -> the sum of -log p(target), float32."""
-    return NLL.apply(hidden, wte, targets)
+PAD = 64  # rows, for a GPU's products
 
 
 class NLL(torch.autograd.Function):
+    """hidden (M, n_embd), wte (vocab_size, n_embd) frozen, targets (M,) -> the sum of -log p(target), float32."""
+
     @staticmethod
     def forward(ctx, hidden, wte, targets):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -66,3 +39,31 @@ class NLL(torch.autograd.Function):
     def backward(ctx, grad_loss):
         (grad,) = ctx.saved_tensors
         return grad * grad_loss.to(grad.dtype), None, None
+
+
+nll_sum = NLL.apply
+
+
+def project(hidden, wte):
+    """hidden (M, n_embd), wte (vocab_size, n_embd) -> logits (M, at least vocab_size), -inf past vocab_size."""
+    rows = padded(wte)
+    if not wte.is_cuda or wte.dtype == torch.float32:
+        logits = hidden @ rows.T
+    elif torch.is_grad_enabled() and hidden.requires_grad:  # the product below has no gradient
+        logits = hidden.float() @ rows.T.float()
+    else:
+        logits = torch.mm(hidden, rows.T, out_dtype=torch.float32)
+    if len(rows) > len(wte):
+        logits[:, len(wte) :] = -torch.inf
+    return logits
+
+
+def padded(wte):
+    """wte with the rows of zeros that follow it, if any do."""
+    rows, n_embd = padded_rows(len(wte)), wte.size(1)
+    has_them = wte.is_cuda and wte.untyped_storage().nbytes() == rows * n_embd * wte.itemsize
+    return wte.as_strided((rows, n_embd), wte.stride()) if has_them else wte
+
+
+def padded_rows(n):
+    return -(-n // PAD) * PAD

@@ -4,10 +4,13 @@ import math
 
 import torch
 
-from minigpt.attention import out_of_memory
-from minigpt.cache import kept_bytes
-
 SHARE = 0.8  # of the free memory that activations or a cache may take
+
+
+def out_of_memory(error):
+    """torch has a class of its own for a full GPU, but only words for a full main memory and in CUDA's libraries."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def attempt(work, *arguments):
@@ -55,9 +58,9 @@ def row_bytes(model, capacity, beams=1):
     return cache + masks + logits
 
 
-def rows_that_fit(model, capacity, rows, beams=1):
-    """`rows`, halved until their cache fits into the free memory: 0 if not even one does."""
-    free = SHARE * (free_memory(model.device) + kept_bytes(model))
+def rows_that_fit(model, capacity, rows, beams=1, kept=0):
+    """`rows`, halved until their cache fits into the free memory, `kept` bytes included: 0 if not even one does."""
+    free = SHARE * (free_memory(model.device) + kept)
     while rows and rows * row_bytes(model, capacity, beams) > free:
         rows //= 2
     return rows

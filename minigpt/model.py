@@ -18,17 +18,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from minigpt import checkpoint
-from minigpt.attention import PackedBatch, attend, slot_layers
+from minigpt.attention import PackedBatch, slot_layers
+from minigpt.backends import attend
 from minigpt.config import ACTIVATIONS, GPTConfig
 from minigpt.files import UserError
 from minigpt.loss import project
 
-ACTIVATE = {
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-}
+ACTIVATE = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 class Conv1D(nn.Module):
@@ -44,7 +40,7 @@ class Conv1D(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Row i of weight for id i. (nn.Embedding would draw random weights first, which only costs time.)"""
+    """Row i of weight for id i. Unlike nn.Embedding it draws no random weights first."""
 
     def __init__(self, n, n_embd):
         super().__init__()
@@ -66,7 +62,7 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
     def forward(self, x, attn_fn):
-        """attn_fn: what the tokens of x attend to: text and slots (attention.attend), or a cache (cache.py)."""
+        """attn_fn: attention to text and slots (backends.attend), or to a cache (cache.py)."""
         return self.c_proj(attn_fn(self.c_attn(x)))  # (N, C) -> (N, 3C) -> (N, C) -> (N, C)
 
 
@@ -98,7 +94,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.attention = "auto"  # or "fused", "plain": see attention.attend
+        self.attention = "auto"  # or "fused", "plain": see backends.attend
         self.checkpoint_activations = False  # True: keep each block's input only, compute the rest again in backward
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.n_positions, config.n_embd)
@@ -134,8 +130,7 @@ class GPT(nn.Module):
     def hidden(self, ids, packed, slots=None, position_offset=0):
         """ids (N,), a PackedBatch of them -> the last layer's normed activations (N, n_embd).
 
-        slots: Slots of the banks that packed.bank_mask opens. position_offset: the position of each sequence's first
-        token. Raises UserError for a sequence that is longer than the context."""
+        slots: Slots of the banks that packed.bank_mask opens. position_offset: the position of each first token."""
         n_positions, limit = packed.longest + position_offset, self.config.n_positions
         if n_positions > limit:
             raise UserError(f"{n_positions} positions are more than this model's context of {limit}")
@@ -151,8 +146,7 @@ class GPT(nn.Module):
         return self.wte(ids) + self.wpe(position)
 
     def blocks(self, x, attn_fn):
-        """x (N, n_embd) through all blocks and the last norm. attn_fn(i, qkv): the attention of layer i,
-        (N, 3 * n_embd) -> (N, n_embd); decoding brings one that reads a cache."""
+        """x (N, n_embd) through all blocks and the last norm. attn_fn(i, qkv): layer i's attention, (N, 3C) -> (N, C)."""
         for i, block in enumerate(self.h):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint_block(block, x, partial(attn_fn, i), use_reentrant=False, preserve_rng_state=False)

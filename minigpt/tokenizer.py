@@ -34,6 +34,9 @@ ONLY_TOKENIZER = {
     **dict.fromkeys(["normalizer", "post_processor.special_tokens", "model.dropout", "model.byte_fallback"], OFF),
     **dict.fromkeys(["model.ignore_merges", "model.continuing_subword_prefix", "model.end_of_word_suffix"], OFF),
 }
+# A byte's character is itself where it is printable, else the next one from U+0100 on.
+OTHERS = iter(range(256, 512))
+BYTE = {chr(b if chr(b).isprintable() and b != ord(" ") else next(OTHERS)): b for b in range(256)}
 
 
 class Tokenizer:
@@ -103,15 +106,6 @@ def bpe(word, ranks):
         i = made.index(min(made))
         tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
     return tokens
-
-
-def byte_characters():
-    """byte -> the character that spells it: itself where it is printable, else the next one from U+0100 on."""
-    others = iter(range(256, 512))
-    return {b: chr(b if chr(b).isprintable() and b != ord(" ") else next(others)) for b in range(256)}
-
-
-BYTE = {char: byte for byte, char in byte_characters().items()}
 
 
 def _check(path, content, only):

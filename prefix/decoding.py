@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from minigpt.beam import beam_search
+from minigpt.cache import kept_bytes
 from minigpt.files import UserError
 from minigpt.generate import Sampler, generate
 from minigpt.memory import SHARE, attempt, free_memory, row_bytes, rows_that_fit
@@ -64,7 +65,7 @@ def decode(model, prompts, stop, slots, position_offset, decoding, answers=()):
 def rows_in_memory(model, prompts, rows, beams):
     """`rows` of the cache, or as many as memory has room for. A row is as long as the longest prompt needs."""
     longest = max(len(prompt.ids) + prompt.max_new * beams for prompt in prompts)
-    fitting = rows_that_fit(model, longest, rows, beams)
+    fitting = rows_that_fit(model, longest, rows, beams, kept_bytes(model))
     if not fitting:
         need = f"one sentence takes {row_bytes(model, longest, beams) / 1e9:,.1f} GB with --beam {beams}"
         free = f"there is memory for {SHARE * free_memory(model.device) / 1e9:,.1f}"

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from minigpt.attention import attend
+from minigpt.backends import attend
 from minigpt.files import UserError
 from prefix.banks import Banks, compute_kv
 from prefix.reparam import Reparametrised, TrainableBanks

@@ -98,7 +98,7 @@ def variants(dtype=torch.bfloat16, n_head=2, head_dim=16):
         qkv = torch.randn(sum(lengths), 3 * n_head * head_dim, dtype=dtype, requires_grad=True)
         key, value = torch.randn(2, n_head, S, head_dim, requires_grad=True).unbind()
         packed = PackedBatch(lengths, torch.ones(sum(lengths)))
-        slots = Slots(key, value, torch.zeros(S, dtype=torch.int32)) if S else None
+        slots = Slots(key, value, torch.zeros(S, dtype=torch.int32))
         kernels.triton_attention(qkv, n_head, packed, slots).sum().backward()
     return {name: len(kernel.hashes) for name, kernel in compiled.items()}
 

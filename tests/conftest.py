@@ -40,7 +40,7 @@ def the_same_for_every_test(request, monkeypatch):
     on the CPU also where there is a GPU, and no picture of each loss, which takes longer than the smallest runs train."""
     print(f"torch.manual_seed({torch.seed()})")
     distributed.log_once.cache_clear()
-    if request.path.name not in ("test_kernels.py", "test_decode_kernel.py", "test_attention.py"):
+    if request.path.name not in ("test_kernels.py", "test_decode_kernel.py", "test_backends.py"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     if request.path.name not in ("test_attention_maps.py", "test_pictures.py"):

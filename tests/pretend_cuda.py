@@ -287,7 +287,7 @@ class Generator(torch.Generator):
 def pretended_gpu(monkeypatch, capability=(9, 0)):
     """Inside, "cuda" is a GPU of this compute capability. Yields its GPU."""
     global current
-    from minigpt import attention, cache, decode_kernel, kernels
+    from minigpt import backends, cache, decode_kernel, kernels
 
     current = gpu = GPU()
     interpreted = tuple(map(Kernel, kernels.KERNELS))
@@ -297,7 +297,7 @@ def pretended_gpu(monkeypatch, capability=(9, 0)):
     for name in ("decode_kernel", "norm_kernel"):
         monkeypatch.setattr(decode_kernel, name, Kernel(getattr(decode_kernel, name)))
     monkeypatch.setattr(cache, "FAILED", set())
-    monkeypatch.setattr(attention, "kernels_work", lambda *a, **_: capability >= attention.KERNELS_FROM)  # has tests of its own
+    monkeypatch.setattr(backends, "kernels_work", lambda *a, **_: capability >= backends.KERNELS_FROM)  # has tests of its own
     fakes = {
         "CUDAGraph": Graph, "graph": capture, "Event": Event, "device": lambda device: contextlib.nullcontext(),
         "current_stream": lambda: None, "stream": contextlib.nullcontext,

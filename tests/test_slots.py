@@ -7,7 +7,8 @@ import torch
 from conftest import random_model, refusal, same
 
 from minigpt import GPTConfig
-from minigpt.attention import PackedBatch, Slots, attend
+from minigpt.attention import PackedBatch, Slots
+from minigpt.backends import attend
 from minigpt.generate import Prompt, generate
 from minigpt.loss import nll_sum
 from prefix.banks import Banks

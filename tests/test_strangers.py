@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from minigpt import GPT, GPTConfig, Tokenizer, UserError, checkpoint
 from minigpt.files import escape_control
-from minigpt.tokenizer import END_OF_TEXT, byte_characters
+from minigpt.tokenizer import BYTE, END_OF_TEXT
 from prefix import Banks, peft
 from prefix.distributed import log, printable
 from prefix.init import random_banks
@@ -41,7 +41,7 @@ def model_files(folder):
     (folder / "shards" / checkpoint.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
     merges = ["h e", "l l", "he ll", "hell o"]
-    tokens = [*byte_characters().values(), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
+    tokens = [*BYTE, *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
     vocab = {token: i for i, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))

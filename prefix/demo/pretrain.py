@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
-from minigpt.attention import PackedBatch, attend, to_device
+from minigpt.attention import PackedBatch, to_device
+from minigpt.backends import attend
 from minigpt.files import replacing
 from minigpt.tokenizer import END_OF_TEXT
 from prefix.demo.documents import draw_documents, read_sources

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minigpt.attention import Slots, attend
+from minigpt.attention import Slots
+from minigpt.backends import attend
 from minigpt.files import UserError, escape_control
 from prefix import run
 from prefix.data import corpus as data

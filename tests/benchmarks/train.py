@@ -64,7 +64,8 @@ from common import (
 )
 
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
-from minigpt.attention import PackedBatch, Slots, attend
+from minigpt.attention import PackedBatch, Slots
+from minigpt.backends import attend
 from minigpt.config import PUBLISHED
 from minigpt.loss import nll_sum
 from prefix.batches import MICRO_BATCH_TOKENS, BatchLoader

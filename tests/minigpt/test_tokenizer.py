@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minigpt import Tokenizer, UserError, checkpoint
-from minigpt.tokenizer import END_OF_TEXT, byte_characters
+from minigpt.tokenizer import BYTE, END_OF_TEXT
 
 PIECES = [
     *["the", "The", " river", "n't", "I'll", "WE'VE", "don’t", " they're", "o'clock", "naïve", END_OF_TEXT],
@@ -112,7 +112,7 @@ def test_with_any_merges_ids_equal_transformers_or_the_merge_is_named(tmp_path, 
     for _ in range(rng.randint(1, 12)):
         left, right = rng.choices(["a", "b", "c", *merges], k=2)
         merges.setdefault(left + right, (left, right))
-    vocab = {token: i for i, token in enumerate([*byte_characters().values(), *merges, END_OF_TEXT])}
+    vocab = {token: i for i, token in enumerate([*BYTE, *merges, END_OF_TEXT])}
     backend = Backend(models.BPE(vocab=vocab, merges=list(merges.values())))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT).save_pretrained(tmp_path)
@@ -240,7 +240,7 @@ def test_special_tokens_in_vocab_json_are_never_made_of_text(trained, tmp_path):
 # A vocabulary of four merges, and what can be wrong with one.
 
 MERGES = ["h e", "l l", "he ll", "hell o"]
-TOKENS = [*byte_characters().values(), "he", "ll", "hell", "hello", END_OF_TEXT]
+TOKENS = [*BYTE, "he", "ll", "hell", "hello", END_OF_TEXT]
 VOCAB = {token: (7 * i + 3) % len(TOKENS) for i, token in enumerate(TOKENS)}  # ids in no order
 
 

@@ -8,12 +8,12 @@ import pytest
 from test_tables import peak_of, skips
 
 from minigpt import Tokenizer, UserError
-from minigpt.tokenizer import END_OF_TEXT, byte_characters
+from minigpt.tokenizer import BYTE, END_OF_TEXT
 from prefix.data import corpus as data
 from prefix.data import tables
 from prefix.data.splits import split_of
 
-TOKENS = [*byte_characters().values(), END_OF_TEXT]
+TOKENS = [*BYTE, END_OF_TEXT]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import torch
 from conftest import projected, random_model, write_table
 
 from minigpt import GPTConfig
-from minigpt.attention import PackedBatch, attend
+from minigpt.attention import PackedBatch
+from minigpt.backends import attend
 from minigpt.generate import Prompt, generate
 from prefix.banks import Banks
 from prefix.data.splits import split_of

@@ -6,14 +6,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
-from minigpt import UserError, attention, kernels  # noqa: E402
+from minigpt import UserError, backends, kernels  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernels_that_work_have_no_fault(dtype):
-    assert attention.kernel_fault(DEVICE, dtype, n_head=2, head_dim=16) is None
+    assert backends.kernel_fault(DEVICE, dtype, n_head=2, head_dim=16) is None
 
 
 FAULTS = {
@@ -30,7 +30,7 @@ right = kernels.triton_attention
 def test_a_kernel_that_is_at_fault_is_told(monkeypatch, fault):
     wrong, said = FAULTS[fault]
     monkeypatch.setattr(kernels, "triton_attention", wrong)
-    assert said in attention.kernel_fault(DEVICE, torch.float32, n_head=2, head_dim=16)
+    assert said in backends.kernel_fault(DEVICE, torch.float32, n_head=2, head_dim=16)
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
@@ -39,12 +39,12 @@ def test_a_full_gpu_is_no_fault_and_is_not_remembered(monkeypatch, kind):
         raise kind("CUDA out of memory")
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    attention.kernels_work.cache_clear()
+    backends.kernels_work.cache_clear()
     with monkeypatch.context() as patch, pytest.raises(kind, match="out of memory"):
         patch.setattr(kernels, "triton_attention", full)
-        attention.kernels_work(DEVICE, torch.float32, 1, 16)
-    assert attention.kernels_work(DEVICE, torch.float32, 1, 16)
-    attention.kernels_work.cache_clear()
+        backends.kernels_work(DEVICE, torch.float32, 1, 16)
+    assert backends.kernels_work(DEVICE, torch.float32, 1, 16)
+    backends.kernels_work.cache_clear()
 
 
 def test_a_first_use_in_a_checkpointed_block_does_not_disturb_its_backward():
@@ -52,7 +52,7 @@ def test_a_first_use_in_a_checkpointed_block_does_not_disturb_its_backward():
 
     def block(x):
         if not found:
-            found.append(attention.kernel_fault(DEVICE, torch.float32, n_head=1, head_dim=16))
+            found.append(backends.kernel_fault(DEVICE, torch.float32, n_head=1, head_dim=16))
         return x.square()
 
     checkpoint(block, x, use_reentrant=False).sum().backward()
@@ -60,11 +60,11 @@ def test_a_first_use_in_a_checkpointed_block_does_not_disturb_its_backward():
 
 
 def test_a_fault_is_one_notice_or_an_error_for_fused_attention(monkeypatch, capsys):
-    monkeypatch.setattr(attention, "kernel_fault", lambda *a: "no C compiler")
+    monkeypatch.setattr(backends, "kernel_fault", lambda *a: "no C compiler")
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    attention.kernels_work.cache_clear()
-    assert [attention.kernels_work("cuda:0", torch.float16, 2, 16) for _ in range(3)] == [False] * 3
+    backends.kernels_work.cache_clear()
+    assert [backends.kernels_work("cuda:0", torch.float16, 2, 16) for _ in range(3)] == [False] * 3
     assert capsys.readouterr().err == "Attention is torch's own, not the kernels', on this GPU: no C compiler\n"
     with pytest.raises(UserError, match="--attention fused does not work on this GPU: no C compiler"):
-        attention.kernels_work("cuda:0", torch.float16, 2, 16, must=True)
-    attention.kernels_work.cache_clear()
+        backends.kernels_work("cuda:0", torch.float16, 2, 16, must=True)
+    backends.kernels_work.cache_clear()
