@@ -40,20 +40,20 @@ class Decoding:
         return min(usual, left) if left >= min(usual, n) else 0
 
 
-def decode(model, prompts, stop, slots, position_offset, decoding, answers=()):
+def decode(model, prompts, stop, prefix, decoding, answers=()):
     """Prompts -> a list of Generated, in the same order: the likeliest of `answers` (lists of ids), or by beams, or
-    token by token. stop: ids that end an answer. Where memory runs out, rows are halved until they fit."""
+    token by token. stop: ids that end an answer. prefix: (Slots or None, position of the first token). Where memory runs
+    out, rows are halved until they fit."""
 
     def work(prompts, rows):
-        common = {"slots": slots, "position_offset": position_offset, "batch_size": rows}
         if answers:
-            return likeliest_answer(model, prompts, answers, **common)
+            return likeliest_answer(model, prompts, answers, *prefix, batch_size=rows)
         if decoding.beams > 1:
-            common |= {"beams": decoding.beams, "length_penalty": decoding.length_penalty}
-            return beam_search(model, prompts, stop, **common)
+            ranking = {"beams": decoding.beams, "length_penalty": decoding.length_penalty}
+            return beam_search(model, prompts, stop, *prefix, batch_size=rows, **ranking)
         if decoding.sampler:
             decoding.sampler.streams.clear()  # also where an attempt has drawn from them
-        return generate(model, prompts, stop, **common, sampler=decoding.sampler)
+        return generate(model, prompts, stop, *prefix, batch_size=rows, sampler=decoding.sampler)
 
     if not prompts:
         return []

@@ -136,7 +136,7 @@ def test_decoding_gives_the_cpus_texts_and_a_token_waits_once(both, tokenizer, w
         banks = Banks(slots).to(model.device)
         compute_kv(model, [1])  # the first use sets things up
         gpu.forget()
-        asked = [(texts, "fr", "en"), (texts[::-1], "en", "fr")]
+        asked = [(texts, ("fr", "en")), (texts[::-1], ("en", "fr"))]
         return [[r.text for r in translate(model, tokenizer, banks, *one, decoding())] for one in asked]
 
     ours, theirs, gpu = both(work, capability)

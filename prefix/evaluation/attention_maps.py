@@ -94,7 +94,7 @@ def attention_mass(model, banks, ids, bank_mask):
 def look_at(model, tokenizer, banks, text, ends, answer=None):
     """The Attention of text <sep> answer. ends: (source, target) names of banks. answer: None: the model's own."""
     if answer is None:
-        (result,) = translate(model, tokenizer, banks, [text], *ends)
+        (result,) = translate(model, tokenizer, banks, [text], ends)
         if result.fault:
             raise UserError(result.fault)
         answer = result.text
@@ -178,7 +178,7 @@ def ablate(model, tokenizer, banks, texts, references, ends):
     parts, found = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in ends}, {}
     parts |= {f"layer {i}": without(banks, layer=i) for i in range(model.config.n_layer)}
     for name, part in tqdm(parts.items(), desc="closing", disable=not sys.stderr.isatty()):
-        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, *ends))
+        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, ends))
         found[name] = output, METRICS["bleu"](outputs, references)
     return found
 

@@ -186,8 +186,8 @@ class Comparison:
     result: Result
 
     def run_prefix(self, banks):
-        ends = self.result.source, self.result.target
-        answer = lambda texts: translate(self.model, self.tokenizer, banks, texts, *ends, self.decoding)
+        direction = self.result.source, self.result.target
+        answer = lambda texts: translate(self.model, self.tokenizer, banks, texts, direction, self.decoding)
         length = lambda text: banks.position_offset + self.n_tokens(text) + 1
         self.result.prefix = self.measure("prefix", answer, length)
 

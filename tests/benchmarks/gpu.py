@@ -153,7 +153,7 @@ def texts():
     def run(device=args.device, dtype=torch.float32, **how):
         model = GPT.from_pretrained("demo", device, dtype)
         banks = Banks.load(DEMO_PREFIX, model)
-        return [r.text for r in translate(model, tokenizer, banks, sources, "fr", "en", Decoding(**how))]
+        return [r.text for r in translate(model, tokenizer, banks, sources, ("fr", "en"), Decoding(**how))]
 
     share = lambda one, other: sum(a == b for a, b in zip(one, other)) / len(sources)
     exact, (ours, n) = run("cpu"), waits(run, args.device)

@@ -220,7 +220,7 @@ def test_closing_says_what_becomes_of_the_sentence_and_of_bleu(run, demo, held_o
     scores = []
     for row, line, (name, part) in zip(lines[:9], lines[10:], closed.items(), strict=True):
         texts = ["Il pleut.", *(fr for _, fr in pairs)]
-        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, "fr", "en"))
+        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, ("fr", "en")))
         scores.append(METRICS["bleu"](outputs, [[en] for en, _ in pairs]))
         share = [f"{100 * (1 - mass[int(name[-1]), ..., -1].mean()):.1f}"] if "layer" in name else []
         assert row.split() == [*name.split(), f"{scores[-1]:.2f}", f"{scores[-1] - scores[0]:+.2f}", *share]
