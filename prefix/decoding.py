@@ -45,7 +45,7 @@ def decode(model, prompts, stop, prefix, decoding, answers=()):
     token by token. stop: ids that end an answer. prefix: (Slots or None, position of the first token). Where memory runs
     out, rows are halved until they fit."""
 
-    def work(prompts, rows):
+    def work(rows):
         if answers:
             return likeliest_answer(model, prompts, answers, *prefix, batch_size=rows)
         if decoding.beams > 1:
@@ -58,7 +58,17 @@ def decode(model, prompts, stop, prefix, decoding, answers=()):
     if not prompts:
         return []
     rows = min(decoding.batch_size, len(prompts) * max(1, len(answers)))
-    return halving(work, prompts, rows if answers else rows_in_memory(model, prompts, rows, decoding.beams), decoding)
+    if not answers:
+        rows = rows_in_memory(model, prompts, rows, decoding.beams)
+    fitting = rows
+    while (results := attempt(work, fitting)) is None:
+        if fitting == 1:
+            raise UserError("out of memory, even with one sentence at a time: lower --beam or --max-new-tokens")
+        fitting //= 2
+    if fitting < rows:
+        decoding.batch_size = fitting  # later texts begin there
+        log_once(f"Out of memory with {rows} sentences at a time: now {fitting}")
+    return results
 
 
 def rows_in_memory(model, prompts, rows, beams):
@@ -72,16 +82,3 @@ def rows_in_memory(model, prompts, rows, beams):
     if fitting < rows:
         log_once(f"Memory has room for {fitting} sentences at a time, not {rows}")
     return fitting
-
-
-def halving(work, prompts, rows, decoding):
-    """work(prompts, rows), again with half the rows for as long as memory runs out."""
-    fitting = rows
-    while (results := attempt(work, prompts, fitting)) is None:
-        if fitting == 1:
-            raise UserError("out of memory, even with one sentence at a time: lower --beam or --max-new-tokens")
-        fitting //= 2
-    if fitting < rows:
-        decoding.batch_size = fitting
-        log_once(f"Out of memory with {rows} sentences at a time: now {fitting}")
-    return results
