@@ -32,7 +32,7 @@ from prefix.evaluation.compare import Plan, rows_to_read, sentences
 from prefix.evaluation.metrics import METRICS
 from prefix.evaluation.pictures import draw_ablation, draw_attention
 from prefix.evaluation.report import aligned
-from prefix.sequences import pack_pairs, separator
+from prefix.sequences import pack_pairs, pairs_of, separator
 from prefix.translation import translate
 
 TEXT_PAIRS = 250  # of the training data: the text whose keys slots are compared with
@@ -91,10 +91,10 @@ def attention_mass(model, banks, ids, bank_mask):
     return mass
 
 
-def look_at(model, tokenizer, banks, text, ends, answer=None):
-    """The Attention of text <sep> answer. ends: (source, target) names of banks. answer: None: the model's own."""
+def look_at(model, tokenizer, banks, text, direction, answer=None):
+    """The Attention of text <sep> answer. direction: (source, target) names of banks. answer: None: the model's own."""
     if answer is None:
-        (result,) = translate(model, tokenizer, banks, [text], ends)
+        (result,) = translate(model, tokenizer, banks, [text], direction)
         if result.fault:
             raise UserError(result.fault)
         answer = result.text
@@ -102,11 +102,12 @@ def look_at(model, tokenizer, banks, text, ends, answer=None):
     ids = tokenizer.encode(rows.clean(text))[:room]
     if not ids:
         raise UserError("the sentence is empty: there is nothing to look at")
-    numbers = [banks.names.index(name) for name in ends]
-    pair = ids, tokenizer.encode(rows.clean(answer))[: room - len(ids)], *numbers
+    answer = tokenizer.encode(rows.clean(answer))[: room - len(ids)]
+    pair = ids, answer, *map(banks.names.index, direction)
     batch = pack_pairs([pair], separator(tokenizer), tokenizer.eot)
-    seen = (batch.packed.bank_mask[:, None] >> torch.arange(len(banks.names))) & 1 == 1
-    mass = attention_mass(model, banks, batch.ids, batch.packed.bank_mask)
+    bank_mask = batch.packed.bank_mask
+    seen = (bank_mask[:, None] >> torch.arange(len(banks.names))) & 1 == 1
+    mass = attention_mass(model, banks, batch.ids, bank_mask)
     return Attention([label(tokenizer, i) for i in batch.ids], banks.names, seen, mass)
 
 
@@ -140,8 +141,7 @@ def nearest_lines(model, tokenizer, banks, corpus, n):
     examples = corpus.examples("train")[:TEXT_PAIRS]
     if not len(examples):
         raise UserError(f"none of the {len(corpus)} usable pairs falls into the training split: give more data")
-    encoded = [(corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)) for row, s, t in examples]
-    text = pack_pairs(encoded, separator(tokenizer), tokenizer.eot, model.device)
+    text = pack_pairs(pairs_of(corpus, examples), separator(tokenizer), tokenizer.eot, model.device)
     found = nearest_tokens(model, banks, text.ids, text.packed, min(n, len(text.ids.unique())))
     slots = [(name, slot) for name, n_slots in zip(banks.names, banks.prefix_len) for slot in range(n_slots)]
     lines = ["nearest token keys: mean over heads of the cosine, after the text's mean key has been subtracted"]
@@ -172,13 +172,13 @@ def without(banks, bank=None, layer=None):
     return closed
 
 
-def ablate(model, tokenizer, banks, texts, references, ends):
-    """Translate `texts` with nothing closed, without each bank of `ends`, without each layer's slots -> {name: (output
-    of the first text, BLEU of the others against `references`)}."""
-    parts, found = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in ends}, {}
+def ablate(model, tokenizer, banks, texts, references, direction):
+    """Translate `texts` with nothing closed, without each bank of `direction`, without each layer's slots -> {name:
+    (output of the first text, BLEU of the others against `references`)}."""
+    parts, found = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in direction}, {}
     parts |= {f"layer {i}": without(banks, layer=i) for i in range(model.config.n_layer)}
     for name, part in tqdm(parts.items(), desc="closing", disable=not sys.stderr.isatty()):
-        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, ends))
+        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, direction))
         found[name] = output, METRICS["bleu"](outputs, references)
     return found
 
@@ -219,22 +219,22 @@ def main():
 
     args = parse_arguments()
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
-    ends = cli.direction(args, banks)
+    direction = cli.direction(args, banks)
     if args.nearest or args.ablate:
         paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names)
         longest = min(384, model.config.n_positions - banks.position_offset)
         corpus = data.load(paths, columns, tokenizer, rows_to_read("test", SENTENCES), longest)
-    attention = look_at(model, tokenizer, banks, args.text, ends)
-    tables, lines = attention.tables(), [f"{' -> '.join(ends)}: {' '.join(attention.tokens)}"]
+    attention = look_at(model, tokenizer, banks, args.text, direction)
+    tables, lines = attention.tables(), [f"{' -> '.join(direction)}: {' '.join(attention.tokens)}"]
     for title, table in tables:
         lines += ["", title, *aligned(table)]
     if args.nearest:
         lines += ["", *nearest_lines(model, tokenizer, banks, corpus, args.nearest)]
     if args.ablate:
-        if not {*ends} <= {*corpus.columns}:
-            raise UserError(f"{paths[0]} does not have both {' and '.join(ends)}: name some text with --data")
-        sources, references = sentences(corpus, Plan(limit=SENTENCES), *ends)
-        found = ablate(model, tokenizer, banks, [args.text, *sources], references, ends)
+        if not {*direction} <= {*corpus.columns}:
+            raise UserError(f"{paths[0]} does not have both {' and '.join(direction)}: name some text with --data")
+        sources, references = sentences(corpus, Plan(limit=SENTENCES), *direction)
+        found = ablate(model, tokenizer, banks, [args.text, *sources], references, direction)
         table = ablation_table(found, attention)
         lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(table), ""]
         lines += [f"  {name:10}  {output}" for name, (output, _) in found.items()]

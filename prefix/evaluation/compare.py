@@ -34,9 +34,9 @@ DEFAULT = ["bleu", "chrf"]
 class Plan:
     """What to evaluate. split: one of SPLITS, or "all". limit: sentences in each direction. metrics: {target column:
     names of metrics.NAMES}, None for all other columns; the first picks the median draw. directions: (source, target)
-    column names (None: all there are). multi_reference: rows with the same source are one sentence with several
-    references. truncate_source: cut sources that do not fit the context. training: the Corpus whose training split gives
-    shots and labels (None: the evaluated one); its columns may be in another order."""
+    names of columns. multi_reference: rows with the same source are one sentence with several references.
+    truncate_source: cut sources that do not fit the context. training: the Corpus whose training split gives shots and
+    labels (None: the evaluated one); its columns may be in another order."""
 
     split: str = "test"
     limit: int = 500
@@ -44,7 +44,7 @@ class Plan:
     draws: int = 3
     seed: int = 0
     metrics: dict = field(default_factory=lambda: {None: DEFAULT})
-    directions: set | None = None
+    directions: set = ()
     multi_reference: bool = False
     truncate_source: bool = False
     training: object = None
@@ -114,15 +114,15 @@ def rows_of(corpus, split, source, target):
 
 def has_enough(corpus, split, limit, directions):
     """Has the corpus `limit` sentences of a split in each of these directions between its columns?"""
-    there = [ends for ends in directions if {*ends} <= {*corpus.columns}]
-    return all(len(rows_of(corpus, split, *ends)) >= limit for ends in there)
+    there = [direction for direction in directions if {*direction} <= {*corpus.columns}]
+    return all(len(rows_of(corpus, split, *direction)) >= limit for direction in there)
 
 
 def directions_of(corpus, plan):
     """The (source, target) column names to evaluate, in order of the target. Raises UserError if there are none."""
     found = np.unique(in_split(corpus, plan.split)[:, :0:-1], axis=0).tolist()
     found = [(corpus.columns[s], corpus.columns[t]) for t, s in found]
-    found = [ends for ends in found if plan.directions is None or ends in plan.directions]
+    found = [direction for direction in found if direction in plan.directions]
     if not found:
         raise UserError(f"none of the {len(corpus)} usable pairs falls into the {plan.split} split: give more data")
     return found
@@ -193,8 +193,8 @@ class Comparison:
 
     def run_few_shot(self, training):
         plan, result = self.plan, self.result
-        ends, avoid = (result.source, result.target), {*result.sources}
-        drawn = [draw_shots(training, *ends, plan.shots, plan.seed + i, avoid) for i in range(plan.draws)]
+        direction, avoid = (result.source, result.target), {*result.sources}
+        drawn = [draw_shots(training, *direction, plan.shots, plan.seed + i, avoid) for i in range(plan.draws)]
         result.form_log_p = form_log_p(self.model, self.tokenizer, *drawn[0])
         result.form = max(result.form_log_p, key=result.form_log_p.get, default=FORMS[0])
         result.draws = [self.run_draw(replace(shots, form=result.form)) for shots, _ in drawn]
