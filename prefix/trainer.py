@@ -24,7 +24,6 @@ from tqdm import tqdm
 from minigpt.files import UserError
 from minigpt.loss import nll_sum
 from prefix import distributed, state
-from prefix.prefix_file import base_of
 from prefix.state import METRICS, Progress
 
 MAX_SKIPPED = 10  # steps in a row that are not finite, and the run gives up
@@ -63,7 +62,7 @@ class Trainer:
         )
         self.progress = Progress()
         self.stop, self.stopped = [], False  # the signals received; whether all processes agreed to stop
-        self.identity = identity(model, banks, loader.corpus, settings)
+        self.identity = state.identity_of(model, banks, loader.corpus, settings)
         state.check_identity(f"process {distributed.rank()}", self.identity, distributed.broadcast(self.identity))
 
     def run(self, end=None):
@@ -199,22 +198,6 @@ class Trainer:
             self.loader.micro_batch_tokens = min(self.loader.micro_batch_tokens, p.fitting_tokens)
         if distributed.rank() == 0:
             state.cut_after(self.out / METRICS, p.step)
-
-
-def identity(model, banks, corpus, settings):
-    """What a run must go on with: these banks, this base, these examples, and the settings that decide its numbers."""
-    base, record = base_of(model), banks.training_record
-    return {
-        "state's format": 2,  # slots move in units
-        "columns": banks.names,
-        "prefix_len": banks.prefix_len,
-        "position_offset": banks.position_offset,
-        **{name: record.get(name) for name in ("init", "reparam", "from_prefix", "train_banks", "pairs")},
-        "data": corpus.fingerprint(),
-        "model": base["fingerprint"],
-        "model's config": base["config"],
-        **{name: value for name, value in asdict(settings).items() if name not in ("steps", "save_every")},
-    }
 
 
 @contextmanager
