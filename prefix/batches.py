@@ -29,13 +29,13 @@ MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}  # on a CPU small
 
 @dataclass
 class Batch:
-    """This process's pairs of a step, the shortest first. n_targets, n_tokens: of all processes together."""
+    """This process's share of a step."""
 
-    pairs: list
-    n_targets: int
-    n_tokens: int
-    micro_batches: list = ()  # these pairs, packed
-    micro_batch_tokens: int = 0  # how many each of them may have had
+    pairs: list  # the shortest first
+    n_targets: int  # of all processes together
+    n_tokens: int  # of all processes together
+    micro_batches: list = ()  # the pairs, packed
+    micro_batch_tokens: int = 0  # how many each of these may have
 
 
 class BatchLoader:

@@ -12,18 +12,15 @@ from prefix.distributed import log_once
 
 @dataclass
 class Decoding:
-    """How to decode. max_new: tokens of an answer at most; None: twice the source plus 16; never past the context.
-    sampler: None takes the likeliest token. beams: 1 is no beam search. batch_size: sentences at a time; where memory
-    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken. first: the number of the
-    first text; each is sampled from a random stream of its number."""
+    """How to decode."""
 
-    max_new: int | None = None
-    sampler: Sampler | None = None
-    beams: int = 1
+    max_new: int | None = None  # tokens of an answer at most; None: twice the source plus 16; never past the context
+    sampler: Sampler | None = None  # None: the likeliest token
+    beams: int = 1  # 1: no beam search
     length_penalty: float = 1.0
-    batch_size: int = 32
-    choices: list | None = None
-    first: int = 0
+    batch_size: int = 32  # sentences at a time; where memory runs out it is halved
+    choices: list | None = None  # the texts that an answer may be; the likeliest is taken
+    first: int = 0  # the number of the first text; each is sampled from a random stream of its number
 
     def check(self, config):
         """Raises UserError for more than a model of this config can use."""

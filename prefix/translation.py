@@ -21,13 +21,10 @@ SENTENCE_END = re.compile(  # spaces behind a mark that ends a sentence, or behi
 
 @dataclass
 class Translation:
-    """text: one line. finished: False if it was cut at its limit. fault: why there is none, or None. pieces: into how
-    many the source was divided, because it was too long for the context."""
-
-    text: str = ""
-    finished: bool = True
-    fault: str | None = None
-    pieces: int = 1
+    text: str = ""  # one line
+    finished: bool = True  # False: cut at its limit
+    fault: str | None = None  # why there is none
+    pieces: int = 1  # into how many the source was divided, because it was too long for the context
 
 
 def translate(model, tokenizer, banks, texts, direction, decoding=None):

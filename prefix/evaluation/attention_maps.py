@@ -41,13 +41,12 @@ SENTENCES = 200  # of the test split, for the BLEU of an ablation
 
 @dataclass
 class Attention:
-    """Attention of the T tokens of one sequence. tokens: their labels; banks: the names; seen: (T, n_banks) bool, where
-    a bank is open; mass: (n_layer, n_head, T, n_banks + 1), on each bank and, last, on the text."""
+    """Attention of the T tokens of one sequence."""
 
-    tokens: list
-    banks: list
-    seen: torch.Tensor
-    mass: torch.Tensor
+    tokens: list  # as they are shown
+    banks: list  # the names
+    seen: torch.Tensor  # (T, n_banks) bool: where a bank is open
+    mass: torch.Tensor  # (n_layer, n_head, T, n_banks + 1): on each bank and, last, on the text
 
     def tables(self):
         """[(title, lines of cells)], in per cent: layers and heads for each open bank, then token by token."""

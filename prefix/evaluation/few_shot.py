@@ -34,12 +34,12 @@ TRIALS = 12  # training pairs on which the two forms are compared
 
 @dataclass
 class Shots:
-    """A k-shot prompt: pairs (source text, target text), the names of their columns, one of FORMS."""
+    """A k-shot prompt."""
 
-    pairs: list
-    source: str
+    pairs: list  # (source text, target text)
+    source: str  # the names of their columns
     target: str
-    form: str = "names"
+    form: str = FORMS[0]
 
     @property
     def text(self):

@@ -52,13 +52,10 @@ RULES_13A = [
 
 @dataclass(frozen=True)
 class Metric:
-    """label: its name in tables. settings: what a score must be published with. count(hypothesis, its references) -> k
-    numbers. score(their sum over sentences (k,)) -> 0 .. 100."""
-
-    label: str
-    settings: str
-    count: Callable
-    score: Callable
+    label: str  # its name in tables
+    settings: str  # what a score must be published with
+    count: Callable  # (hypothesis, its references) -> k numbers
+    score: Callable  # their sum over sentences (k,) -> 0 .. 100
 
     def __call__(self, hypotheses, references):
         """The score of a corpus, 0 .. 100."""
