@@ -7,6 +7,7 @@ zero-effect   values of zero and keys that next to no query looks at: the model 
 """
 
 import math
+from itertools import chain, islice
 
 import torch
 
@@ -149,12 +150,9 @@ def first_pairs(model, tokenizer, corpus):
 
 
 def first_tokens(corpus, column, n):
-    """The first training sentences of a column, until they have n tokens. Raises UserError where there are none."""
-    ids = []
-    for row in corpus.rows("train"):
-        ids += corpus.ids(row, column).tolist()
-        if len(ids) >= n:
-            break
+    """The first n tokens of a column's training sentences. Raises UserError where there are none."""
+    texts = (corpus.ids(row, column).tolist() for row in corpus.rows("train"))
+    ids = list(islice(chain.from_iterable(texts), n))
     if not ids:
         raise UserError(f"no training pair has a text in the column {corpus.columns[column]!r}: give more data")
-    return ids[:n]
+    return ids

@@ -164,15 +164,16 @@ def make_block(number, stage):
 def batches(texts, tokenizer):
     """-> [(ids (N,), targets (N,), lengths)]: texts of like length together, N at most BATCH_TOKENS; NumPy arrays."""
     rows = sorted(([*tokenizer.encode(text)[: CONFIG.n_positions - 1], tokenizer.eot] for text in texts), key=len)
-    ends = np.cumsum([len(row) for row in rows])
-    result = []
-    while rows:
-        n = int(np.searchsorted(ends, BATCH_TOKENS, side="right"))
-        ids = np.concatenate(rows[:n]).astype(np.int16)
-        targets = np.concatenate([[*row[1:], -100] for row in rows[:n]]).astype(np.int16)
-        result.append((ids, targets, [len(row) for row in rows[:n]]))
-        rows, ends = rows[n:], ends[n:] - ends[n - 1]
-    return result
+    groups, total = [], math.inf
+    for row in rows:
+        total += len(row)
+        if total > BATCH_TOKENS:
+            groups.append([])
+            total = len(row)
+        groups[-1].append(row)
+    ids = [np.concatenate(group).astype(np.int16) for group in groups]
+    targets = [np.concatenate([[*row[1:], -100] for row in group]).astype(np.int16) for group in groups]
+    return list(zip(ids, targets, [[len(row) for row in group] for group in groups]))
 
 
 class Pretraining(GPT):
