@@ -76,8 +76,7 @@ def draw_shots(corpus, source, target, k, seed, avoid=()):
     """-> (Shots of k training pairs, TRIALS other pairs or as many as are left), none with a source text in `avoid`.
     source, target: names of columns. Raises UserError for too few pairs."""
     s, t = map(corpus.columns.index, (source, target))
-    rows = only(corpus.examples("train"), [(s, t)])[:, 0]
-    rows = np.random.default_rng((seed, 7)).permutation(rows)
+    rows = np.random.default_rng((seed, 7)).permutation(only(corpus.examples("train"), [(s, t)])[:, 0])
     pairs = ((corpus.text(row, s), corpus.text(row, t)) for row in rows)
     pairs = (pair for pair in pairs if pair[0] not in avoid)
     shots = list(islice(pairs, k))
