@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minigpt.attention import Slots, attend
+from minigpt.attention import Slots, attend, visible
 from minigpt.files import UserError, escape_control
 from prefix import run
 from prefix.data import corpus as data
@@ -65,28 +65,25 @@ class Attention:
 
 
 @torch.no_grad()
-def attention_mass(model, banks, ids, bank_mask):
-    """ids (T,), bank_mask (T,) -> (n_layer, n_head, T, n_banks + 1): the share of its attention that each token gives
-    to each bank, in order, and last to the text. A closed bank gets exactly 0."""
+def attention_mass(model, banks, ids, packed):
+    """One sequence, ids (T,) -> (n_layer, n_head, T, n_banks + 1): the share of its attention that each token gives to
+    each bank, in order, and last to the text. A closed bank gets exactly 0."""
     c, T, n_banks = model.config, len(ids), len(banks.names)
     slots = banks.slots().to(model.dtype)
-    bank_mask = torch.as_tensor(bank_mask, device=model.device)
-    text = torch.ones(T, T, dtype=torch.bool, device=model.device).tril()
-    visible = torch.cat([slots.visible_slots(bank_mask), text], dim=1)  # (T, S + T)
-    text_number = torch.full((T,), n_banks, device=model.device)
-    belongs = F.one_hot(torch.cat([slots.bank.long(), text_number]), n_banks + 1).float()  # (S + T, n_banks + 1)
+    seen = visible(packed, slots)[0, 0]  # (T, S + T)
+    belongs = F.pad(slots.bank.long(), (0, T), value=n_banks)  # (S + T,): the bank of each slot, and then the text
+    belongs = F.one_hot(belongs, n_banks + 1).float()  # (S + T, n_banks + 1)
     mass = torch.empty(c.n_layer, c.n_head, T, n_banks + 1)
 
     def attn_fn(i, qkv):
         q, k, v = qkv.unflatten(-1, (3, c.n_head, -1)).permute(1, 2, 0, 3)  # each (n_head, T, head_dim)
         k, v = torch.cat([slots.key[i], k], dim=1), torch.cat([slots.value[i], v], dim=1)  # (n_head, S + T, head_dim)
         scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(c.head_dim)
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)  # (n_head, T, S + T)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)  # (n_head, T, S + T)
         mass[i] = weights @ belongs
         return (weights.to(v.dtype) @ v).transpose(0, 1).flatten(1)  # (T, n_embd)
 
-    position = torch.arange(T, device=model.device) + banks.position_offset
-    model.blocks(model.embed(ids.to(model.device), position), attn_fn)
+    model.blocks(model.embed(ids, packed.position + banks.position_offset), attn_fn)
     return mass
 
 
@@ -103,11 +100,10 @@ def look_at(model, tokenizer, banks, text, direction, answer=None):
         raise UserError("the sentence is empty: there is nothing to look at")
     answer = tokenizer.encode(rows.clean(answer))[: room - len(ids)]
     pair = ids, answer, *map(banks.names.index, direction)
-    batch = pack_pairs([pair], separator(tokenizer), tokenizer.eot)
-    bank_mask = batch.packed.bank_mask
-    seen = (bank_mask[:, None] >> torch.arange(len(banks.names))) & 1 == 1
-    mass = attention_mass(model, banks, batch.ids, bank_mask)
-    return Attention([label(tokenizer, i) for i in batch.ids], banks.names, seen, mass)
+    batch = pack_pairs([pair], separator(tokenizer), tokenizer.eot, model.device)
+    seen = (batch.packed.bank_mask[:, None].cpu() >> torch.arange(len(banks.names))) & 1 == 1
+    mass = attention_mass(model, banks, batch.ids, batch.packed)
+    return Attention([label(tokenizer, i) for i in batch.ids.tolist()], banks.names, seen, mass)
 
 
 def label(tokenizer, i):

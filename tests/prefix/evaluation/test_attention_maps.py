@@ -45,7 +45,7 @@ def ids():
 def test_the_mass_is_what_the_softmax_written_out_gives(model, banks, ids):
     packed = PackedBatch([len(ids)], torch.tensor(MASKS))
     layers = projected(model, lambda: model.hidden(ids, packed, banks.slots())).double()
-    mass = attention_maps.attention_mass(model, banks, ids, MASKS)
+    mass = attention_maps.attention_mass(model, banks, ids, packed)
     assert mass.shape == (3, 2, len(ids), 4)
     for i, qkv in enumerate(layers):
         q, k, _ = qkv.unbind(1)
@@ -92,8 +92,9 @@ def test_a_token_counts_once_where_it_is_nearest(model, banks):
 
 
 def test_what_all_keys_have_in_common_changes_neither_the_mass_nor_the_nearest_tokens(model, banks, ids):
+    packed = PackedBatch([7], torch.tensor(MASKS))
     look = lambda: (
-        attention_maps.attention_mass(model, banks, ids, MASKS),
+        attention_maps.attention_mass(model, banks, ids, packed),
         *(cosine for cosine, _ in attention_maps.nearest_tokens(model, banks, ids, PackedBatch([7]), n=3)),
     )
     before, common = look(), torch.randn(3, 2, 1, 12)
