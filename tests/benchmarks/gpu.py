@@ -227,7 +227,7 @@ def random_batch(config, tokens):
     g, pairs, n, most = torch.Generator().manual_seed(0), [], 0, config.n_positions // 2 - 1
     while n < tokens:
         lengths = (torch.randn(2, generator=g).mul(SPREAD).exp() * SENTENCE).int().clamp(2, most).tolist()
-        source, target = (torch.randint(config.vocab_size, (k,), generator=g) for k in lengths)
+        source, target = (torch.randint(config.vocab_size, (k,), generator=g).tolist() for k in lengths)
         pairs.append((source, target, len(pairs) % 2, 1 - len(pairs) % 2))
         n += sum(lengths) + 1
     return pack_pairs(pairs, 198, config.vocab_size - 1, torch.device(args.device))
