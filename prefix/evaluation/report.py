@@ -91,10 +91,13 @@ def difference(result):
     """The paired bootstrap of each metric, and the verdict or why there is none."""
     parts, enough = [], len(result.sources) >= ENOUGH
     for name, found in result.difference.items():
-        verdict = f", {'not ' * (found['p'] >= 0.05)}significant (p = {found['p']:.3f})" if enough else ""
         low, high = found["interval"]
-        parts.append(f"{found['delta']:+.2f} {name} ({low:+.2f} to {high:+.2f}){verdict}")
-    return "; ".join(parts + [f"no verdict on fewer than {ENOUGH} sentences"] * (not enough))
+        said = f"{found['delta']:+.2f} {name} ({low:+.2f} to {high:+.2f})"
+        verdict = "significant" if found["p"] < 0.05 else "not significant"
+        parts.append(f"{said}, {verdict} (p = {found['p']:.3f})" if enough else said)
+    if not enough:
+        parts.append(f"no verdict on fewer than {ENOUGH} sentences")
+    return "; ".join(parts)
 
 
 def signatures(results):
