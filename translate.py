@@ -87,7 +87,7 @@ def main():
     with tqdm(unit=" lines", disable=quiet, file=sys.stderr) as bar:
         while chunk := distributed.broadcast(next(chunks, None) if first else None):
             texts, faults = zip(*map(decode_line, chunk))
-            for result, fault in zip(translate(model, tokenizer, banks, texts, source, target, decoding), faults):
+            for result, fault in zip(translate(model, tokenizer, banks, texts, (source, target), decoding), faults):
                 decoding.first += 1
                 if first:
                     print(printable(result.text), flush=True)

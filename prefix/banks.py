@@ -118,15 +118,15 @@ class Banks(nn.Module):
     def joined(cls, parts):
         """The banks of several prefix files of one base, as one. parts: [(path, Banks)]. Raises UserError where they
         disagree on position_offset, or where two have a bank of the same name."""
-        (first, one), banks = parts[0], {}
+        (first, one), banks, owner = parts[0], {}, {}
         for path, part in parts:
             if part.position_offset != one.position_offset:
                 offsets = f"{part.position_offset} in {path}, {one.position_offset} in {first}"
                 raise UserError(f"prefixes go together only where text starts at the same position: {offsets}")
-            for name in (name for name in part.names if name in banks):
-                owner = next(path for path, other in parts if name in other.names)
-                raise UserError(f"bank {name!r} is there twice, in {owner} and in {path}: leave one out")
-            banks |= dict(zip(part.names, part.key_values()))
+            for name, key_value in zip(part.names, part.key_values()):
+                if name in banks:
+                    raise UserError(f"bank {name!r} is there twice, in {owner[name]} and in {path}: leave one out")
+                banks[name], owner[name] = key_value, path
         return cls(banks, one.position_offset, one.training_record)
 
 

@@ -8,6 +8,7 @@ An example is a row of the corpus in one direction: (row, source column, target 
 together. The examples of step s follow from the seed and s alone, so a run can go on exactly after any step.
 """
 
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,13 +29,13 @@ MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}  # on a CPU small
 
 @dataclass
 class Batch:
-    """This process's pairs of a step, the shortest first. n_targets, n_tokens: of all processes together."""
+    """This process's share of a step."""
 
-    pairs: list
-    n_targets: int
-    n_tokens: int
-    micro_batches: list = ()
-    micro_batch_tokens: int = 0  # how many each MicroBatch was allowed
+    pairs: list  # the shortest first
+    n_targets: int  # of all processes together
+    n_tokens: int  # of all processes together
+    micro_batches: list = ()  # the pairs, packed
+    micro_batch_tokens: int = 0  # how many each of these may have
 
 
 class BatchLoader:
@@ -54,9 +55,9 @@ class BatchLoader:
 
     def steps(self, first, end):
         """Yield the Batch of each step from `first` to before `end`. A thread prepares the next one meanwhile."""
-        cuda = self.device.type == "cuda"
-        in_thread = (torch.cuda.set_device, (torch.cuda.current_device(),)) if cuda else ()
-        with ThreadPoolExecutor(1, "batches", *in_thread) as thread:
+        with ThreadPoolExecutor(1) as thread:
+            if self.device.type == "cuda":
+                thread.submit(torch.cuda.set_device, torch.cuda.current_device())
             upcoming = thread.submit(self.step, first)
             for step in range(first, end):
                 batch = upcoming.result()
@@ -66,8 +67,8 @@ class BatchLoader:
 
     def step(self, step):
         """The Batch of a step: the next batch_size examples of epoch after epoch, each shuffled."""
-        n = len(self.train)
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        n, first = len(self.train), step * self.batch_size
+        places = range(first, first + self.batch_size)
         return self.batch_of([self.train[self.epoch_order(i // n)[i % n]] for i in places])
 
     def batch_of(self, examples):
@@ -79,21 +80,15 @@ class BatchLoader:
         return batch
 
     def cut(self, batch):
-        """Cut a Batch into MicroBatches of at most micro_batch_tokens."""
-        batch.micro_batch_tokens = self.micro_batch_tokens
-        batch.micro_batches = list(self.pack(batch.pairs, batch.micro_batch_tokens))
-
-    def pack(self, pairs, tokens):
-        """Yield MicroBatches of at most so many tokens (a longer pair stays alone). pairs: by length."""
-        groups, total = [], 0
-        for pair in pairs:
-            if not groups or total + n_tokens(pair) > tokens:
-                groups.append([])
-                total = 0
-            groups[-1].append(pair)
+        """Cut a Batch into MicroBatches of at most micro_batch_tokens; a longer pair stays alone."""
+        batch.micro_batch_tokens, groups, total = self.micro_batch_tokens, [], math.inf
+        for pair in batch.pairs:
             total += n_tokens(pair)
-        for group in groups:
-            yield pack_pairs(group, self.sep, self.eot, self.device)
+            if total > batch.micro_batch_tokens:
+                groups.append([])
+                total = n_tokens(pair)
+            groups[-1].append(pair)
+        batch.micro_batches = [pack_pairs(group, self.sep, self.eot, self.device) for group in groups]
 
     def within_memory(self, batch, work, where):
         """work(the MicroBatches of `batch`) -> its result. Where memory runs out, the batch is cut into smaller ones,
@@ -116,12 +111,10 @@ class BatchLoader:
         return result
 
     def epoch_order(self, epoch):
-        """The numbers of all training examples, shuffled: one epoch in memory, in the smallest type that holds them."""
+        """The numbers of all training examples, shuffled. One epoch is in memory."""
         if self.epoch != epoch:
-            self.epoch = self.order = None
-            order = np.arange(len(self.train), dtype=np.min_scalar_type(len(self.train)))
-            np.random.default_rng((self.seed, epoch)).shuffle(order)
-            self.epoch, self.order = epoch, order
+            self.epoch, self.order = epoch, np.arange(len(self.train), dtype=np.int32)
+            np.random.default_rng((self.seed, epoch)).shuffle(self.order)
         return self.order
 
 

@@ -13,18 +13,15 @@ from prefix.distributed import log_once
 
 @dataclass
 class Decoding:
-    """How to decode. max_new: tokens of an answer at most; None: twice the source plus 16; never past the context.
-    sampler: None takes the likeliest token. beams: 1 is no beam search. batch_size: sentences at a time; where memory
-    runs out it is halved. choices: the texts that an answer may be; the likeliest is taken. first: the number of the
-    first text; each is sampled from a random stream of its number."""
+    """How to decode."""
 
-    max_new: int | None = None
-    sampler: Sampler | None = None
-    beams: int = 1
+    max_new: int | None = None  # tokens of an answer at most; None: twice the source plus 16; never past the context
+    sampler: Sampler | None = None  # None: the likeliest token
+    beams: int = 1  # 1: no beam search
     length_penalty: float = 1.0
-    batch_size: int = 32
-    choices: list | None = None
-    first: int = 0
+    batch_size: int = 32  # sentences at a time; where memory runs out it is halved
+    choices: list | None = None  # the texts that an answer may be; the likeliest is taken
+    first: int = 0  # the number of the first text; each is sampled from a random stream of its number
 
     def check(self, config):
         """Raises UserError for more than a model of this config can use."""
@@ -41,25 +38,35 @@ class Decoding:
         return min(usual, left) if left >= min(usual, n) else 0
 
 
-def decode(model, prompts, stop, slots, position_offset, decoding, answers=()):
+def decode(model, prompts, stop, prefix, decoding, answers=()):
     """Prompts -> a list of Generated, in the same order: the likeliest of `answers` (lists of ids), or by beams, or
-    token by token. stop: ids that end an answer. Where memory runs out, rows are halved until they fit."""
+    token by token. stop: ids that end an answer. prefix: (Slots or None, position of the first token). Where memory runs
+    out, rows are halved until they fit."""
 
-    def work(prompts, rows):
-        common = {"slots": slots, "position_offset": position_offset, "batch_size": rows}
+    def work(rows):
         if answers:
-            return likeliest_answer(model, prompts, answers, **common)
+            return likeliest_answer(model, prompts, answers, *prefix, batch_size=rows)
         if decoding.beams > 1:
-            common |= {"beams": decoding.beams, "length_penalty": decoding.length_penalty}
-            return beam_search(model, prompts, stop, **common)
+            ranking = {"beams": decoding.beams, "length_penalty": decoding.length_penalty}
+            return beam_search(model, prompts, stop, *prefix, batch_size=rows, **ranking)
         if decoding.sampler:
             decoding.sampler.streams.clear()  # also where an attempt has drawn from them
-        return generate(model, prompts, stop, **common, sampler=decoding.sampler)
+        return generate(model, prompts, stop, *prefix, batch_size=rows, sampler=decoding.sampler)
 
     if not prompts:
         return []
     rows = min(decoding.batch_size, len(prompts) * max(1, len(answers)))
-    return halving(work, prompts, rows if answers else rows_in_memory(model, prompts, rows, decoding.beams), decoding)
+    if not answers:
+        rows = rows_in_memory(model, prompts, rows, decoding.beams)
+    fitting = rows
+    while (results := attempt(work, fitting)) is None:
+        if fitting == 1:
+            raise UserError("out of memory, even with one sentence at a time: lower --beam or --max-new-tokens")
+        fitting //= 2
+    if fitting < rows:
+        decoding.batch_size = fitting  # later texts begin there
+        log_once(f"Out of memory with {rows} sentences at a time: now {fitting}")
+    return results
 
 
 def rows_in_memory(model, prompts, rows, beams):
@@ -73,16 +80,3 @@ def rows_in_memory(model, prompts, rows, beams):
     if fitting < rows:
         log_once(f"Memory has room for {fitting} sentences at a time, not {rows}")
     return fitting
-
-
-def halving(work, prompts, rows, decoding):
-    """work(prompts, rows), again with half the rows for as long as memory runs out."""
-    fitting = rows
-    while (results := attempt(work, prompts, fitting)) is None:
-        if fitting == 1:
-            raise UserError("out of memory, even with one sentence at a time: lower --beam or --max-new-tokens")
-        fitting //= 2
-    if fitting < rows:
-        decoding.batch_size = fitting
-        log_once(f"Out of memory with {rows} sentences at a time: now {fitting}")
-    return results

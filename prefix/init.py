@@ -7,6 +7,7 @@ zero-effect   values of zero and keys that next to no query looks at: the model 
 """
 
 import math
+from itertools import chain, islice
 
 import torch
 
@@ -28,19 +29,19 @@ TEXT_SLOTS = 10
 
 def initial_banks(config, model, tokenizer, corpus):
     """The TrainableBanks before the first step. config: of the run (run.py)."""
-    units, seed = units_of(model, corpus), config["settings"]["seed"]
-    banks = banks_by_init(config, model, tokenizer, corpus, units)
+    units, offset = units_of(model, corpus), config["position_offset"]
+    start = banks_by_init(config, model, tokenizer, corpus, units)
+    banks = dict(zip(start.names, start.key_values()))
     if config.get("from_prefix"):
         there = Banks.load(config["from_prefix"], model)
-        if there.position_offset != config["position_offset"]:
-            starts = f"position {there.position_offset}, in this run at {config['position_offset']}"
+        if there.position_offset != offset:
+            starts = f"position {there.position_offset}, in this run at {offset}"
             raise UserError(f"{config['from_prefix']}: its text starts at {starts} (--position-offset)")
-        trained = dict(zip(there.names, there.key_values()))
-        banks = Banks({name: trained.get(name, new) for name, new in zip(banks.names, banks.key_values())})
-    banks.position_offset = config["position_offset"]
+        banks |= {name: pair for name, pair in zip(there.names, there.key_values()) if name in banks}
+    start = Banks(banks, offset).to(model.device)
     if config.get("reparam"):
-        return Reparametrised(banks.to(model.device), units, seed).to(model.device)
-    return TrainableBanks(banks.to(model.device), units, config.get("train_banks"))
+        return Reparametrised(start, units, config["settings"]["seed"]).to(model.device)
+    return TrainableBanks(start, units, config.get("train_banks"))
 
 
 def banks_by_init(config, model, tokenizer, corpus, units):
@@ -52,18 +53,21 @@ def banks_by_init(config, model, tokenizer, corpus, units):
     text = from_text(model, {name: first_tokens(corpus, i, TEXT_SLOTS) for i, name in enumerate(names)}, n_text)
     if n_text == prefix_len:
         return text
-    batch = first_pairs(model, tokenizer, corpus)
-    quiet = zero_effect(model, batch, names, prefix_len - n_text, seed, config["position_offset"], units)
-    both = zip(names, text.key_values(), quiet.key_values())
-    return Banks({name: [torch.cat(sides, dim=2) for sides in zip(*two)] for name, *two in both})
+    noise = random_banks(model.config, names, prefix_len - n_text, seed, (units[0], 0.0), QUIET_NOISE)
+    quiet = zero_effect(model, first_pairs(model, tokenizer, corpus), noise, units[0], config["position_offset"])
+    banks = {}
+    for name, (text_key, text_value), (key, value) in zip(names, text.key_values(), quiet.key_values()):
+        banks[name] = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
+    return Banks(banks)
 
 
 def units_of(model, corpus):
     """The standard deviations, about their mean over tokens, of the keys and of the values that the base computes for
     training text -> two (n_layer, n_head, 1, 1). See TrainableBanks."""
-    n = min(UNIT_TOKENS, model.config.n_positions) // len(corpus.columns)
-    ids = sum((first_tokens(corpus, column, n) for column in range(len(corpus.columns))), [])
-    spread = [x - x.mean(dim=2, keepdim=True) for x in compute_kv(model, ids)]  # (n_layer, n_head, T, head_dim)
+    columns = range(len(corpus.columns))
+    n = min(UNIT_TOKENS, model.config.n_positions) // len(columns)
+    kv = compute_kv(model, [i for column in columns for i in first_tokens(corpus, column, n)])
+    spread = [x - x.mean(dim=2, keepdim=True) for x in kv]  # (n_layer, n_head, T, head_dim)
     return [x.square().mean(dim=(2, 3), keepdim=True).sqrt() for x in spread]
 
 
@@ -80,24 +84,22 @@ def from_text(model, ids, prefix_len):
     """Keys and values of real tokens, tiled or cut to prefix_len. ids: {name: list of token ids}, at least one each."""
     banks = {}
     for name, tokens in ids.items():
-        tokens = tokens[: model.config.n_positions]
         tiled = [i % len(tokens) for i in range(prefix_len)]
         banks[name] = [x[:, :, tiled] for x in compute_kv(model, tokens)]
-    return Banks(banks).to(model.device)
+    return Banks(banks)
 
 
-def zero_effect(model, batch, names, prefix_len, seed, position_offset, units):
-    """Slots that hardly change the model: values of zero, and keys with low scores for the queries of `batch` (a
-    MicroBatch). Noise tells the slots apart. A wider margin would change less, but learn more slowly: at 10, gradients
-    sink below AdamW's epsilon."""
-    margin = QUIET_MARGIN + math.log(max(1, len(names) * prefix_len))
-    keys = quiet_keys(model, batch, margin, units[0], position_offset)[:, :, None]  # (n_layer, n_head, 1, head_dim)
-    noise = random_banks(model.config, names, prefix_len, seed, (units[0], 0.0), QUIET_NOISE)
-    return Banks({name: (keys + key, value) for name, (key, value) in zip(names, noise.key_values())})
+def zero_effect(model, batch, noise, unit, position_offset):
+    """Banks that hardly change the model: values of zero, and keys with low scores for the queries of `batch` (a
+    MicroBatch). noise: Banks whose keys tell the slots apart, and whose values are zero. unit: of the keys. A wider margin
+    would change less, but learn more slowly: at 10, gradients sink below AdamW's epsilon."""
+    margin = QUIET_MARGIN + math.log(sum(noise.prefix_len))
+    quiet = quiet_keys(model, batch, margin, unit, position_offset)[:, :, None]  # (n_layer, n_head, 1, head_dim)
+    return Banks({name: (quiet + key, value) for name, (key, value) in zip(noise.names, noise.key_values())})
 
 
 @torch.no_grad()
-def quiet_keys(model, batch, margin, unit, position_offset=0):
+def quiet_keys(model, batch, margin, unit, position_offset):
     """One quiet key for each layer and head -> (n_layer, n_head, head_dim), float32. unit: (n_layer, n_head, 1, 1).
 
     A slot takes attention by exp(its score), the text by the sum of exp(score) over its tokens. So a key is quiet if
@@ -148,12 +150,9 @@ def first_pairs(model, tokenizer, corpus):
 
 
 def first_tokens(corpus, column, n):
-    """The first training sentences of a column, until they have n tokens. Raises UserError where there are none."""
-    ids = []
-    for row in corpus.rows("train"):
-        ids += corpus.ids(row, column).tolist()
-        if len(ids) >= n:
-            break
+    """The first n tokens of a column's training sentences. Raises UserError where there are none."""
+    texts = (corpus.ids(row, column).tolist() for row in corpus.rows("train"))
+    ids = list(islice(chain.from_iterable(texts), n))
     if not ids:
         raise UserError(f"no training pair has a text in the column {corpus.columns[column]!r}: give more data")
-    return ids[:n]
+    return ids

@@ -24,7 +24,7 @@ class TrainableBanks(Banks):
     def __init__(self, start, units=None, train=None):
         """start: Banks. units: two (n_layer, n_head, 1, 1), None: 1. train: names of the banks that move, None: all."""
         super().__init__(dict(zip(start.names, start.key_values())), start.position_offset, start.training_record)
-        units = units or torch.ones(2, *self.key[0].shape[:2], 1, 1, device=self.key[0].device).unbind()
+        units = units or torch.ones(2, 1, 1, 1, 1, device=self.key[0].device).unbind()
         self.unit = nn.ParameterList(units)  # parameters so that they are saved with the slots; none of these moves
         self.requires_grad_(False)
         self.z = nn.ParameterList(nn.Parameter(torch.zeros(2, *key.shape, device=key.device)) for key in self.key)

@@ -31,7 +31,7 @@ def separator(tokenizer):
 
 def pairs_of(corpus, examples):
     """Examples of a Corpus, (row, source column, target column) each -> pairs. Column i's bank has the number i."""
-    return [(corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)) for row, s, t in examples]
+    return [(corpus.ids(row, s).tolist(), corpus.ids(row, t).tolist(), int(s), int(t)) for row, s, t in examples]
 
 
 def n_tokens(pair):
@@ -42,26 +42,24 @@ def n_tokens(pair):
 
 @dataclass
 class MicroBatch:
-    """Packed pairs, as many as go through the model at once. ids: (N,); packed: where each pair starts and which banks
-    each token sees; target_index: (M,) tokens whose successor counts; targets: (M,) these successors."""
+    """Pairs that go through the model at once, packed one behind the other: N tokens, M of them with a loss."""
 
-    ids: torch.Tensor
-    packed: PackedBatch
-    target_index: torch.Tensor
-    targets: torch.Tensor
+    ids: torch.Tensor  # (N,)
+    packed: PackedBatch  # where each pair starts, and which banks each token sees
+    target_index: torch.Tensor  # (M,): the tokens whose successor counts
+    targets: torch.Tensor  # (M,): these successors
 
 
 def pack_pairs(pairs, sep, eot, device="cpu"):
-    """Pairs, one behind the other -> MicroBatch on `device`."""
-    ids, targets, bank_mask, target_index, lengths = [], [], [], [], []
+    """Pairs -> a MicroBatch on `device`. sep, eot: the ids of <sep> and <|endoftext|>."""
+    ids, bank_mask, target_index, targets, lengths = [], [], [], [], []
     for source, target, source_bank, target_bank in pairs:
-        source, target = (torch.as_tensor(side, dtype=torch.int64) for side in (source, target))  # either may be empty
-        n_targets = len(target) + 1
-        target_index.append(torch.arange(n_targets) + sum(lengths) + len(source))
-        ids += [source, torch.tensor([sep]), target]
-        targets += [target, torch.tensor([eot])]
+        first, n_targets = len(ids) + len(source), len(target) + 1  # <sep> stands at `first`, and predicts target[0]
+        ids += [*source, sep, *target]
         bank_mask += [1 << source_bank] * len(source) + [1 << source_bank | 1 << target_bank] * n_targets
+        target_index += range(first, first + n_targets)
+        targets += [*target, eot]
         lengths.append(len(source) + n_targets)
     packed = PackedBatch(lengths, torch.tensor(bank_mask), device)
-    ids, target_index, targets = (to_device(torch.cat(parts), packed.device) for parts in (ids, target_index, targets))
+    ids, target_index, targets = (to_device(torch.tensor(x), packed.device) for x in (ids, target_index, targets))
     return MicroBatch(ids, packed, target_index, targets)

@@ -17,6 +17,7 @@ from itertools import takewhile
 from safetensors.torch import save_file
 
 from minigpt.files import UserError, flush, open_tensors, reading, replacing
+from prefix.prefix_file import base_of
 
 METRICS = "metrics.jsonl"
 
@@ -74,6 +75,22 @@ def restore(tensors, banks, optimizer):
             _, i, part = name.split(".")
             adam.setdefault(int(i), {})[part] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": adam})
+
+
+def identity_of(model, banks, corpus, settings):
+    """What a run must go on with: these banks, this base, these examples, and the settings that decide its numbers."""
+    base, record = base_of(model), banks.training_record
+    return {
+        "state's format": 2,  # slots move in units
+        "columns": banks.names,
+        "prefix_len": banks.prefix_len,
+        "position_offset": banks.position_offset,
+        **{name: record.get(name) for name in ("init", "reparam", "from_prefix", "train_banks", "pairs")},
+        "data": corpus.fingerprint(),
+        "model": base["fingerprint"],
+        "model's config": base["config"],
+        **{name: value for name, value in asdict(settings).items() if name not in ("steps", "save_every")},
+    }
 
 
 def check_identity(whose, theirs, ours):

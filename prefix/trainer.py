@@ -24,7 +24,6 @@ from tqdm import tqdm
 from minigpt.files import UserError
 from minigpt.loss import nll_sum
 from prefix import distributed, state
-from prefix.prefix_file import base_of
 from prefix.state import METRICS, Progress
 
 MAX_SKIPPED = 10  # steps in a row that are not finite, and the run gives up
@@ -63,7 +62,7 @@ class Trainer:
         )
         self.progress = Progress()
         self.stop, self.stopped = [], False  # the signals received; whether all processes agreed to stop
-        self.identity = identity(model, banks, loader.corpus, settings)
+        self.identity = state.identity_of(model, banks, loader.corpus, settings)
         state.check_identity(f"process {distributed.rank()}", self.identity, distributed.broadcast(self.identity))
 
     def run(self, end=None):
@@ -71,7 +70,9 @@ class Trainer:
         ended it early."""
         s, p, end = self.settings, self.progress, end or self.settings.steps
         began = time.monotonic() - p.seconds
-        with stop_signals() as self.stop, self.progress_bar() as bar:
+        quiet = distributed.rank() > 0 or not sys.stderr.isatty()
+        bar = tqdm(total=s.steps, initial=p.step, unit="step", disable=quiet, file=sys.stderr)
+        with stop_signals() as self.stop, bar:
             if p.step == 0:
                 self.save()  # from here on there is something to go on from
             for batch in self.loader.steps(p.step, end):
@@ -93,13 +94,13 @@ class Trainer:
     def optimizer_step(self, batch):
         """One step of AdamW; returns its line of metrics. A step that is not finite leaves the slots as they are."""
         p, lr = self.progress, self.settings.lr_at(self.progress.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         loss = self.loader.within_memory(batch, self.forward_backward, f"step {p.step + 1}") / batch.n_targets
         for parameter in self.unfrozen:
             parameter.grad /= batch.n_targets
         stop = torch.full_like(loss, len(self.stop))
         distributed.all_reduce_sum([loss, stop, *(parameter.grad for parameter in self.unfrozen)])
+
+        self.optimizer.param_groups[0]["lr"] = lr
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.unfrozen, self.settings.clip)
         loss, norm, stop = torch.stack([loss, norm, stop]).tolist()  # the one wait for the device
@@ -107,9 +108,12 @@ class Trainer:
         if finite:
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        p.step, p.tokens, p.skipped = p.step + 1, p.tokens + batch.n_tokens, p.skipped + (not finite)
+
+        p.step += 1
+        p.tokens += batch.n_tokens
+        p.skipped += not finite
         p.skipped_in_a_row = 0 if finite else p.skipped_in_a_row + 1
-        self.stopped = stop > 0  # after the same step in all processes
+        self.stopped = stop > 0  # a signal to one process stops all of them, after the same step
         if p.skipped_in_a_row == MAX_SKIPPED:
             said = f"step {p.step}: {MAX_SKIPPED} steps in a row were not finite (loss {loss}, norm {norm})"
             raise UserError(f"{said}: try a lower --lr, more --warmup, or --dtype float32")
@@ -118,8 +122,8 @@ class Trainer:
     def forward_backward(self, micro_batches):
         """The summed loss of all target tokens, and its gradients, however they are cut into micro-batches."""
         total = torch.zeros((), device=self.model.device)
-        for p in self.unfrozen:
-            p.grad = torch.zeros_like(p)
+        for parameter in self.unfrozen:
+            parameter.grad = torch.zeros_like(parameter)
         for micro_batch in micro_batches:
             loss = self.loss(micro_batch, self.banks.slots())
             self.scaler.scale(loss).backward()
@@ -158,19 +162,14 @@ class Trainer:
         distributed.all_reduce_sum([total])
         return float(total) / batch.n_targets
 
-    def progress_bar(self):
-        hidden = distributed.rank() > 0 or not sys.stderr.isatty()
-        options = {"initial": self.progress.step, "unit": "step", "disable": hidden, "file": sys.stderr}
-        return tqdm(total=self.settings.steps, **options)
-
     def log(self, record):
         if distributed.rank() == 0:
             state.add_line(self.out / METRICS, record)
 
     def keep_prefix(self, val_loss):
         if distributed.rank() == 0:
-            record = {"step": self.progress.step, "val_loss": val_loss, "base_loss": self.progress.base_loss}
-            self.banks.training_record |= record | {"settings": asdict(self.settings)}
+            record, p = self.banks.training_record, self.progress
+            record |= {"step": p.step, "val_loss": val_loss, "base_loss": p.base_loss, "settings": asdict(self.settings)}
             self.banks.save(self.out / "prefix.safetensors", self.model)
 
     def save(self):
@@ -187,9 +186,9 @@ class Trainer:
             return
         p, theirs, tensors = found
         state.check_identity(f"{self.out}: this run", theirs, self.identity)
-        if p.step > (steps := self.settings.steps):
-            done = f"{p.step:,} steps are done already"
-            raise UserError(f"{self.out}: {done}, more than --steps {steps:,}: give a larger number")
+        if p.step > self.settings.steps:
+            done = f"{p.step:,} steps are done already, more than --steps {self.settings.steps:,}"
+            raise UserError(f"{self.out}: {done}: give a larger number")
         self.progress = p
         state.restore(tensors, self.banks, self.optimizer)
         if p.scaler:  # it is empty in other dtypes
@@ -199,22 +198,6 @@ class Trainer:
             self.loader.micro_batch_tokens = min(self.loader.micro_batch_tokens, p.fitting_tokens)
         if distributed.rank() == 0:
             state.cut_after(self.out / METRICS, p.step)
-
-
-def identity(model, banks, corpus, settings):
-    """What a run must go on with: these banks, this base, these examples, and the settings that decide its numbers."""
-    base, record = base_of(model), banks.training_record
-    return {
-        "state's format": 2,  # slots move in units
-        "columns": banks.names,
-        "prefix_len": banks.prefix_len,
-        "position_offset": banks.position_offset,
-        **{name: record.get(name) for name in ("init", "reparam", "from_prefix", "train_banks", "pairs")},
-        "data": corpus.fingerprint(),
-        "model": base["fingerprint"],
-        "model's config": base["config"],
-        **{name: value for name, value in asdict(settings).items() if name not in ("steps", "save_every")},
-    }
 
 
 @contextmanager

@@ -21,26 +21,24 @@ SENTENCE_END = re.compile(  # spaces behind a mark that ends a sentence, or behi
 
 @dataclass
 class Translation:
-    """text: one line. finished: False if it was cut at its limit. fault: why there is none, or None. pieces: into how
-    many the source was divided, because it was too long for the context."""
-
-    text: str = ""
-    finished: bool = True
-    fault: str | None = None
-    pieces: int = 1
+    text: str = ""  # one line
+    finished: bool = True  # False: cut at its limit
+    fault: str | None = None  # why there is none
+    pieces: int = 1  # into how many the source was divided, because it was too long for the context
 
 
-def translate(model, tokenizer, banks, texts, source, target, decoding=None):
+def translate(model, tokenizer, banks, texts, direction, decoding=None):
     """List of texts -> list of Translation, in the same order; an empty text gives an empty one.
 
-    source, target: bank names. decoding: a Decoding; None: greedy. A text that is too long for the context is divided
-    at the ends of its sentences, since a prefix is trained on single ones. Each of several processes answers some of the
-    texts, and returns all. Raises UserError for banks or numbers that the model does not have."""
+    direction: the names of the source's and the target's bank. decoding: a Decoding; None: greedy. A text that is too
+    long for the context is divided at the ends of its sentences, since a prefix is trained on single ones. Each of
+    several processes answers some of the texts, and returns all. Raises UserError for banks or numbers that the model
+    does not have."""
     decoding = decoding or Decoding()
     decoding.check(model.config)
-    sees_source, sees_both, sep = banks.mask([source]), banks.mask([source, target]), separator(tokenizer)
-    slots, offset = banks.slots().to(model.dtype), banks.position_offset
-    room = model.config.n_positions - offset
+    sees_source, sees_both, sep = banks.mask(direction[:1]), banks.mask(direction), separator(tokenizer)
+    prefix = banks.slots().to(model.dtype), banks.position_offset
+    room = model.config.n_positions - banks.position_offset
     answers = [[*tokenizer.encode(clean(choice)), tokenizer.eot] for choice in decoding.choices or []]
 
     def fits(text):
@@ -58,7 +56,7 @@ def translate(model, tokenizer, banks, texts, source, target, decoding=None):
             ids = tokenizer.encode(text)
             most = decoding.room_for_answer(len(ids), room, answers)
             prompts[number] = Prompt([*ids, sep], most, [sees_source] * len(ids) + [sees_both], stream=(i, j))
-    answer = lambda prompts: decode(model, prompts, [tokenizer.eot], slots, offset, decoding, answers)
+    answer = lambda prompts: decode(model, prompts, [tokenizer.eot], prefix, decoding, answers)
     parts = iter(answered(results, prompts, answer, tokenizer))
     return [join([next(parts) for _ in one]) for one in pieces]
 

@@ -262,14 +262,9 @@ class Event:
         current.note("wait: event")
 
 
-def threads(workers, name, initializer=lambda: None, initargs=()):
+def threads(workers):
     """In place of ThreadPoolExecutor: a mode holds in the thread that entered it."""
-
-    def begin():
-        Mode().__enter__()
-        initializer(*initargs)
-
-    return ThreadPoolExecutor(workers, name, begin)
+    return ThreadPoolExecutor(workers, initializer=lambda: Mode().__enter__())
 
 
 def backward(run, *args, **options):

@@ -184,7 +184,7 @@ def test_other_data_another_split_beams_and_lengths_are_what_the_options_ask_for
     rows = [(fr, en) for en, fr in random_rows("validation", 3)]
     options = ["--data", write_table("mine.csv", [("fr", "en"), *rows]), "--split", "validation", "--draws", 0]
     _, _, (direction, _) = evaluated("en-fr", *options, "--beam", 2, "--max-new-tokens", 5)
-    outputs = translate_texts(*loaded(place), [row[0] for row in rows], "fr", "en", Decoding(max_new=5, beams=2))
+    outputs = translate_texts(*loaded(place), [row[0] for row in rows], ("fr", "en"), Decoding(max_new=5, beams=2))
     assert direction["prefix"]["outputs"] == [output.text for output in outputs]
 
 
@@ -201,7 +201,7 @@ def test_a_source_is_cut_at_its_end_only_if_asked_and_the_cuts_are_counted(place
     assert "prefix: 1 of 3 sources were cut at their end to fit the context" in err and "sources cut" in out
     assert [system["counts"]["sources cut"] for system in [direction["prefix"], *direction["draws"]]] == [1, 1, 1]
     kept = tokenizer.decode(tokenizer.encode(rows[-1][0])[: CONTEXT - 20 - 1])
-    (expected,) = translate_texts(*loaded(place), [kept], "en", "fr", Decoding(max_new=20))
+    (expected,) = translate_texts(*loaded(place), [kept], ("en", "fr"), Decoding(max_new=20))
     assert direction["prefix"]["outputs"][-1] == expected.text and expected.pieces == 1
 
 

@@ -29,7 +29,7 @@ def expected(place):
     """A function: texts -> the lines that translate.py owes for them."""
     model, tokenizer = GPT.from_pretrained(place / "base"), Tokenizer.from_pretrained(place / "base")
     parts = model, tokenizer, Banks.load(place / "run", model)
-    written = lambda texts, **options: translate_texts(*parts, texts, "fr", "en", Decoding(max_new=6, **options))
+    written = lambda texts, **options: translate_texts(*parts, texts, ("fr", "en"), Decoding(max_new=6, **options))
     return lambda texts, **options: "".join(result.text + "\n" for result in written(texts, **options))
 
 
@@ -97,7 +97,7 @@ def test_a_line_without_a_translation_is_told_by_its_number_and_the_others_are_t
 
 def test_a_long_text_gets_what_its_sentences_get_alone(run, demo):
     code, out, err = run(translate, *PREFIX, "Je suis ici. Il pleut. " * 40, "Merci.")
-    alone = translate_texts(*demo, ["Je suis ici.", "Il pleut.", "Merci."], "fr", "en")
+    alone = translate_texts(*demo, ["Je suis ici.", "Il pleut.", "Merci."], ("fr", "en"))
     assert (code, out) == (0, " ".join([alone[0].text, alone[1].text] * 40) + f"\n{alone[2].text}\n")
     assert "1 of 2 texts were too long" in err
 
@@ -183,7 +183,7 @@ def test_decoding_is_what_the_options_ask_for(run, small, demo, expected):
     assert small("--beam", 3, *texts)[1] == expected(texts, beams=3)
     text = "Il faut que je te dise quelque chose de très important."
     _, out, _ = run(translate, *PREFIX, "--beam", 4, "--length-penalty", -9, text)
-    penalised = lambda x: translate_texts(*demo, [text], "fr", "en", Decoding(beams=4, length_penalty=x))[0].text
+    penalised = lambda x: translate_texts(*demo, [text], ("fr", "en"), Decoding(beams=4, length_penalty=x))[0].text
     assert out == penalised(-9.0) + "\n" and penalised(-9.0) != penalised(1.0)
 
 

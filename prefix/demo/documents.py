@@ -22,10 +22,8 @@ def read_sources(files):
     tables, banned = [], set()
     for name, _, weight in (file.rpartition(":") for file in files):
         with open(name, encoding="utf-8", newline="") as file:
-            lines = (
-                csv.reader(file) if name.endswith(".csv") else csv.reader(file, csv.excel_tab, quoting=csv.QUOTE_NONE)
-            )
-            rows = list(map(tuple, lines))
+            plain = {"dialect": csv.excel_tab, "quoting": csv.QUOTE_NONE}  # tabs, and quotes that mean nothing
+            rows = list(map(tuple, csv.reader(file, **{} if name.endswith(".csv") else plain)))
         tables.append((rows[name.endswith("sv") :], float(weight)))  # a table has a header, a list has none
         banned.update(text for row in rows if any(split_of(text) != "train" for text in row) for text in row)
     kept = [([row for row in rows if banned.isdisjoint(row)], weight) for rows, weight in tables]

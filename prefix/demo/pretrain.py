@@ -11,13 +11,14 @@ LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=thp:always,dirty_decay_ms:5000,muzzy_dec
 """
 
 import argparse
-import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
+import signal
 import sys
+import tempfile
 import time
 from collections import deque
 from pathlib import Path
@@ -57,9 +58,11 @@ def main():
     tokenizer = Tokenizer.from_pretrained(args.out)
     held_out = [f"{a}\n{b}" for pair in held_out for a, b in (pair, pair[::-1])]
     validation = batches(held_out, tokenizer)
-    processes = min(12, max(1, os.cpu_count() - 1))
-    method = "fork" if sys.platform == "linux" else "spawn"  # a fork shares the sources; it comes before CUDA begins
-    with multiprocessing.get_context(method).Pool(processes, make_blocks_of, (sources, tokenizer)) as pool:
+    linux = sys.platform == "linux"
+    cpus = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+    processes = min(12, max(1, cpus - 1))
+    context = multiprocessing.get_context("fork" if linux else "spawn")  # a fork shares the sources, before CUDA begins
+    with context.Pool(processes, make_blocks_of, (sources, tokenizer)) as pool:
         train(pool, processes + 1, validation, args)
 
 
@@ -88,10 +91,12 @@ def build_vocabulary(pairs, directory):
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=CONFIG.vocab_size - 1, min_frequency=0, show_progress=False)
     directory.mkdir(parents=True, exist_ok=True)
-    bpe.save_model(str(directory))
-    vocab = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
-    vocab = json.dumps(vocab | {END_OF_TEXT: len(vocab)}, ensure_ascii=False)
-    (directory / "vocab.json").write_text(vocab, encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=directory) as learned:
+        vocab, merges = map(Path, bpe.save_model(learned))
+        merges.replace(directory / "merges.txt")
+        vocab = json.loads(vocab.read_text(encoding="utf-8"))
+    with replacing(directory / "vocab.json") as temporary:  # the last: with it the vocabulary is whole
+        temporary.write_text(json.dumps(vocab | {END_OF_TEXT: len(vocab)}, ensure_ascii=False), encoding="utf-8")
 
 
 def train(pool, ahead, validation, args):
@@ -126,20 +131,26 @@ def train(pool, ahead, validation, args):
 def training_batches(pool, ahead, at, tokens):
     """Yield batches from where `at` stands, and move its block and batch, until `tokens` are done. The pool makes the
     blocks, so many `ahead`; what is in one follows from its number."""
-    stage = lambda number: int(np.searchsorted(ENDS, number * BLOCK * DOCUMENT / tokens, side="right"))
-    blocks = (pool.apply_async(make_block, (number, min(stage(number), 2))) for number in itertools.count(at["block"]))
-    waiting = deque(itertools.islice(blocks, ahead))
-    while at["tokens"] < tokens:
+
+    def begin(number):
+        share = number * BLOCK * DOCUMENT / tokens  # of the run, which is over at about 1
+        stage = min(int(np.searchsorted(ENDS, share, side="right")), len(ENDS) - 1)
+        return pool.apply_async(make_block, (number, stage))
+
+    waiting = deque(begin(at["block"] + i) for i in range(ahead))
+    while True:
         for batch in waiting.popleft().get(LOST)[at["batch"] :]:
-            if at["tokens"] < tokens:
-                at["batch"] += 1
-                yield batch
+            if at["tokens"] >= tokens:
+                return
+            at["batch"] += 1
+            yield batch
         at |= {"block": at["block"] + 1, "batch": 0}
-        waiting.append(next(blocks))
+        waiting.append(begin(at["block"] + ahead - 1))
 
 
 def make_blocks_of(*inputs):
-    """What a process that draws documents begins with: its sources and the tokenizer."""
+    """What a process that draws documents begins with: its sources and the tokenizer. Ctrl-C is for the first process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     make_block.inputs = inputs
 
 
@@ -154,15 +165,16 @@ def make_block(number, stage):
 def batches(texts, tokenizer):
     """-> [(ids (N,), targets (N,), lengths)]: texts of like length together, N at most BATCH_TOKENS; NumPy arrays."""
     rows = sorted(([*tokenizer.encode(text)[: CONFIG.n_positions - 1], tokenizer.eot] for text in texts), key=len)
-    ends = np.cumsum([len(row) for row in rows])
-    result = []
-    while rows:
-        n = int(np.searchsorted(ends, BATCH_TOKENS, side="right"))
-        ids = np.concatenate(rows[:n]).astype(np.int16)
-        targets = np.concatenate([[*row[1:], -100] for row in rows[:n]]).astype(np.int16)
-        result.append((ids, targets, [len(row) for row in rows[:n]]))
-        rows, ends = rows[n:], ends[n:] - ends[n - 1]
-    return result
+    groups, total = [], math.inf
+    for row in rows:
+        total += len(row)
+        if total > BATCH_TOKENS:
+            groups.append([])
+            total = len(row)
+        groups[-1].append(row)
+    ids = [np.concatenate(group).astype(np.int16) for group in groups]
+    targets = [np.concatenate([[*row[1:], -100] for row in group]).astype(np.int16) for group in groups]
+    return list(zip(ids, targets, [[len(row) for row in group] for group in groups]))
 
 
 class Pretraining(GPT):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minigpt.attention import Slots
+from minigpt.attention import Slots, visible
 from minigpt.backends import attend
 from minigpt.files import UserError, escape_control
 from prefix import run
@@ -33,7 +33,7 @@ from prefix.evaluation.compare import Plan, rows_to_read, sentences
 from prefix.evaluation.metrics import METRICS
 from prefix.evaluation.pictures import draw_ablation, draw_attention
 from prefix.evaluation.report import aligned
-from prefix.sequences import pack_pairs, separator
+from prefix.sequences import pack_pairs, pairs_of, separator
 from prefix.translation import translate
 
 TEXT_PAIRS = 250  # of the training data: the text whose keys slots are compared with
@@ -42,13 +42,12 @@ SENTENCES = 200  # of the test split, for the BLEU of an ablation
 
 @dataclass
 class Attention:
-    """Attention of the T tokens of one sequence. tokens: their labels; banks: the names; seen: (T, n_banks) bool, where
-    a bank is open; mass: (n_layer, n_head, T, n_banks + 1), on each bank and, last, on the text."""
+    """Attention of the T tokens of one sequence."""
 
-    tokens: list
-    banks: list
-    seen: torch.Tensor
-    mass: torch.Tensor
+    tokens: list  # as they are shown
+    banks: list  # the names
+    seen: torch.Tensor  # (T, n_banks) bool: where a bank is open
+    mass: torch.Tensor  # (n_layer, n_head, T, n_banks + 1): on each bank and, last, on the text
 
     def tables(self):
         """[(title, lines of cells)], in per cent: layers and heads for each open bank, then token by token."""
@@ -67,35 +66,32 @@ class Attention:
 
 
 @torch.no_grad()
-def attention_mass(model, banks, ids, bank_mask):
-    """ids (T,), bank_mask (T,) -> (n_layer, n_head, T, n_banks + 1): the share of its attention that each token gives
-    to each bank, in order, and last to the text. A closed bank gets exactly 0."""
+def attention_mass(model, banks, ids, packed):
+    """One sequence, ids (T,) -> (n_layer, n_head, T, n_banks + 1): the share of its attention that each token gives to
+    each bank, in order, and last to the text. A closed bank gets exactly 0."""
     c, T, n_banks = model.config, len(ids), len(banks.names)
     slots = banks.slots().to(model.dtype)
-    bank_mask = torch.as_tensor(bank_mask, device=model.device)
-    text = torch.ones(T, T, dtype=torch.bool, device=model.device).tril()
-    visible = torch.cat([slots.visible_slots(bank_mask), text], dim=1)  # (T, S + T)
-    text_number = torch.full((T,), n_banks, device=model.device)
-    belongs = F.one_hot(torch.cat([slots.bank.long(), text_number]), n_banks + 1).float()  # (S + T, n_banks + 1)
+    seen = visible(packed, slots)[0, 0]  # (T, S + T)
+    belongs = F.pad(slots.bank.long(), (0, T), value=n_banks)  # (S + T,): the bank of each slot, and then the text
+    belongs = F.one_hot(belongs, n_banks + 1).float()  # (S + T, n_banks + 1)
     mass = torch.empty(c.n_layer, c.n_head, T, n_banks + 1)
 
     def attn_fn(i, qkv):
         q, k, v = qkv.unflatten(-1, (3, c.n_head, -1)).permute(1, 2, 0, 3)  # each (n_head, T, head_dim)
         k, v = torch.cat([slots.key[i], k], dim=1), torch.cat([slots.value[i], v], dim=1)  # (n_head, S + T, head_dim)
         scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(c.head_dim)
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)  # (n_head, T, S + T)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)  # (n_head, T, S + T)
         mass[i] = weights @ belongs
         return (weights.to(v.dtype) @ v).transpose(0, 1).flatten(1)  # (T, n_embd)
 
-    position = torch.arange(T, device=model.device) + banks.position_offset
-    model.blocks(model.embed(ids.to(model.device), position), attn_fn)
+    model.blocks(model.embed(ids, packed.position + banks.position_offset), attn_fn)
     return mass
 
 
-def look_at(model, tokenizer, banks, text, ends, answer=None):
-    """The Attention of text <sep> answer. ends: (source, target) names of banks. answer: None: the model's own."""
+def look_at(model, tokenizer, banks, text, direction, answer=None):
+    """The Attention of text <sep> answer. direction: (source, target) names of banks. answer: None: the model's own."""
     if answer is None:
-        (result,) = translate(model, tokenizer, banks, [text], *ends)
+        (result,) = translate(model, tokenizer, banks, [text], direction)
         if result.fault:
             raise UserError(result.fault)
         answer = result.text
@@ -103,12 +99,12 @@ def look_at(model, tokenizer, banks, text, ends, answer=None):
     ids = tokenizer.encode(rows.clean(text))[:room]
     if not ids:
         raise UserError("the sentence is empty: there is nothing to look at")
-    numbers = [banks.names.index(name) for name in ends]
-    pair = ids, tokenizer.encode(rows.clean(answer))[: room - len(ids)], *numbers
-    batch = pack_pairs([pair], separator(tokenizer), tokenizer.eot)
-    seen = (batch.packed.bank_mask[:, None] >> torch.arange(len(banks.names))) & 1 == 1
-    mass = attention_mass(model, banks, batch.ids, batch.packed.bank_mask)
-    return Attention([label(tokenizer, i) for i in batch.ids], banks.names, seen, mass)
+    answer = tokenizer.encode(rows.clean(answer))[: room - len(ids)]
+    pair = ids, answer, *map(banks.names.index, direction)
+    batch = pack_pairs([pair], separator(tokenizer), tokenizer.eot, model.device)
+    seen = (batch.packed.bank_mask[:, None].cpu() >> torch.arange(len(banks.names))) & 1 == 1
+    mass = attention_mass(model, banks, batch.ids, batch.packed)
+    return Attention([label(tokenizer, i) for i in batch.ids.tolist()], banks.names, seen, mass)
 
 
 def label(tokenizer, i):
@@ -141,8 +137,7 @@ def nearest_lines(model, tokenizer, banks, corpus, n):
     examples = corpus.examples("train")[:TEXT_PAIRS]
     if not len(examples):
         raise UserError(f"none of the {len(corpus)} usable pairs falls into the training split: give more data")
-    encoded = [(corpus.ids(row, s), corpus.ids(row, t), int(s), int(t)) for row, s, t in examples]
-    text = pack_pairs(encoded, separator(tokenizer), tokenizer.eot, model.device)
+    text = pack_pairs(pairs_of(corpus, examples), separator(tokenizer), tokenizer.eot, model.device)
     found = nearest_tokens(model, banks, text.ids, text.packed, min(n, len(text.ids.unique())))
     slots = [(name, slot) for name, n_slots in zip(banks.names, banks.prefix_len) for slot in range(n_slots)]
     lines = ["nearest token keys: mean over heads of the cosine, after the text's mean key has been subtracted"]
@@ -173,13 +168,13 @@ def without(banks, bank=None, layer=None):
     return closed
 
 
-def ablate(model, tokenizer, banks, texts, references, ends):
-    """Translate `texts` with nothing closed, without each bank of `ends`, without each layer's slots -> {name: (output
-    of the first text, BLEU of the others against `references`)}."""
-    parts, found = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in ends}, {}
+def ablate(model, tokenizer, banks, texts, references, direction):
+    """Translate `texts` with nothing closed, without each bank of `direction`, without each layer's slots -> {name:
+    (output of the first text, BLEU of the others against `references`)}."""
+    parts, found = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in direction}, {}
     parts |= {f"layer {i}": without(banks, layer=i) for i in range(model.config.n_layer)}
     for name, part in tqdm(parts.items(), desc="closing", disable=not sys.stderr.isatty()):
-        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, *ends))
+        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, direction))
         found[name] = output, METRICS["bleu"](outputs, references)
     return found
 
@@ -220,22 +215,22 @@ def main():
 
     args = parse_arguments()
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
-    ends = cli.direction(args, banks)
+    direction = cli.direction(args, banks)
     if args.nearest or args.ablate:
         paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names)
         longest = min(384, model.config.n_positions - banks.position_offset)
         corpus = data.load(paths, columns, tokenizer, rows_to_read("test", SENTENCES), longest)
-    attention = look_at(model, tokenizer, banks, args.text, ends)
-    tables, lines = attention.tables(), [f"{' -> '.join(ends)}: {' '.join(attention.tokens)}"]
+    attention = look_at(model, tokenizer, banks, args.text, direction)
+    tables, lines = attention.tables(), [f"{' -> '.join(direction)}: {' '.join(attention.tokens)}"]
     for title, table in tables:
         lines += ["", title, *aligned(table)]
     if args.nearest:
         lines += ["", *nearest_lines(model, tokenizer, banks, corpus, args.nearest)]
     if args.ablate:
-        if not {*ends} <= {*corpus.columns}:
-            raise UserError(f"{paths[0]} does not have both {' and '.join(ends)}: name some text with --data")
-        sources, references = sentences(corpus, Plan(limit=SENTENCES), *ends)
-        found = ablate(model, tokenizer, banks, [args.text, *sources], references, ends)
+        if not {*direction} <= {*corpus.columns}:
+            raise UserError(f"{paths[0]} does not have both {' and '.join(direction)}: name some text with --data")
+        sources, references = sentences(corpus, Plan(limit=SENTENCES), *direction)
+        found = ablate(model, tokenizer, banks, [args.text, *sources], references, direction)
         table = ablation_table(found, attention)
         lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(table), ""]
         lines += [f"  {name:10}  {output}" for name, (output, _) in found.items()]

@@ -32,59 +32,50 @@ DEFAULT = ["bleu", "chrf"]
 
 @dataclass
 class Plan:
-    """What to evaluate. split: one of SPLITS, or "all". limit: sentences in each direction. metrics: {target column:
-    names of metrics.NAMES}, None for all other columns; the first picks the median draw. directions: (source, target)
-    column names (None: all there are). multi_reference: rows with the same source are one sentence with several
-    references. truncate_source: cut sources that do not fit the context. training: the Corpus whose training split gives
-    shots and labels (None: the evaluated one); its columns may be in another order."""
+    """What to evaluate."""
 
-    split: str = "test"
-    limit: int = 500
+    split: str = "test"  # one of SPLITS, or "all"
+    limit: int = 500  # sentences in each direction
     shots: int = 3
     draws: int = 3
     seed: int = 0
-    metrics: dict = field(default_factory=lambda: {None: DEFAULT})
-    directions: set | None = None
-    multi_reference: bool = False
-    truncate_source: bool = False
-    training: object = None
+    metrics: dict = field(default_factory=lambda: {None: DEFAULT})  # {target column: metrics.NAMES}, None: all others
+    directions: set = ()  # (source, target) names of columns
+    multi_reference: bool = False  # rows with the same source are one sentence with several references
+    truncate_source: bool = False  # cut sources that do not fit the context
+    training: object = None  # the Corpus whose training split gives shots and labels; None: the evaluated one
 
 
 @dataclass
 class System:
-    """What one system wrote. scores: {metric: 0 .. 100}. counts: empty outputs, outputs truncated at their limit,
-    sources cut to fit, seconds for all. prompt: the k-shot examples. confusion: how often each class (row) was answered
-    with each (column)."""
+    """What one system wrote."""
 
     name: str
     outputs: list
-    scores: dict
-    counts: dict
-    prompt: str | None = None
-    confusion: list | None = None
+    scores: dict  # {metric: 0 .. 100}
+    counts: dict  # of empty outputs, outputs truncated at their limit, sources cut to fit; seconds for all
+    prompt: str | None = None  # the k-shot examples
+    confusion: list | None = None  # how often each class (row) was answered with each (column)
 
 
 @dataclass
 class Result:
-    """One direction. references: a list of texts for each source. choices: the texts that an answer may be, if they are
-    labels; classes: these and all that occur. signatures: {metric: settings}. form_log_p: decided the form of the
-    prompts. median: the draw that the prefix is compared with. difference: {metric: metrics.paired_bootstrap of prefix
-    and median draw}. attention: tables of one sentence, from attention_maps."""
+    """What came out in one direction."""
 
     source: str
     target: str
     sources: list
-    references: list
-    choices: list | None = None
-    classes: list | None = None
-    signatures: dict = field(default_factory=dict)
+    references: list  # the texts that are right for each source
+    choices: list | None = None  # the texts that an answer may be, if they are labels
+    classes: list | None = None  # these and all that occur
+    signatures: dict = field(default_factory=dict)  # {metric: settings}
     prefix: System | None = None
     draws: list = field(default_factory=list)
-    median: int = 0
+    median: int = 0  # the draw of the median score by the first metric: the one that the prefix is compared with
     form: str = FORMS[0]
-    form_log_p: dict = field(default_factory=dict)
-    difference: dict = field(default_factory=dict)
-    attention: list = field(default_factory=list)
+    form_log_p: dict = field(default_factory=dict)  # decided the form of the prompts
+    difference: dict = field(default_factory=dict)  # {metric: metrics.paired_bootstrap of prefix and median draw}
+    attention: list = field(default_factory=list)  # tables of one sentence, from attention_maps
 
     @property
     def systems(self):
@@ -114,15 +105,15 @@ def rows_of(corpus, split, source, target):
 
 def has_enough(corpus, split, limit, directions):
     """Has the corpus `limit` sentences of a split in each of these directions between its columns?"""
-    there = [ends for ends in directions if {*ends} <= {*corpus.columns}]
-    return all(len(rows_of(corpus, split, *ends)) >= limit for ends in there)
+    there = [direction for direction in directions if {*direction} <= {*corpus.columns}]
+    return all(len(rows_of(corpus, split, *direction)) >= limit for direction in there)
 
 
 def directions_of(corpus, plan):
     """The (source, target) column names to evaluate, in order of the target. Raises UserError if there are none."""
     found = np.unique(in_split(corpus, plan.split)[:, :0:-1], axis=0).tolist()
     found = [(corpus.columns[s], corpus.columns[t]) for t, s in found]
-    found = [ends for ends in found if plan.directions is None or ends in plan.directions]
+    found = [direction for direction in found if direction in plan.directions]
     if not found:
         raise UserError(f"none of the {len(corpus)} usable pairs falls into the {plan.split} split: give more data")
     return found
@@ -186,15 +177,15 @@ class Comparison:
     result: Result
 
     def run_prefix(self, banks):
-        ends = self.result.source, self.result.target
-        answer = lambda texts: translate(self.model, self.tokenizer, banks, texts, *ends, self.decoding)
+        direction = self.result.source, self.result.target
+        answer = lambda texts: translate(self.model, self.tokenizer, banks, texts, direction, self.decoding)
         length = lambda text: banks.position_offset + self.n_tokens(text) + 1
         self.result.prefix = self.measure("prefix", answer, length)
 
     def run_few_shot(self, training):
         plan, result = self.plan, self.result
-        ends, avoid = (result.source, result.target), {*result.sources}
-        drawn = [draw_shots(training, *ends, plan.shots, plan.seed + i, avoid) for i in range(plan.draws)]
+        direction, avoid = (result.source, result.target), {*result.sources}
+        drawn = [draw_shots(training, *direction, plan.shots, plan.seed + i, avoid) for i in range(plan.draws)]
         result.form_log_p = form_log_p(self.model, self.tokenizer, *drawn[0])
         result.form = max(result.form_log_p, key=result.form_log_p.get, default=FORMS[0])
         result.draws = [self.run_draw(replace(shots, form=result.form)) for shots, _ in drawn]

@@ -23,6 +23,7 @@ from minigpt.files import UserError
 from minigpt.generate import Prompt
 from minigpt.scoring import log_p, max_new_tokens
 from prefix.banks import Banks
+from prefix.batches import only
 from prefix.data.rows import clean
 from prefix.decoding import Decoding, decode
 from prefix.translation import Translation, answered
@@ -33,12 +34,12 @@ TRIALS = 12  # training pairs on which the two forms are compared
 
 @dataclass
 class Shots:
-    """A k-shot prompt: pairs (source text, target text), the names of their columns, one of FORMS."""
+    """A k-shot prompt."""
 
-    pairs: list
-    source: str
+    pairs: list  # (source text, target text)
+    source: str  # the names of their columns
     target: str
-    form: str = "names"
+    form: str = FORMS[0]
 
     @property
     def text(self):
@@ -57,7 +58,7 @@ class Shots:
         return f"{clean(text)}\n" if self.form == "lines" else f" {clean(text)}\n"
 
     def read(self, model, tokenizer):
-        """The examples as a bank -> (Slots or None, position offset). Raises UserError if they alone fill the context."""
+        """The examples as a bank -> (Slots or None, position_offset). Raises UserError if they alone fill the context."""
         ids, limit = tokenizer.encode(self.text), model.config.n_positions
         if len(ids) >= limit:
             shots = f"{len(self.pairs)} shots of {len(ids)} tokens"
@@ -74,8 +75,8 @@ class Shots:
 def draw_shots(corpus, source, target, k, seed, avoid=()):
     """-> (Shots of k training pairs, TRIALS other pairs or as many as are left), none with a source text in `avoid`.
     source, target: names of columns. Raises UserError for too few pairs."""
-    examples, (s, t) = corpus.examples("train"), map(corpus.columns.index, (source, target))
-    rows = np.random.default_rng((seed, 7)).permutation(examples[(examples[:, 1] == s) & (examples[:, 2] == t), 0])
+    s, t = map(corpus.columns.index, (source, target))
+    rows = np.random.default_rng((seed, 7)).permutation(only(corpus.examples("train"), [(s, t)])[:, 0])
     pairs = ((corpus.text(row, s), corpus.text(row, t)) for row in rows)
     pairs = (pair for pair in pairs if pair[0] not in avoid)
     shots = list(islice(pairs, k))
@@ -94,12 +95,12 @@ def form_log_p(model, tokenizer, shots, trials):
 
 def trial_log_p(model, tokenizer, shots, trials):
     """log p of each trial's target text and the end of its line; None if it does not fit into the context."""
-    slots, offset = shots.read(model, tokenizer)
-    scores, room = [], model.config.n_positions - offset
+    prefix = shots.read(model, tokenizer)
+    scores, room = [], model.config.n_positions - prefix[1]
     for source, target in trials:
         prompt, answer = shots.prompt(tokenizer, source), tokenizer.encode(shots.answer(target))
         fits = len(prompt.ids) + len(answer) - 1 <= room
-        scores.append(float(log_p(model, [(prompt, answer)], slots, offset)) if fits else None)
+        scores.append(float(log_p(model, [(prompt, answer)], *prefix)) if fits else None)
     return scores
 
 
@@ -107,13 +108,13 @@ def few_shot(model, tokenizer, shots, texts, decoding=None):
     """Texts -> a list of Translation, in the same order: greedy, or the likeliest of decoding.choices. Raises UserError
     if the examples alone fill the context."""
     greedy = replace(decoding or Decoding(), beams=1, sampler=None)
-    slots, offset = shots.read(model, tokenizer)
+    prefix = shots.read(model, tokenizer)
     answers = [tokenizer.encode(shots.answer(choice)) for choice in greedy.choices or []]
     prompts = {i: shots.prompt(tokenizer, text) for i, text in enumerate(texts)}
     for prompt in prompts.values():
-        n, left = len(prompt.ids), model.config.n_positions - offset - len(prompt.ids)
+        n, left = len(prompt.ids), model.config.n_positions - prefix[1] - len(prompt.ids)
         prompt.max_new = max_new_tokens(answers, left) if answers else min(greedy.max_new or 2 * n + 16, left)
-    answer = lambda prompts: decode(model, prompts, stop_ids(tokenizer), slots, offset, greedy, answers)
+    answer = lambda prompts: decode(model, prompts, stop_ids(tokenizer), prefix, greedy, answers)
     return answered([Translation() for _ in texts], prompts, answer, tokenizer)
 
 

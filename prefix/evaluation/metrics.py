@@ -52,13 +52,10 @@ RULES_13A = [
 
 @dataclass(frozen=True)
 class Metric:
-    """label: its name in tables. settings: what a score must be published with. count(hypothesis, its references) -> k
-    numbers. score(their sum over sentences (k,)) -> 0 .. 100."""
-
-    label: str
-    settings: str
-    count: Callable
-    score: Callable
+    label: str  # its name in tables
+    settings: str  # what a score must be published with
+    count: Callable  # (hypothesis, its references) -> k numbers
+    score: Callable  # their sum over sentences (k,) -> 0 .. 100
 
     def __call__(self, hypotheses, references):
         """The score of a corpus, 0 .. 100."""
@@ -190,9 +187,12 @@ def confusion(answers, references, labels):
     return [[pairs[right, answer] for answer in labels] for right in labels]
 
 
-def rouge(name, overlap, n, stem):
+def rouge(kind, stem=False):
+    """ROUGE-1, -2 or -L."""
+    overlap, n = {"1": (clipped, 1), "2": (clipped, 2), "L": (longest_common_subsequence, 1)}[kind]
     settings = f"case:lower|tok:rouge-score|stem:{'yes' if stem else 'no'}|f1:sentence-mean"
-    return Metric(name, settings, partial(rouge_counts, overlap=overlap, n=n, stem=stem), mean_score)
+    count = partial(rouge_counts, overlap=overlap, n=n, stem=stem)
+    return Metric(f"ROUGE-{kind}{'-stem' * stem}", settings, count, mean_score)
 
 
 METRICS = {
@@ -200,12 +200,10 @@ METRICS = {
     "chrf": Metric("chrF2", f"case:mixed|eff:yes|nc:{CHRF_ORDER}|nw:0|space:no", chrf_counts, chrf_score),
     "sentence_bleu": Metric("sentence BLEU", "case:mixed|tok:space|smooth:none|nltk", sentence_bleu_counts, mean_score),
     "exact": Metric("exact %", "case:mixed", lambda text, refs: [text in refs, 1], mean_score),
+    **{f"rouge{kind}": rouge(kind) for kind in "12L"},
+    **{f"rouge{kind}-stem": rouge(kind, stem=True) for kind in "12L"},
 }
-for _end in ("", "-stem"):
-    METRICS[f"rouge1{_end}"] = rouge(f"ROUGE-1{_end}", clipped, 1, bool(_end))
-    METRICS[f"rouge2{_end}"] = rouge(f"ROUGE-2{_end}", clipped, 2, bool(_end))
-    METRICS[f"rougeL{_end}"] = rouge(f"ROUGE-L{_end}", longest_common_subsequence, 1, bool(_end))
-GROUPS = {f"rouge{_end}": [f"rouge{kind}{_end}" for kind in "12L"] for _end in ("", "-stem")}
+GROUPS = {"rouge": ["rouge1", "rouge2", "rougeL"], "rouge-stem": ["rouge1-stem", "rouge2-stem", "rougeL-stem"]}
 ACCURACY = "accuracy"  # the name for the metrics of answers that are labels
 NAMES = [*METRICS, *GROUPS, ACCURACY]
 

@@ -92,10 +92,13 @@ def difference(result):
     """The paired bootstrap of each metric, and the verdict or why there is none."""
     parts, enough = [], len(result.sources) >= ENOUGH
     for name, found in result.difference.items():
-        verdict = f", {'not ' * (found['p'] >= 0.05)}significant (p = {found['p']:.3f})" if enough else ""
         low, high = found["interval"]
-        parts.append(f"{found['delta']:+.2f} {name} ({low:+.2f} to {high:+.2f}){verdict}")
-    return "; ".join(parts + [f"no verdict on fewer than {ENOUGH} sentences"] * (not enough))
+        said = f"{found['delta']:+.2f} {name} ({low:+.2f} to {high:+.2f})"
+        verdict = "significant" if found["p"] < 0.05 else "not significant"
+        parts.append(f"{said}, {verdict} (p = {found['p']:.3f})" if enough else said)
+    if not enough:
+        parts.append(f"no verdict on fewer than {ENOUGH} sentences")
+    return "; ".join(parts)
 
 
 def signatures(results):
@@ -162,9 +165,9 @@ def to_html(settings, results):
     parts.append(f"<h2>Examples</h2><p>The first sentences of each direction: {marks}.</p>")
     for result in results:
         for sentence, references in zip(side_by_side(result, settings["examples"]), result.references):
-            n = len(sentence) - len(result.systems)  # behind them stand the outputs
-            html = [escape(text) if i < n else marked(text, references) for i, (_, text) in enumerate(sentence)]
-            parts.append(html_list(zip([name for name, _ in sentence], html)))
+            n = len(sentence) - len(result.systems)  # the outputs come last
+            texts = [(name, escape(text)) for name, text in sentence[:n]]
+            parts.append(html_list(texts + [(name, marked(text, references)) for name, text in sentence[n:]]))
     if attention := results[0].attention:
         most = max(float(cell) for _, lines in attention for _, *cells in lines[1:] for cell in cells)
         parts.append(f"<h2>Attention of the first sentence</h2><p>In %; the darkest cells are {most:.0f} %.</p>")

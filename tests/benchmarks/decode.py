@@ -279,7 +279,7 @@ def our_file(args, way):
         run = lambda texts: few_shot(model, tokenizer, shots, texts)
     else:
         beams = 5 if way == "5 beams" else 1
-        run = lambda texts: translate(model, tokenizer, banks, texts, "fr", "en", Decoding(beams=beams))
+        run = lambda texts: translate(model, tokenizer, banks, texts, ("fr", "en"), Decoding(beams=beams))
     run(sources[:2])
     found, seconds = clock(lambda: run(sources), args.device)
     return {"seconds": seconds, "tokens": sum(len(tokenizer.encode(result.text)) for result in found)}

@@ -153,7 +153,7 @@ def texts():
     def run(device=args.device, dtype=torch.float32, **how):
         model = GPT.from_pretrained("demo", device, dtype)
         banks = Banks.load(DEMO_PREFIX, model)
-        return [r.text for r in translate(model, tokenizer, banks, sources, "fr", "en", Decoding(**how))]
+        return [r.text for r in translate(model, tokenizer, banks, sources, ("fr", "en"), Decoding(**how))]
 
     share = lambda one, other: sum(a == b for a, b in zip(one, other)) / len(sources)
     exact, (ours, n) = run("cpu"), waits(run, args.device)
@@ -227,7 +227,7 @@ def random_batch(config, tokens):
     g, pairs, n, most = torch.Generator().manual_seed(0), [], 0, config.n_positions // 2 - 1
     while n < tokens:
         lengths = (torch.randn(2, generator=g).mul(SPREAD).exp() * SENTENCE).int().clamp(2, most).tolist()
-        source, target = (torch.randint(config.vocab_size, (k,), generator=g) for k in lengths)
+        source, target = (torch.randint(config.vocab_size, (k,), generator=g).tolist() for k in lengths)
         pairs.append((source, target, len(pairs) % 2, 1 - len(pairs) % 2))
         n += sum(lengths) + 1
     return pack_pairs(pairs, 198, config.vocab_size - 1, torch.device(args.device))

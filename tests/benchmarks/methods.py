@@ -20,7 +20,6 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +131,9 @@ class Bench:
             trainer, result = self.trainer(banks, self.held_out, Settings(1, 0.0), out), {}
         for name, trainer.loader.validation in self.validation.items():
             result[name] = trainer.validation_loss()
-        return result | self.scores(partial(translate, self.model, self.tokenizer, banks, decoding=Decoding(batch_size=64)))
+        decoding = Decoding(batch_size=64)
+        ours = lambda texts, *direction: translate(self.model, self.tokenizer, banks, texts, direction, decoding)
+        return result | self.scores(ours)
 
     def fine_tuned(self, spec):
         """All weights, in float32; the languages' names say what is wanted, so its loss is that of another text."""

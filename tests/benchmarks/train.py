@@ -72,7 +72,7 @@ from prefix.batches import MICRO_BATCH_TOKENS, BatchLoader
 from prefix.data import corpus as data
 from prefix.init import random_banks
 from prefix.run import DEMO_CORPUS
-from prefix.sequences import MicroBatch, n_tokens, pack_pairs, separator
+from prefix.sequences import n_tokens, pack_pairs, separator
 from prefix.trainer import Settings, Trainer
 
 SHAPES = {"demo": GPTConfig.from_file(checkpoint.DEMO / "config.json"), **PUBLISHED}
@@ -152,31 +152,33 @@ class Given(BatchLoader):
 class Counted(Given):
     """Micro-batches of so many sentences, however long."""
 
-    def pack(self, pairs, tokens):
-        size = self.args.micro_batch[0]
-        for i in range(0, len(pairs), size):
-            yield pack_pairs(pairs[i : i + size], self.sep, self.eot, self.device)
+    def cut(self, batch):
+        size, batch.micro_batch_tokens = self.args.micro_batch[0], self.micro_batch_tokens
+        groups = [batch.pairs[i : i + size] for i in range(0, len(batch.pairs), size)]
+        batch.micro_batches = [pack_pairs(group, self.sep, self.eot, self.device) for group in groups]
 
 
 class AllTargets(Counted):
     """A target for every token, most of which the loss passes over."""
 
-    def pack(self, pairs, tokens):
-        for batch in super().pack(pairs, tokens):
-            targets = torch.full_like(batch.ids, IGNORED)
-            targets[batch.target_index] = batch.targets
-            yield MicroBatch(batch.ids, batch.packed, None, targets)
+    def cut(self, batch):
+        super().cut(batch)
+        for micro_batch in batch.micro_batches:
+            targets = torch.full_like(micro_batch.ids, IGNORED)
+            targets[micro_batch.target_index] = micro_batch.targets
+            micro_batch.targets, micro_batch.target_index = targets, None
 
 
 class Padded(AllTargets):
     """Sentences as long as the longest. (pad fills up with the first token, a source token without a target.)"""
 
-    def pack(self, pairs, tokens):
-        for batch in super().pack(pairs, tokens):
-            packed = batch.packed
-            ids, bank_mask, targets = (packed.pad(x).flatten() for x in (batch.ids, packed.bank_mask, batch.targets))
-            whole = PackedBatch([packed.longest] * len(packed.lengths), bank_mask, packed.device)
-            yield MicroBatch(ids, whole, None, targets)
+    def cut(self, batch):
+        super().cut(batch)
+        for micro_batch in batch.micro_batches:
+            ids, packed, targets = micro_batch.ids, micro_batch.packed, micro_batch.targets
+            ids, bank_mask, micro_batch.targets = (packed.pad(x).flatten() for x in (ids, packed.bank_mask, targets))
+            lengths = [packed.longest] * len(packed.lengths)
+            micro_batch.ids, micro_batch.packed = ids, PackedBatch(lengths, bank_mask, packed.device)
 
 
 class AllLogits(Trainer):

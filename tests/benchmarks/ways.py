@@ -95,7 +95,7 @@ class Prefix:
         return nll_sum(hidden[batch.target_index], self.model.wte.weight, batch.targets)
 
     def translate(self, texts, source, target):
-        return translate(self.model, self.tokenizer, self.banks, texts, source, target)
+        return translate(self.model, self.tokenizer, self.banks, texts, (source, target))
 
     def save(self, directory):
         self.banks.save(directory / "prefix.safetensors", self.model)

@@ -14,7 +14,7 @@ TEXTS = ["Il pleut.", "Merci.", "Où est la gare ?", "Je suis là.", "Tom est pa
 
 
 def written(demo, texts=TEXTS, **options):
-    return [result.text for result in translate(*demo, texts, "fr", "en", Decoding(**options))]
+    return [result.text for result in translate(*demo, texts, ("fr", "en"), Decoding(**options))]
 
 
 def test_translating_is_one_call_that_gives_a_text_for_each_text(demo):
@@ -104,7 +104,7 @@ def test_where_memory_runs_out_rows_are_halved_and_the_texts_are_the_same(demo, 
 
     monkeypatch.setattr(algorithms, name, full)
     decoding = Decoding(**options, batch_size=4)
-    assert [result.text for result in translate(*demo, TEXTS, "fr", "en", decoding)] == before
+    assert [result.text for result in translate(*demo, TEXTS, ("fr", "en"), decoding)] == before
     assert tried == [4, 2, 1] and decoding.batch_size == 1  # later texts begin there
     assert capsys.readouterr().err == "Out of memory with 4 sentences at a time: now 1\n"
 

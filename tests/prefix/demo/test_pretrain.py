@@ -1,7 +1,9 @@
 """What the demo's pretraining reads, draws and writes, on a toy of a model."""
 
 import json
+import multiprocessing
 import random
+import signal
 
 import pytest
 import torch
@@ -48,10 +50,26 @@ def test_a_renamed_pair_has_the_same_new_names_on_both_sides():
     assert a.split(" met ")[0] == b.split(" a rencontré ")[0] and a.split(" in ")[1] == b.split(" en ")[1]
 
 
+def test_ctrl_c_is_for_the_first_process_alone():
+    with multiprocessing.get_context("fork").Pool(1, pretrain.make_blocks_of, ([], None)) as pool:
+        assert pool.apply(signal.getsignal, [signal.SIGINT]) == signal.SIG_IGN
+
+
+TOY = GPTConfig(300, n_positions=64, n_embd=32, n_layer=1, n_head=1)
+
+
+def test_a_vocabulary_that_could_not_be_finished_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrain, "CONFIG", TOY)
+    monkeypatch.setattr("minigpt.files.flush", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain.build_vocabulary([("The cat.", "Le chat.")], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["merges.txt"]
+
+
 @pytest.fixture
 def toy(monkeypatch, files, tmp_path):
     """Run pretraining of a toy: toy(name, tokens) -> its folder."""
-    monkeypatch.setattr(pretrain, "CONFIG", GPTConfig(300, n_positions=64, n_embd=32, n_layer=1, n_head=1))
+    monkeypatch.setattr(pretrain, "CONFIG", TOY)
     for name, value in dict(BATCH_TOKENS=256, BLOCK=40, LOG_EVERY=0).items():
         monkeypatch.setattr(pretrain, name, value)
 

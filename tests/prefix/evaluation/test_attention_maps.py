@@ -46,7 +46,7 @@ def ids():
 def test_the_mass_is_what_the_softmax_written_out_gives(model, banks, ids):
     packed = PackedBatch([len(ids)], torch.tensor(MASKS))
     layers = projected(model, lambda: model.hidden(ids, packed, banks.slots())).double()
-    mass = attention_maps.attention_mass(model, banks, ids, MASKS)
+    mass = attention_maps.attention_mass(model, banks, ids, packed)
     assert mass.shape == (3, 2, len(ids), 4)
     for i, qkv in enumerate(layers):
         q, k, _ = qkv.unbind(1)
@@ -93,8 +93,9 @@ def test_a_token_counts_once_where_it_is_nearest(model, banks):
 
 
 def test_what_all_keys_have_in_common_changes_neither_the_mass_nor_the_nearest_tokens(model, banks, ids):
+    packed = PackedBatch([7], torch.tensor(MASKS))
     look = lambda: (
-        attention_maps.attention_mass(model, banks, ids, MASKS),
+        attention_maps.attention_mass(model, banks, ids, packed),
         *(cosine for cosine, _ in attention_maps.nearest_tokens(model, banks, ids, PackedBatch([7]), n=3)),
     )
     before, common = look(), torch.randn(3, 2, 1, 12)
@@ -221,7 +222,7 @@ def test_closing_says_what_becomes_of_the_sentence_and_of_bleu(run, demo, held_o
     scores = []
     for row, line, (name, part) in zip(lines[:9], lines[10:], closed.items(), strict=True):
         texts = ["Il pleut.", *(fr for _, fr in pairs)]
-        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, "fr", "en"))
+        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, ("fr", "en")))
         scores.append(METRICS["bleu"](outputs, [[en] for en, _ in pairs]))
         share = [f"{100 * (1 - mass[int(name[-1]), ..., -1].mean()):.1f}"] if "layer" in name else []
         assert row.split() == [*name.split(), f"{scores[-1]:.2f}", f"{scores[-1] - scores[0]:+.2f}", *share]

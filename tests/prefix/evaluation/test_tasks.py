@@ -67,7 +67,7 @@ def test_a_text_without_room_for_the_longest_choice_is_a_fault(place):
     text = "x"
     while len(tokenizer.encode(text)) + 1 + longest < CONTEXT:
         text += " x"
-    fits, does_not = translate_texts(model, tokenizer, banks, [text, text + " x"], "a", "b", Decoding(choices=choices))
+    fits, does_not = translate_texts(model, tokenizer, banks, [text, text + " x"], ("a", "b"), Decoding(choices=choices))
     assert fits.text in choices and not fits.fault
     assert does_not.text == "" and "no room to answer" in does_not.fault
 
