@@ -7,8 +7,7 @@ import torch
 
 
 def dry_run(trainer, n_rows, directions):
-    """Print banks, directions, examples, tokens, memory and time of a run, from one micro-batch of its first step. Writes
-    no file."""
+    """Print what a run would train and take, from one micro-batch of its first step. Writes no file."""
     s, loader, device = trainer.settings, trainer.loader, trainer.model.device
     batch, validation = loader.step(0), loader.batch_of(loader.validation)
     largest = max(batch.micro_batches, key=lambda micro_batch: len(micro_batch.ids))
