@@ -111,7 +111,7 @@ def quiet_keys(model, batch, margin, unit, position_offset):
     def attn_fn(i, qkv):
         q, k, _ = qkv.float().unflatten(-1, (3, n_head, -1)).permute(1, 2, 0, 3)  # (n_head, N, head_dim)
         q, text = q / math.sqrt(q.size(-1)), []
-        for one_q, one_k in zip(q.split(packed.lengths, 1), k.split(packed.lengths, 1)):  # all scores are too many
+        for one_q, one_k in zip(q.split(packed.lengths, 1), k.split(packed.lengths, 1)):  # each pair alone: all fill memory
             T = one_q.size(1)
             scores = (one_q @ one_k.transpose(-2, -1)).masked_fill(future[:T, :T], -torch.inf)  # (n_head, T, T)
             text.append(scores.logsumexp(dim=-1))

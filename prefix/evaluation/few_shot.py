@@ -96,7 +96,7 @@ def form_log_p(model, tokenizer, shots, trials):
 def trial_log_p(model, tokenizer, shots, trials):
     """log p of each trial's target text and the end of its line; None if it does not fit into the context."""
     prefix = shots.read(model, tokenizer)
-    scores, room = [], model.config.n_positions - prefix[1]
+    scores, room = [], model.config.n_positions - prefix[1]  # behind the examples
     for source, target in trials:
         prompt, answer = shots.prompt(tokenizer, source), tokenizer.encode(shots.answer(target))
         fits = len(prompt.ids) + len(answer) - 1 <= room
@@ -112,7 +112,8 @@ def few_shot(model, tokenizer, shots, texts, decoding=None):
     answers = [tokenizer.encode(shots.answer(choice)) for choice in greedy.choices or []]
     prompts = {i: shots.prompt(tokenizer, text) for i, text in enumerate(texts)}
     for prompt in prompts.values():
-        n, left = len(prompt.ids), model.config.n_positions - prefix[1] - len(prompt.ids)
+        n = len(prompt.ids)
+        left = model.config.n_positions - prefix[1] - n  # behind the examples and the question
         prompt.max_new = max_new_tokens(answers, left) if answers else min(greedy.max_new or 2 * n + 16, left)
     answer = lambda prompts: decode(model, prompts, stop_ids(tokenizer), prefix, greedy, answers)
     return answered([Translation() for _ in texts], prompts, answer, tokenizer)

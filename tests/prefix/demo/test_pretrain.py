@@ -82,6 +82,14 @@ def toy(monkeypatch, files, tmp_path):
     return run
 
 
+def test_documents_are_drawn_on_all_cpus_but_one_of_those_that_may_be_used(toy, monkeypatch):
+    processes = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(pretrain, "train", lambda pool, *_: processes.append(pool._processes))
+    toy("run", 100)
+    assert processes == [3]
+
+
 def test_it_writes_a_checkpoint_that_loads_and_a_loss_that_falls(toy):
     folder = toy("run", 15_000)
     lines = [json.loads(line) for line in open(folder / "log.jsonl")]
