@@ -58,7 +58,9 @@ class PackedBatch:
     def pad(self, x):
         """(N, ...) -> (B, T, ...), with zeros after the text, where no text token looks."""
         B, T = len(self.lengths), self.longest
-        x = x.new_zeros(B * T, *x.shape[1:]).index_add_(0, self.flat_index, x) if self.ragged else x
+        if self.ragged:
+            tokens, x = x, x.new_zeros(B * T, *x.shape[1:])
+            x[self.flat_index] = tokens
         return x.view(B, T, *x.shape[1:])
 
     def unpad(self, x):
