@@ -7,7 +7,7 @@ numbers say what a token sees: where its sequence starts, and a bit field of the
     start        0  0  0  0 |  4  4 |  6  6  6
     bank_mask    1  1  3  3 |  2  2 |  1  3  3        bit 0: bank 0 is open here; bit 1: bank 1
 
-Token i attends to the tokens start[i] .. i, and beside them to every slot whose bank's bit is set in bank_mask[i]:
+Token i attends to the tokens start[i] .. i, and to every slot whose bank's bit is set in bank_mask[i]:
 
     scores = [q . slot keys , q . text keys] / sqrt(head_dim)       one softmax over both
     output = softmax(scores) @ [slot values , text values]
@@ -44,7 +44,7 @@ class PackedBatch:
         bank_mask = torch.zeros(self.n_tokens) if bank_mask is None else bank_mask
         self.bank_mask = to_device(bank_mask.to(torch.int32), self.device)
         n = torch.tensor(self.lengths, dtype=torch.int32)
-        end = n.cumsum(0, dtype=torch.int32).repeat_interleave(n)  # (N,): the token after each token's sequence
+        end = n.cumsum(0, dtype=torch.int32).repeat_interleave(n)  # (N,): one past the last token of each token's sequence
         start = end - n.repeat_interleave(n)  # (N,): the first token of each token's sequence
         self.start, self.end = to_device(start, self.device), to_device(end, self.device)
         self.position = to_device(torch.arange(self.n_tokens) - start, self.device)  # (N,) int64
@@ -88,8 +88,8 @@ class Slots:
         return self if self.key.dtype == dtype else replace(self, key=self.key.to(dtype), value=self.value.to(dtype))
 
     def layers(self):
-        """The Slots of each layer, as a list. unbind's backward is one stack; that of n_layer times key[i] would add up
-        n_layer tensors of the full size."""
+        """The Slots of each layer, as a list. unbind, not key[i] in a loop: its backward stacks the layers' gradients
+        once; each key[i] would make a tensor of the full size and add it."""
         return [Slots(key, value, self.bank) for key, value in zip(self.key.unbind(), self.value.unbind())]
 
     def visible_slots(self, bank_mask):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from minigpt.files import UserError, read_object
 
-# Every name that transformers has for the tanh approximation, the exact form, and the rest.
+# transformers' names for the tanh approximation, the exact form, and the rest.
 ACTIVATIONS = dict.fromkeys(["gelu_new", "gelu_pytorch_tanh", "gelu_fast"], "gelu_tanh")
 ACTIVATIONS |= {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 # transformers' other names of the same settings.

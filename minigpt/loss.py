@@ -8,7 +8,7 @@ are then freed:
                           d loss / d hidden = (softmax(logits) - onehot(target)) @ wte
 
 A GPU's logits are float32 also where the model is not: GPT-2's lie near -100, where bfloat16 holds multiples of 0.5 only.
-There rows of zeros follow wte in memory (checkpoint.load_weights), up to a size that a GPU multiplies fast.
+And there rows of zeros follow wte in memory (checkpoint.load_weights): a GPU multiplies multiples of 64 faster.
 """
 
 import torch
@@ -27,7 +27,7 @@ class NLL(torch.autograd.Function):
         for i in range(0, len(hidden), CHUNK):
             target = targets[i : i + CHUNK, None]
             logits = project(hidden[i : i + CHUNK], wte).float()  # (CHUNK, vocab_size), and padding
-            logp = torch.log_softmax(logits, dim=-1, out=logits)  # in place: fresh memory costs more than the sums
+            logp = torch.log_softmax(logits, dim=-1, out=logits)  # in place: another (CHUNK, vocab_size) would cost more time than the sums
             loss -= logp.gather(1, target).sum()
             if grad is not None:
                 p = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logp.dtype))  # softmax - onehot

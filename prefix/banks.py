@@ -53,7 +53,7 @@ class Banks(nn.Module):
 
     @classmethod
     def from_prompt(cls, model, name, ids):
-        """One bank that stands for the tokens `ids` exactly: text after it has the logits that it has after them."""
+        """One bank that stands for the tokens `ids` exactly: text that sees it has the logits that it has after them."""
         return cls({name: compute_kv(model, ids)}, position_offset=len(ids))
 
     @property
@@ -73,7 +73,7 @@ class Banks(nn.Module):
         return sum(1 << self.names.index(name) for name in set(names))
 
     def moved(self):
-        """How far slots are from their start, as metrics.jsonl says it: nothing here."""
+        """What metrics.jsonl records of how far slots have moved. Plain banks are not trained: nothing."""
         return {}
 
     def slots(self):
@@ -86,7 +86,7 @@ class Banks(nn.Module):
         B, T = ids.shape
         bank_mask = torch.full((B * T,), self.mask(open), device=ids.device)
         packed = PackedBatch([T] * B, bank_mask, ids.device)
-        slots = self.slots() if open else None  # closed, they are not even masked: the base bit for bit
+        slots = self.slots() if open else None  # no bank is open: the base, bit for bit
         hidden = model.hidden(ids.flatten(), packed, slots, self.position_offset)  # (B * T, n_embd)
         return model.logits(hidden).view(B, T, -1)
 

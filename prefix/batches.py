@@ -24,7 +24,7 @@ from prefix.data.corpus import sample_rows
 from prefix.sequences import n_tokens, pack_pairs, pairs_of, separator
 
 VALIDATION_EXAMPLES = 1000  # at most: enough to choose the best prefix by
-MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}  # on a CPU small, for the sake of its caches
+MICRO_BATCH_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}  # small on a CPU, so that activations stay in its caches
 
 
 @dataclass

@@ -90,7 +90,7 @@ def rank0_first(work):
     """work() in the first process of each machine, then in the others, which find its files made."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     result = work() if first else None
-    all_gather([])  # all first ones are done
+    all_gather([])  # a barrier: the first process of every machine is done
     return result if first else work()
 
 

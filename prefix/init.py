@@ -102,9 +102,9 @@ def zero_effect(model, batch, noise, unit, position_offset):
 def quiet_keys(model, batch, margin, unit, position_offset):
     """One quiet key for each layer and head -> (n_layer, n_head, head_dim), float32. unit: (n_layer, n_head, 1, 1).
 
-    A slot takes attention by exp(its score), the text by the sum of exp(score) over its tokens. So a key is quiet if
-    every query scores it at least `margin` below the log of that sum: the ceiling. smallest_below finds the shortest
-    key (in units) that nearly does, with the queries of `batch`."""
+    A slot takes attention by exp(its score), the text by the sum of exp(score) over its tokens. The log of that sum less
+    `margin` is a query's ceiling: a key is quiet if each query of `batch` scores it below its ceiling. smallest_below
+    finds the shortest that nearly is; it counts in units: k = unit * x, so q . k = (unit * q) . x."""
     keys, n_head, packed = [], model.config.n_head, batch.packed
     future = torch.ones(packed.longest, packed.longest, dtype=torch.bool, device=batch.ids.device).triu(1)
 

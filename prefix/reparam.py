@@ -19,7 +19,7 @@ class TrainableBanks(Banks):
     unit_k (unit_v) is the standard deviation of the keys (values) that the base computes for text, one number for each
     layer and head. AdamW moves every number by about the learning rate in a step, however small its gradient; so a
     rate means the same on every base. (Scale a base's keys by c and its queries by 1/c: it is the same function, and
-    its slots, c times as far from each other, arrive after as many steps.)"""
+    its slots have c times as far to go; in units the distance is the same, so they need as many steps.)"""
 
     def __init__(self, start, units=None, train=None):
         """start: Banks. units: two (n_layer, n_head, 1, 1), None: 1. train: names of the banks that move, None: all."""

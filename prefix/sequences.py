@@ -6,7 +6,7 @@
       source tokens               <sep>    target tokens   <|endoftext|>
 
       sees source bank            sees both banks
-      no loss                     the token after each of these counts
+      no loss                     loss: each must predict the token after it
 
 <sep> is the token of "\\n". Nothing here knows which languages there are. A pair is a tuple:
 

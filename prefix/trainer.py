@@ -32,7 +32,7 @@ FIRST_SCALE, SCALE_DOUBLES_AFTER = 8.0, 500  # of the summed loss in float16; st
 
 @dataclass
 class Settings:
-    """What decides the numbers of a run, apart from the data, the model and the start."""
+    """What decides a run's result, together with the data, the model and the initial slots."""
 
     steps: int
     lr: float  # at its peak
@@ -74,7 +74,7 @@ class Trainer:
         bar = tqdm(total=s.steps, initial=p.step, unit="step", disable=quiet, file=sys.stderr)
         with stop_signals() as self.stop, bar:
             if p.step == 0:
-                self.save()  # from here on there is something to go on from
+                self.save()  # so that a run that is killed in its first step can be resumed
             for batch in self.loader.steps(p.step, end):
                 record = self.optimizer_step(batch)
                 p.seconds = record["seconds"] = round(time.monotonic() - began, 3)

@@ -1,7 +1,7 @@
 """Which split a sentence belongs to: a pure function of its text.
 
-The demo's pretraining and every later training or evaluation ask this same function, so a sentence that one of
-them holds out is held out by all, whatever file, order or limit it is met in.
+The demo's pretraining and every later training or evaluation ask this same function about a row's first text, so what one
+of them holds out is held out by all, whatever file or limit it is met in (but not where columns change places).
 """
 
 import hashlib
