@@ -86,6 +86,15 @@ def test_a_row_does_not_depend_on_its_neighbours(product):
     assert torch.equal(together, torch.cat([layer(row[None]) for row in x]))
 
 
+@eight_bits
+def test_a_row_is_rounded_from_the_middle_of_its_range(product):
+    weight, x = torch.randn(96, 50), torch.rand(20, 96)
+    layer = Int8Linear(type("Projection", (), {"weight": weight, "bias": torch.randn(50)}), product, 64)
+    middle = (x.amax(dim=1, keepdim=True) + x.amin(dim=1, keepdim=True)) / 2
+    shifted = layer(x - middle) + middle * layer.ones
+    assert error(layer(x), shifted) < 1e-5
+
+
 @pytest.mark.parametrize("levels", [64, 127])
 def test_eight_bits_miss_a_weight_by_half_a_step_at_most(levels):
     exact = torch.randn(30, 70)
