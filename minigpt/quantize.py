@@ -1,12 +1,12 @@
 """Frozen weights as decoding on a CPU reads them fastest.
 
 A step of a small batch takes as long as reading all weights does. `prepack` puts them into the blocks in which oneDNN
-multiplies them, which it would otherwise do again for each product; bfloat16 has half of float32's bytes. `quantize` rounds float32 weights to 8 bits, a quarter of the bytes, with one scale for each output, and what they are
-multiplied with to 8 bits, too, with one scale for each row, so that a sentence does not depend on its neighbours. What
-GELU gives is nearly all positive, so a row is counted from the middle of its range:
+multiplies them, which it would otherwise do again for each product; bfloat16 has half of float32's bytes. `quantize`
+rounds float32 weights to 8 bits, a quarter of the bytes, with one scale for each output, and what they are multiplied
+with to 8 bits, too, with one range for each row, so that a sentence does not depend on its neighbours:
 
-    weight[n] = scale[n] * eight_bits[n]                    scale[n] = max |weight[n]| / 127
-    x[m]      = middle[m] + half[m] / 127 * eight_bits[m]   half[m]  = (max x[m] - min x[m]) / 2
+    weight[n] = scale[n] * eight_bits[n]                    -127 .. 127     scale[n] = max |weight[n]| / 127
+    x[m]      = low[m] + width[m] / 255 * eight_bits[m]        0 .. 255     low[m], width[m]: of the row's range
 
 Their product is a sum of whole numbers, exact in 32 bits. All else stays in float32. Two libraries within torch multiply
 so, and which is the faster depends on the CPU: `fastest_product` measures it.
@@ -16,6 +16,7 @@ Both change a model in place, one matrix at a time, and leave it fit for decodin
 
 import time
 import warnings
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,6 @@ NOTHING = ("none", [], "")  # what a packed product does to its result
 GELU = {"gelu_tanh": ("gelu", [], "tanh"), "gelu": ("gelu", [], "none")}
 ROWS = 8  # of the batch for which weights are packed
 PAYS = 0.8  # of the time of a product of weights as they are, at most, for packing them in float32
-MIDDLE = 128  # both libraries take x without a sign: from 1 to 255
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -59,10 +59,7 @@ def packing_pays(model):
 
 def quantize(model, product):
     """For a model in float32 on a CPU. product: OneDNN or FBGEMM."""
-    levels = 64 if saturates(product) else 127
-    return _replace(
-        model, lambda layer: Int8Linear(layer, product, levels), lambda layer: Int8Embedding(layer, product, levels)
-    )
+    return _replace(model, lambda layer: Int8Linear(layer, product), lambda layer: Int8Embedding(layer, product))
 
 
 def _replace(model, projection, embedding):
@@ -117,18 +114,17 @@ def _packed(weight):
 
 
 class OneDNN:
-    """weight (n_out, n_in) int8, scale (n_out,) -> a product of x (N, n_in), numbers from -1 to 1, rounded to 1/127."""
+    """weight (n_out, n_in) int8, scale (n_out,) -> a product of x (N, n_in), numbers from 0 to 1, rounded to 1/255."""
 
     def __init__(self, weight, scale):
         self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
-        self.scale, self.zeros = scale / 127, torch.zeros(len(scale), dtype=torch.int32)
-        self.shift = -MIDDLE * self.scale * weight.sum(dim=1)  # as a bias; the library would sum up at each call
-        self.half_up = torch.tensor(MIDDLE + 0.5)
+        self.scale, self.zeros = scale / 255, torch.zeros(len(scale), dtype=torch.int32)
+        self.half = torch.tensor(0.5)
 
     def __call__(self, x):
-        x = torch.add(self.half_up, x, alpha=127).to(torch.uint8)
+        x = torch.add(self.half, x, alpha=255).to(torch.uint8)
         return torch.ops.onednn.qlinear_pointwise(
-            x, 1.0, 0, self.weight, self.scale, self.zeros, self.shift, 1.0, 0, torch.float32, *NOTHING
+            x, 1.0, 0, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, *NOTHING
         )
 
 
@@ -144,11 +140,12 @@ class FBGEMM:
         self.weight = torch.ops.quantized.linear_prepack(weight, None)
 
     def __call__(self, x):
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 127, MIDDLE, self.weight)
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 255, 0, self.weight)
 
 
+@cache
 def saturates(product):
-    """Does this CPU add pairs of products in 16 bits? Two of 255 * 127 are too much for that, two of 255 * 64 are not."""
+    """Does this CPU add two products that stand side by side in 16 bits? 255 * 127 + 255 * 127 is too much for that."""
     full = torch.full((8, 64), 127, dtype=torch.int8)
     return not torch.allclose(product(full, torch.ones(8))(torch.ones(1, 64)), torch.tensor(64 * 127.0))
 
@@ -158,7 +155,7 @@ def fastest_product(model):
     neither (x86 before AVX2, others)."""
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return None
-    weight, scale = rounded(model.h[0].mlp.c_fc.weight.T, 127)
+    weight, scale = rounded(model.h[0].mlp.c_fc.weight.T)
     products, inputs = [OneDNN(weight, scale), FBGEMM(weight, scale)], [torch.ones(n, weight.size(1)) for n in (1, 32)]
     return type(min(products, key=lambda product: sum(seconds(product, x) for x in inputs)))
 
@@ -173,33 +170,37 @@ def seconds(run, x):
     return min(times)
 
 
-def rounded(weight, levels):
-    """(n_out, n_in) -> the same in int8, from -levels to levels, and what these count (n_out,)."""
+def rounded(weight, pairs_fit=False):
+    """(n_out, n_in) -> the same in int8, and what one step counts (n_out,). pairs_fit: the sum of two neighbours, too, is at
+    most 128, so that 255 times as much fits 16 bits."""
     weight = weight.detach().float()
-    scale = (weight.abs().amax(dim=1) / levels).clamp(min=TINY)
+    largest = weight.abs().amax(dim=1)
+    if pairs_fit:
+        pairs = F.pad(weight, (0, weight.size(1) % 2)).unflatten(1, (-1, 2)).sum(dim=2)  # (n_out, n_in / 2)
+        largest = largest.maximum(pairs.abs().amax(dim=1))
+    scale = (largest / 127).clamp(min=TINY)
     return (weight / scale[:, None]).round().to(torch.int8).contiguous(), scale
 
 
 class Int8Linear(nn.Module):
-    def __init__(self, projection, product, levels):
+    def __init__(self, projection, product):
         super().__init__()
-        weight, scale = rounded(projection.weight.T, levels)
+        weight, scale = rounded(projection.weight.T, saturates(product))
         self.product = product(weight, scale)
         self.register_buffer("bias", projection.bias)
         self.register_buffer("ones", scale * weight.sum(dim=1))  # the product with a row of ones
 
     def forward(self, x):
-        middle, half = span(x)
-        out = torch.addcmul(self.bias, middle, self.ones)
-        return out.addcmul_(self.product((x - middle).div_(half)), half)
+        x, low, width = stretched(x)
+        return torch.addcmul(self.bias, low, self.ones).addcmul_(self.product(x), width)
 
 
 class Int8Embedding(nn.Module):
     """With a second copy of the weights, packed, for the head."""
 
-    def __init__(self, embedding, product, levels):
+    def __init__(self, embedding, product):
         super().__init__()
-        weight, scale = rounded(embedding.weight, levels)
+        weight, scale = rounded(embedding.weight, saturates(product))
         self.product = product(weight, scale)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
@@ -209,11 +210,12 @@ class Int8Embedding(nn.Module):
         return F.embedding(ids, self.weight) * self.scale[ids][:, None]
 
     def logits(self, hidden):
-        middle, half = span(hidden)
-        return self.product((hidden - middle).div_(half)).mul_(half).addcmul_(middle, self.ones)
+        x, low, width = stretched(hidden)
+        return self.product(x).mul_(width).addcmul_(low, self.ones)
 
 
-def span(x):
-    """The middle of each row's range, and half of its width."""
+def stretched(x):
+    """x (N, n) -> each row stretched to 0 .. 1, where 0 was (N, 1), and how wide its range was (N, 1)."""
     low, high = x.aminmax(dim=-1, keepdim=True)
-    return (low + high) / 2, ((high - low) / 2).clamp_(min=TINY)
+    width = (high - low).clamp_(min=TINY)
+    return (x - low).div_(width), low, width
