@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_model
 
 pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
@@ -40,6 +41,11 @@ def capture(graph):
     FakeGraph.recording = None
 
 
+def product_and_gelu(bias, x, weight, use_gelu):
+    """As on a GPU: on a CPU torch applies the exact GELU in place of its tanh form."""
+    return F.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A function: from now on the CPU is a GPU. It returns the calls of the kernel so far, as a list."""
@@ -71,6 +77,7 @@ def gpu(monkeypatch):
             monkeypatch.setattr(f"minigpt.{module}.uses_graphs", lambda device: True)
         monkeypatch.setattr("minigpt.generate.to_host", copied)
         monkeypatch.setattr(decode_kernel, "decode_attention", lambda *a: calls.append(a) or attention(*a))
+        monkeypatch.setattr(torch, "_addmm_activation", product_and_gelu)
         return calls
 
     return begin
