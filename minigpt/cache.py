@@ -49,6 +49,8 @@ class Cache:
         self.advance = to_device(torch.tensor([[beams], [1]]), device)  # of entry and position, in a step
         self.length = [0] * rows  # on the host: nobody waits for the device to know it
         self.rows, self.capacity = rows, capacity
+        if slots is not None and not len(slots.bank):  # banks of no slots are no banks
+            slots = None
         if uses_graphs(device) and slots is not None:  # a graph reads the same memory in every decoding
             key, value = slots.key.to(model.dtype), slots.value.to(model.dtype)
             slots = replace(slots, key=key.clone(), value=value.clone(), bank=slots.bank.clone())
@@ -174,20 +176,25 @@ def decode_step(model, cache, B, T):
 def plain_attention(model, cache, entry, T):
     """attn_fn of a step by attend_cached. entry (B, beams): where the new keys and values go."""
     B, beams = entry.shape
-    visible = cache.visible[:B, :, :T]
+    bias, slot_bias = bias_of(cache.visible[:B, None, :, :T], model.dtype), None
     if cache.slots is not None:
-        visible_slots = cache.slots.visible_slots(cache.bank_mask[:B])[:, None].expand(-1, beams, -1)
-        visible = torch.cat([visible_slots, visible], dim=-1)  # (B, beams, S + T)
-    bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
+        visible_slots = cache.slots.visible_slots(cache.bank_mask[:B].repeat_interleave(beams))  # (B * beams, S)
+        slot_bias = bias_of(visible_slots, model.dtype)
     row, entry, kv = torch.arange(B, device=entry.device).repeat_interleave(beams), entry.flatten(), cache.kv[:, :, :B, :, :T]
 
     def attn_fn(i, qkv):
         qkv = qkv.unflatten(-1, (3, model.config.n_head, -1))  # (B * beams, 3, n_head, head_dim)
         cache.write(i, row, entry, qkv[:, 1:])
         q = qkv[:, 0].unflatten(0, (B, beams)).transpose(1, 2)  # (B, n_head, beams, head_dim)
-        return attend_cached(q, *kv[i], bias, cache.layers[i], model.attention).flatten(0, 1)
+        out = attend_cached(q, *kv[i], bias, cache.layers[i], slot_bias, model.attention)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)  # (B * beams, n_embd)
 
     return attn_fn
+
+
+def bias_of(visible, dtype):
+    """What is added to scores: 0 where a query sees a key, the least number where it does not."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def gpu_step(model, cache, B, T):
@@ -250,46 +257,38 @@ def agree(logits, expected, dtype):
     return bool((logits - expected).norm() <= (0.01 if dtype == torch.float32 else 0.1) * spread.norm())
 
 
-def attend_cached(q, key, value, bias, slots=None, backend="auto"):
-    """Q queries for each of B cache rows, over the row's keys and over slots that all rows share.
+def attend_cached(q, key, value, bias, slots=None, slot_bias=None, backend="auto"):
+    """Q queries for each of B cache rows, over the row's keys and over slots that all rows share: read once for the whole
+    batch, not copied into each row.
 
-    q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None;
-    bias (B, Q, S + T): 0 for the slots and then the cached keys that a query sees, the least number for others
-    -> (B, Q, n_head * head_dim). The slots are read once for the whole batch, not copied into each row."""
-    if slots is None:  # also for one layer alone: prefix/evaluation closes layers
-        bias = bias[..., bias.size(-1) - key.size(2) :]
-    else:
-        slots = slots.to(q.dtype)
-    out = (flash_cached if q.device.type == "cpu" and backend != "plain" else reference_cached)(q, key, value, bias, slots)
-    return out.transpose(1, 2).flatten(2)  # (B, Q, n_embd)
+    q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None; bias (B, 1, Q, T)
+    and slot_bias (B * Q, S): see bias_of -> (B, n_head, Q, head_dim)."""
+    cached = flash_cached if q.device.type == "cpu" and backend != "plain" else reference_cached
+    return cached(q, key, value, bias, slots and slots.to(q.dtype), slot_bias)
 
 
-def reference_cached(q, key, value, bias, slots):
-    """The formula, with the slots' scores in front of the others."""
-    n_slots = bias.size(-1) - key.size(2)
-    scores = q @ key.transpose(-2, -1)  # (B, n_head, Q, T)
-    if n_slots:
-        slot_scores = fold_heads(q) @ slots.key.transpose(-2, -1)  # (n_head, B * Q, S)
-        scores = torch.cat([unfold_heads(slot_scores, q), scores], dim=-1)  # (B, n_head, Q, S + T)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(q.size(-1))
-    weights = (scores + bias[:, None]).softmax(dim=-1).to(q.dtype)
-    out = weights[..., n_slots:] @ value  # (B, n_head, Q, head_dim)
-    if n_slots:
-        out = out + unfold_heads(fold_heads(weights[..., :n_slots]) @ slots.value, q)
-    return out
+def reference_cached(q, key, value, bias, slots, slot_bias):
+    """The formula: one softmax, with the slots' scores in front of the others."""
+    S, scale = 0, 1 / math.sqrt(q.size(-1))
+    higher = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ key.transpose(-2, -1)).to(higher) * scale + bias  # (B, n_head, Q, T)
+    if slots:
+        slot_scores = (fold_heads(q) @ slots.key.transpose(-2, -1)).to(higher) * scale + slot_bias  # (n_head, B * Q, S)
+        scores, S = torch.cat([unfold_heads(slot_scores, q), scores], dim=-1), slot_scores.size(-1)
+    weights = scores.softmax(dim=-1).to(q.dtype)  # (B, n_head, Q, S + T)
+    out = weights[..., S:] @ value  # (B, n_head, Q, head_dim)
+    return out + unfold_heads(fold_heads(weights[..., :S]) @ slots.value, q) if slots else out
 
 
-def flash_cached(q, key, value, bias, slots):
+def flash_cached(q, key, value, bias, slots, slot_bias):
     """Two softmaxes, each by torch's fused attention for CPUs, merged exactly by their log-sum-exps.
 
     lse = log(sum(exp(scores))) is the log of a softmax's denominator. Of the denominator of one softmax over both kinds
     of keys the slots have the share exp(lse_slots) / (exp(lse_slots) + exp(lse_text)) = sigmoid(lse_slots - lse_text)."""
-    n_slots = bias.size(-1) - key.size(2)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(q, key, value, attn_mask=bias[:, None, :, n_slots:])  # (B, n_head, Q, head_dim), (B, n_head, Q)
-    if n_slots:
-        slot_bias = bias[..., :n_slots].reshape(1, 1, -1, n_slots)
-        slot_out, slot_lse = flash(fold_heads(q)[None], slots.key[None], slots.value[None], attn_mask=slot_bias)
+    out, lse = flash(q, key, value, attn_mask=bias)  # (B, n_head, Q, head_dim), (B, n_head, Q)
+    if slots:
+        slot_out, slot_lse = flash(fold_heads(q)[None], slots.key[None], slots.value[None], attn_mask=slot_bias[None, None])
         share = (unfold_heads(slot_lse[0, ..., None], q) - lse[..., None]).sigmoid()  # 0 where no slot is visible
         out = torch.lerp(out, unfold_heads(slot_out[0], q), share.to(out.dtype))
     return out

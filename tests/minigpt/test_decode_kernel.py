@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed (it exists for Lin
 from minigpt import decode_kernel  # noqa: E402
 from minigpt.attention import Slots  # noqa: E402
 from minigpt import GPT, GPTConfig  # noqa: E402
-from minigpt.cache import attend_cached  # noqa: E402
+from minigpt.cache import attend_cached, bias_of  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 2e-6, torch.float16: 2e-3}  # of ||ours - float64|| / ||float64||
@@ -50,12 +50,11 @@ def plain(qkv, cache, B):
     for row in range(B):
         n = int(cache.state[0, row])
         key[row, :, n : n + beams], value[row, :, n : n + beams] = k[row], v[row]
-        sees = torch.cat([cache.visible[row, :, :n], torch.eye(beams, dtype=torch.bool)], dim=-1)
-        if slots is not None:
-            sees = torch.cat([slots.visible_slots(cache.state[2, row]).expand(beams, -1), sees], dim=-1)
-        bias = torch.zeros(sees.shape, dtype=torch.float64).masked_fill_(~sees, -torch.inf)
+        bias = bias_of(torch.cat([cache.visible[row, :, :n], torch.eye(beams, dtype=torch.bool)], dim=-1), torch.float64)
+        slot_bias = slots and bias_of(slots.visible_slots(cache.state[2, row]).expand(beams, -1), torch.float64)
         mine = (x[row, None, :, : n + beams].double() for x in (key, value))
-        out.append(attend_cached(q[row, None].double(), *mine, bias[None], slots, "plain")[0])
+        attended = attend_cached(q[row, None].double(), *mine, bias[None, None], slots, slot_bias, "plain")
+        out.append(attended[0].transpose(0, 1).flatten(1))
     return torch.cat(out), key, value
 
 

@@ -11,7 +11,7 @@ from conftest import random_model
 from minigpt import GPTConfig
 from minigpt import quantize as module
 from minigpt.attention import Slots
-from minigpt.cache import Cache, attend_cached, decode_one_token, prefill
+from minigpt.cache import Cache, attend_cached, bias_of, decode_one_token, prefill
 from minigpt.quantize import FBGEMM, Int8Linear, OneDNN, fastest_product, prepack, quantize, rounded, saturates
 
 CONFIG = GPTConfig(vocab_size=301, n_positions=64, n_embd=96, n_layer=2, n_head=3)
@@ -151,7 +151,7 @@ def test_cached_attention_without_scores_in_memory_equals_the_formula(dtype, bou
     sees = torch.rand(B, Q, S + T) < 0.5
     sees[..., -1] = True
     sees[0, :, :S] = False
-    bias = torch.zeros(B, Q, S + T, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
-    fused = attend_cached(q, key, value, bias, slots)
-    exact = attend_cached(q.double(), key.double(), value.double(), bias.double(), slots, "plain")
+    bias, slot_bias = bias_of(sees[:, None, :, S:], dtype), bias_of(sees[..., :S].flatten(0, 1), dtype)
+    fused = attend_cached(q, key, value, bias, slots, slot_bias)
+    exact = attend_cached(*(x.double() for x in (q, key, value, bias)), slots, slot_bias.double(), "plain")
     assert error(fused, exact) < bound
