@@ -31,16 +31,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from common import (
-    circumstances,
-    clock,
-    fresh,
-    make_checkpoint,
-    measure_row,
-    multiplies_bf16,
-    run_rows,
-    timings,
-)
+from common import circumstances, clock, fresh, make_checkpoint, measure_row, multiplies_bf16, run_rows, timings
 
 from minigpt import GPT, Tokenizer, checkpoint
 from minigpt.config import PUBLISHED
@@ -81,9 +72,7 @@ def main():
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Measure the speed of decoding.")
     parser.add_argument("--what", nargs="+", choices=[*PARTS], default=["batches"])
-    parser.add_argument(
-        "--shape", choices=[*PUBLISHED], default="gpt2", help="of --what batches; its weights are random"
-    )
+    parser.add_argument("--shape", choices=[*PUBLISHED], default="gpt2", help="of --what batches; random weights")
     parser.add_argument("--model", default="demo", help="of --what file (the demo checkpoint)")
     parser.add_argument("--prefix", default=str(DEMO_PREFIX), help="of --what file (the demo prefix)")
     parser.add_argument("--data", type=Path, default=REAL_DATA if REAL_DATA.exists() else DEMO_CORPUS)
@@ -179,9 +168,8 @@ def ctranslate2_batches(args, kind):
     options = {"sampling_topk": 1, "include_prompt_in_result": False, "max_batch_size": 0}
 
     def run(prompts, new):
-        found = generator.generate_batch(
-            [[tokens[i] for i in ids] for ids in prompts], min_length=new, max_length=new, **options
-        )
+        texts = [[tokens[i] for i in ids] for ids in prompts]
+        found = generator.generate_batch(texts, min_length=new, max_length=new, **options)
         assert all(len(result.sequences_ids[0]) == new for result in found)
 
     return cells(args, run) | {"bytes_per_weight": 1, "bytes_per_cached": 4}
@@ -193,9 +181,8 @@ def transformers_batches(args, dtype, static=False):
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     options |= {"cache_implementation": "static"} if static else {}
     if static:
-        model.forward = torch.compile(
-            model.forward, dynamic=False, mode="reduce-overhead" if args.device == "cuda" else None
-        )
+        mode = "reduce-overhead" if args.device == "cuda" else None
+        model.forward = torch.compile(model.forward, dynamic=False, mode=mode)
 
     def run(prompts, new):
         found = model.generate(**left_padded(prompts, args.device), max_new_tokens=new, min_new_tokens=new, **options)
@@ -217,10 +204,7 @@ def load_transformers(directory, device, dtype):
 
 def left_padded(prompts, device):
     longest = max(map(len, prompts))
-    ids, mask = (
-        torch.zeros(len(prompts), longest, dtype=torch.int64),
-        torch.zeros(len(prompts), longest, dtype=torch.int64),
-    )
+    ids, mask = torch.zeros(2, len(prompts), longest, dtype=torch.int64)
     for i, prompt in enumerate(prompts):
         ids[i, longest - len(prompt) :], mask[i, longest - len(prompt) :] = torch.tensor(prompt), 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
@@ -232,17 +216,14 @@ def show_batches(args, rows, rate):
     print(f"\n{'':38}{'batch':>6}  tokens/s  of transformers'  first token, ms  share")
     for name, row in rows.items():
         for i, cell in enumerate(row.get("cells", [])):
-            theirs = [other["cells"][i]["seconds"] for key, other in rows.items()
-                      if key.startswith("transformers") and other.get("bytes_per_weight", 0) >= 4 and "cells" in other]  # fmt: skip
-            if args.device == "cuda":
-                theirs = (
-                    [rows["transformers"]["cells"][i]["seconds"]] if "cells" in rows.get("transformers", {}) else []
-                )
+            peers = [rows.get("transformers", {})]
+            if args.device == "cpu":
+                peers.append(rows.get("transformers, static cache, compiled", {}))
+            theirs = [peer["cells"][i]["seconds"] for peer in peers if "cells" in peer]
             B, steps = cell["batch"], args.new - 1
             text = steps * (cell["prompt_tokens"] + B * args.new / 2)  # cached tokens read, in all steps
-            least = (
-                steps * weights * row["bytes_per_weight"] + text * 2 * c.n_layer * c.n_embd * row["bytes_per_cached"]
-            )
+            least = steps * weights * row["bytes_per_weight"]
+            least += text * 2 * c.n_layer * c.n_embd * row["bytes_per_cached"]
             cell["tokens_per_second"] = B * args.new / cell["seconds"]
             cell["over_transformers"] = min(theirs) / cell["seconds"] if theirs else None
             cell["share_of_bandwidth"] = least / rate / (cell["seconds"] - cell["first"])
@@ -269,10 +250,8 @@ def sentences(args, tokenizer):
 
 
 def our_file(args, way):
-    model, tokenizer = (
-        GPT.from_pretrained(args.model, args.device, file_dtype(args)),
-        Tokenizer.from_pretrained(args.model),
-    )
+    model = GPT.from_pretrained(args.model, args.device, file_dtype(args))
+    tokenizer = Tokenizer.from_pretrained(args.model)
     banks, (corpus, sources) = Banks.load(args.prefix, model), sentences(args, tokenizer)
     if way == "3 shots":
         shots, _ = draw_shots(corpus, "fr", "en", 3, seed=0)
@@ -288,10 +267,7 @@ def our_file(args, way):
 def transformers_file(args, way):
     """As its users do: batches of 32 sorted by length, padded on the left, until the last sentence of each has ended. Its
     prefix is peft's, with our slots in it, both banks open from the first token on."""
-    model, tokenizer = (
-        load_transformers(checkpoint.find(args.model), args.device, str(file_dtype(args)).split(".")[1]),
-        None,
-    )
+    model = load_transformers(checkpoint.find(args.model), args.device, str(file_dtype(args)).split(".")[1])
     tokenizer = Tokenizer.from_pretrained(args.model)
     corpus, sources = sentences(args, tokenizer)
     stop = [tokenizer.eot]
@@ -349,18 +325,15 @@ def file_dtype(args):
 
 
 def show_file(args, rows, _):
-    print(
-        f"\n{args.sentences} sentences of {args.data.name}, {args.model}\n{'':26}seconds  sentences/s  tokens/s  of transformers'"
-    )
+    print(f"\n{args.sentences} sentences of {args.data.name}, {args.model}")
+    print(f"{'':26}seconds  sentences/s  tokens/s  of transformers'")
     for name, row in rows.items():
         if "error" in row:
             print(f"{name:26}{row['error']}")
             continue
         theirs = rows.get(f"transformers, {name.split(', ')[1]}", {}).get("seconds")
-        row |= {
-            "sentences_per_second": args.sentences / row["seconds"],
-            "tokens_per_second": row["tokens"] / row["seconds"],
-        }
+        row["sentences_per_second"] = args.sentences / row["seconds"]
+        row["tokens_per_second"] = row["tokens"] / row["seconds"]
         row["over_transformers"] = theirs / row["seconds"] if theirs else None
         print(f"{name:26}{row['seconds']:7.1f}{row['sentences_per_second']:13.1f}{row['tokens_per_second']:10,.0f}"
               f"{row['over_transformers'] or 0:16.2f}x")  # fmt: skip
