@@ -216,6 +216,6 @@ class Int8Embedding(nn.Module):
 
 def stretched(x):
     """x (N, n) -> each row stretched to 0 .. 1, where 0 was (N, 1), and how wide its range was (N, 1)."""
-    low, high = x.aminmax(dim=-1, keepdim=True)
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # aminmax takes eight times as long
     width = (high - low).clamp_(min=TINY)
     return (x - low).div_(width), low, width
