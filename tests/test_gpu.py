@@ -14,7 +14,8 @@ HERE = ["machine", "kernels", "training", "texts", "ceilings", "speed", "decode"
 
 @pytest.fixture
 def parts(monkeypatch, capsys):
-    """A function: names of parts -> their lines of JSON, and the table."""
+    """A function: names of parts, of few sentences -> their lines of JSON, and the table."""
+    monkeypatch.setattr(gpu, "islice", lambda rows, n: islice(rows, 2))
 
     def parts(*names, device="cpu"):
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", device, "--shape", "demo", "--parts", *names])
@@ -41,7 +42,6 @@ def test_the_parts_that_compare_with_the_cpu_take_a_gpus_ways(monkeypatch, parts
     pytest.importorskip("triton", reason="triton is not installed (it exists for Linux only)")
     from pretend_cuda import pretended_gpu
 
-    monkeypatch.setattr(gpu, "islice", lambda rows, n: islice(rows, 2))
     for name in ("set_sync_debug_mode", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     with pretended_gpu(monkeypatch, (7, 5)):

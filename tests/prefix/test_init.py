@@ -80,6 +80,12 @@ def demo(tokenizer):
     return GPT.from_pretrained("demo"), tokenizer, data.load([DEMO_CORPUS], ("en", "fr"), tokenizer)
 
 
+@pytest.fixture(scope="module")
+def quiet(demo):
+    """Banks of ten slots of zero effect."""
+    return start(*demo, "zero-effect", 10)
+
+
 def packed(demo, split, n):
     """The first n pairs of a split, packed."""
     _, tokenizer, corpus = demo
@@ -99,18 +105,17 @@ def assert_nearly_the_base(model, batch, slots, offset=0):
 
 @torch.no_grad()
 @pytest.mark.parametrize("offset", [0, 100])
-def test_slots_of_zero_effect_leave_the_model_as_it_is_on_sentences_that_they_were_not_fitted_to(demo, offset):
+def test_slots_of_zero_effect_leave_the_model_as_it_is_on_sentences_that_they_were_not_fitted_to(demo, quiet, offset):
     model, batch = demo[0], packed(demo, "test", 100)
-    quiet = start(*demo, "zero-effect", 10, offset=offset)
+    quiet = start(*demo, "zero-effect", 10, offset=offset) if offset else quiet
     assert_nearly_the_base(model, batch, quiet.slots(), offset)
     loud = random_banks(model.config, quiet.names, 10)
     with pytest.raises(AssertionError):
         assert_nearly_the_base(model, batch, loud.slots(), offset)
 
 
-def test_slots_of_zero_effect_are_all_different_have_values_of_zero_and_learn(demo, trainer):
+def test_slots_of_zero_effect_are_all_different_have_values_of_zero_and_learn(demo, quiet, trainer):
     model, _, corpus = demo
-    quiet = start(*demo, "zero-effect", 10)
     keys = torch.cat(list(quiet.key), dim=2)  # (n_layer, n_head, S, head_dim)
     assert (torch.cdist(keys, keys) + torch.eye(keys.size(2)) > 0.1).all()
     assert not any(value.any() for value in quiet.value)

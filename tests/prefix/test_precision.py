@@ -11,7 +11,7 @@ from prefix.data import corpus as data
 from prefix.init import random_banks
 from prefix.run import DEMO_CORPUS
 
-STEPS = 12
+STEPS = 5  # a CPU without these types emulates them
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def demo_trainer(trainer, tokenizer, tmp_path):
     def build(dtype):
         model, corpus = GPT.from_pretrained("demo", dtype=dtype), data.load([DEMO_CORPUS], None, tokenizer, 300, home=tmp_path)
         banks = random_banks(model.config, corpus.columns, 5, seed=1)
-        return trainer(model=model, corpus=corpus, banks=banks, steps=STEPS, batch_size=12)
+        return trainer(model=model, corpus=corpus, banks=banks, steps=STEPS, batch_size=6)
 
     return build
 
