@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -14,8 +15,9 @@ HERE = ["machine", "kernels", "training", "texts", "ceilings", "speed", "decode"
 
 @pytest.fixture
 def parts(monkeypatch, capsys):
-    """A function: names of parts, of few sentences -> their lines of JSON, and the table."""
+    """A function: names of parts, of few tokens -> their lines of JSON, and the table."""
     monkeypatch.setattr(gpu, "islice", lambda rows, n: islice(rows, 2))
+    monkeypatch.setattr(gpu, "Decoding", partial(gpu.Decoding, 5))
 
     def parts(*names, device="cpu"):
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", device, "--shape", "demo", "--parts", *names])
