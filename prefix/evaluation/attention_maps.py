@@ -29,7 +29,7 @@ from prefix import run
 from prefix.data import corpus as data
 from prefix.data import rows
 from prefix.distributed import printable
-from prefix.evaluation.compare import Plan, rows_to_read, sentences
+from prefix.evaluation.compare import rows_to_read, sentences
 from prefix.evaluation.metrics import METRICS
 from prefix.evaluation.pictures import draw_ablation, draw_attention
 from prefix.evaluation.report import aligned
@@ -229,7 +229,7 @@ def main():
     if args.ablate:
         if not {*direction} <= {*corpus.columns}:
             raise UserError(f"{paths[0]} does not have both {' and '.join(direction)}: name some text with --data")
-        sources, references = sentences(corpus, Plan(limit=SENTENCES), *direction)
+        sources, references = sentences(corpus, "test", SENTENCES, *direction)
         found = ablate(model, tokenizer, banks, [args.text, *sources], references, direction)
         table = ablation_table(found, attention)
         lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(table), ""]
