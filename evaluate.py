@@ -26,7 +26,7 @@ from prefix.decoding import Decoding
 from prefix.distributed import log, printable
 from prefix.evaluation import report
 from prefix.evaluation.attention_maps import look_at
-from prefix.evaluation.compare import Plan, compare, rows_of, rows_to_read
+from prefix.evaluation.compare import Plan, compare
 from prefix.evaluation.metrics import ACCURACY, NAMES
 from prefix.prefix_file import read_header
 
@@ -49,7 +49,7 @@ def parse_arguments():
     option("--split", choices=[*SPLITS, "all"], default="test", help="all: every row, for a file apart (test)")
     one = "all: rows with the same source are one sentence, their targets its references (one)"
     option("--references", choices=["one", "all"], default="one", help=one)
-    option("--limit", **number(1, 500), help="sentences in each direction, from the head of the file if it has them (500)")
+    option("--limit", **number(1, 500), help="sentences in each direction (500)")
     option("--max-tokens", **number(3, 384), help="longest pair, in tokens (384)")
     cut = "take pairs of any length; cut a source at its end until an answer of --max-new-tokens fits behind it"
     option("--truncate-source", action="store_true", help=f"{cut} (by default a quarter of the context)")
@@ -103,16 +103,16 @@ def main():
     paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names, args.columns)
     there = {ends: names for ends, names in wanted.items() if {*ends} <= {*columns}}
     plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, args.shots, args.draws, args.seed)
+    limit = None if args.data else read_header(prefixes[0])["training"].get("limit")  # what training has encoded
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
-    load = lambda limit, longest: data.load(paths, columns, tokenizer, limit, longest)
-    needs_labels = not args.choices and any(ACCURACY in names for names in there.values())
-    training = corpus = read(plan, needs_labels, lambda limit: load(limit, ANY_LENGTH if args.truncate_source else longest))
+    corpus = data.load(paths, columns, tokenizer, limit, ANY_LENGTH if args.truncate_source else longest)
     for line in corpus.report:
         log(line)
-    if args.split == "all" and (args.draws or needs_labels):
+    training, labels = corpus, not args.choices and any(ACCURACY in names for names in there.values())
+    if args.split == "all" and (args.draws or labels):
         training = training_text(prefixes, columns, tokenizer, longest)
-    elif args.truncate_source and args.draws:  # shots that are whole, and short enough for a few of them
-        training = load(rows_to_read(args.split, args.limit), longest)
+    elif args.truncate_source and args.draws:  # examples that are whole, and short enough for a few of them
+        training = data.load(paths, columns, tokenizer, limit, longest)
     most = args.max_new_tokens or (model.config.n_positions // 4 if args.truncate_source else None)
     decoding = Decoding(most, beams=args.beam, batch_size=args.batch_size, choices=args.choices)
     results = compare(model, tokenizer, banks, corpus, training, plan, decoding)
@@ -150,18 +150,6 @@ def directions(args, banks, prefixes):
         trained |= {ends for ends in permutations(header["banks"], 2) if not pairs or ":".join(ends) in pairs}
     chosen = [ends for ends in wanted if ends in trained] or wanted
     return {(s, t): metrics.get(t) or metrics.get("") or DEFAULT for s, t in chosen}
-
-
-def read(plan, needs_labels, load):
-    """The Corpus to evaluate on: the head of the files, but all of them where references or labels depend on every row,
-    or where the head has too few sentences in a direction."""
-    n_rows = rows_to_read(plan.split, plan.limit)
-    if not (plan.all_references or needs_labels):
-        head = load(n_rows)
-        counts = [len(rows_of(head, plan.split, *ends)) for ends in plan.directions]
-        if len(head) < n_rows or all(n >= plan.limit for n in counts):
-            return head
-    return load(None)
 
 
 def training_text(prefixes, columns, tokenizer, longest):

@@ -30,9 +30,10 @@ from prefix.data import corpus as data
 from prefix.data import rows
 from prefix.distributed import printable
 from prefix.evaluation import pictures
-from prefix.evaluation.compare import rows_to_read, sentences
+from prefix.evaluation.compare import sentences
 from prefix.evaluation.metrics import METRICS
 from prefix.evaluation.report import aligned
+from prefix.prefix_file import read_header
 from prefix.sequences import pack_pairs, pairs_of, separator
 from prefix.translation import translate
 
@@ -218,7 +219,8 @@ def main():
     if args.nearest or args.ablate:
         paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names)
         longest = min(384, model.config.n_positions - banks.position_offset)
-        corpus = data.load(paths, columns, tokenizer, rows_to_read("test", SENTENCES), longest)
+        limit = None if args.data else read_header(prefixes[0])["training"].get("limit")  # what training has encoded
+        corpus = data.load(paths, columns, tokenizer, limit, longest)
     attention = look_at(model, tokenizer, banks, args.text, direction)
     tables, lines = attention.tables(), [f"{' -> '.join(direction)}: {' '.join(attention.tokens)}"]
     for title, table in tables:

@@ -6,7 +6,6 @@ unlucky draw decides. The examples are never among the evaluated sentences. Each
 its target column has, so one evaluation may be of several tasks.
 """
 
-import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from minigpt.files import UserError
 from prefix import distributed
 from prefix.batches import only
 from prefix.data.corpus import sample_rows
-from prefix.data.splits import SPLITS, TEST, VALIDATION
+from prefix.data.splits import SPLITS
 from prefix.decoding import Decoding
 from prefix.distributed import log
 from prefix.evaluation import metrics
@@ -26,7 +25,7 @@ from prefix.evaluation.few_shot import FORMS, draw_shots, few_shot, form_log_p
 from prefix.translation import translate
 
 MAX_CHOICES = 1000  # texts of a column among which an answer can be chosen
-BATCHES = 4  # decoded between two steps of the progress bar
+BATCHES = 4  # decoded in one step of the progress bar
 
 
 @dataclass
@@ -83,24 +82,12 @@ class Result:
 # Which sentences
 
 
-def rows_to_read(split, limit):
-    """How many rows of a file surely hold `limit` sentences of a split (a quarter more, against bad luck)."""
-    held = {"train": 1 - TEST - VALIDATION, "test": TEST, "validation": VALIDATION, "all": 1}[split]
-    return math.ceil(1.25 * limit / held) + 1000
-
-
-def rows_of(corpus, split, source, target):
-    """The numbers of a split's rows, or for "all" of any, that have texts in both of these columns, in order."""
-    direction = [*map(corpus.columns.index, (source, target))]
-    examples = [only(corpus.examples(name), [direction]) for name in SPLITS if split in (name, "all")]
-    return np.sort(np.concatenate(examples)[:, 0])
-
-
 def sentences(corpus, split, limit, source, target, all_references=False):
-    """-> (at most `limit` texts to translate, a list of references for each). all_references: as in Plan."""
+    """-> (at most `limit` texts to translate, a list of references for each). split, all_references: as in Plan."""
     s, t = map(corpus.columns.index, (source, target))
+    examples = [only(corpus.examples(name), [(s, t)]) for name in SPLITS if split in (name, "all")]
     groups = {}  # of rows that are one sentence
-    for row in rows_of(corpus, split, source, target):
+    for row in np.sort(np.concatenate(examples)[:, 0]):
         groups.setdefault(corpus.text(row, s) if all_references else row, []).append(row)
     groups = list(groups.values())
     groups = [groups[i] for i in sample_rows(np.arange(len(groups)), limit)]
@@ -185,12 +172,9 @@ class Comparison:
         """answer(texts) -> list of Translation; length(text): tokens of its whole prompt. -> System."""
         result, step = self.result, BATCHES * self.decoding.batch_size
         texts = self.cut_sources(length) if self.plan.truncate_source else result.sources
-        quiet = distributed.rank() > 0 or not sys.stderr.isatty()
-        answers, began = [], time.monotonic()
-        with tqdm(total=len(texts), desc=f"{result.source} -> {result.target} {name}", disable=quiet) as bar:
-            for i in range(0, len(texts), step):
-                answers += answer(texts[i : i + step])
-                bar.update(len(answers) - bar.n)
+        began, bar = time.monotonic(), f"{result.source} -> {result.target} {name}"
+        starts = tqdm(range(0, len(texts), step), desc=bar, disable=distributed.rank() > 0 or not sys.stderr.isatty())
+        answers = [one for i in starts for one in answer(texts[i : i + step])]
         outputs = [one.text for one in answers]
         counts = {
             "empty": outputs.count(""),
