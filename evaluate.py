@@ -7,7 +7,6 @@ python evaluate.py --from tweet --to label --choices           a classifier: acc
 """
 
 import signal
-from argparse import ArgumentTypeError
 from datetime import datetime
 from itertools import permutations
 from pathlib import Path
@@ -27,11 +26,12 @@ from prefix.decoding import Decoding
 from prefix.distributed import log, printable
 from prefix.evaluation import report
 from prefix.evaluation.attention_maps import look_at
-from prefix.evaluation.compare import DEFAULT, Plan, compare, has_enough, rows_to_read
+from prefix.evaluation.compare import Plan, compare
 from prefix.evaluation.metrics import ACCURACY, NAMES
 from prefix.prefix_file import read_header
 
 ANY_LENGTH = 1 << 30  # tokens of a pair, where sources are cut later
+DEFAULT = ["bleu", "chrf"]
 FILES = {"json": report.to_json, "hypotheses": report.to_tsv, "report": report.to_html}
 
 
@@ -39,39 +39,9 @@ def parse_arguments():
     parser = cli.Parser(prog="evaluate.py", description="Compare a learned prefix with k-shot prompting.")
     cli.add_prefix_option(parser)
     parser.add_argument("--model", help="where the base lies, if not where the prefix file says")
-    add_sentence_options(parser.add_argument_group("which sentences").add_argument)
-    add_answer_options(parser.add_argument_group("how they are answered").add_argument)
-    add_result_options(parser.add_argument_group("what is shown and written").add_argument)
-    cli.add_weights_option(parser)
-    cli.add_machine_options(parser)
-    args = parser.parse_args()
-    for name in FILES:
-        path = getattr(args, name)
-        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-            parser.error(f"--{name} {path}: not a file in a folder that is there")
-    if args.shots == 0:
-        args.draws = min(args.draws, 1)  # there is nothing to draw
-    if args.choices is not None and (not args.target or args.beam > 1):
-        parser.error("--choices goes with --to, the column that they stand for, and without --beam")
-    if args.columns and len(set(args.columns)) < max(2, len(args.columns)):
-        parser.error(f"--columns {' '.join(args.columns)}: name two or more, each of them once")
-    if not all(choice.strip() for choice in args.choices or []):
-        parser.error("--choices: an answer is empty")
-    return args
+    number = lambda least, default=None: {"type": cli.int_at_least(least), "default": default, "metavar": "N"}
 
-
-def metric(text):
-    """An argparse type: one of NAMES, or a column, "=" and one of them."""
-    if (name := text.rpartition("=")[2]) not in NAMES:
-        raise ArgumentTypeError(f"{name!r} is none of {', '.join(NAMES)}")
-    return text
-
-
-def number(least, default=None):
-    return {"type": cli.int_at_least(least), "default": default, "metavar": "N"}
-
-
-def add_sentence_options(option):
+    option = parser.add_argument_group("which sentences").add_argument
     option("--data", nargs="+", metavar="FILE", help="default: what the prefix was trained on")
     option("--columns", nargs="+", metavar="NAME", help="evaluate between these (all that have a bank)")
     option("--from", dest="source", metavar="BANK", help="evaluate directions from this column only")
@@ -79,13 +49,12 @@ def add_sentence_options(option):
     option("--split", choices=[*SPLITS, "all"], default="test", help="all: every row, for a file apart (test)")
     one = "all: rows with the same source are one sentence, their targets its references (one)"
     option("--references", choices=["one", "all"], default="one", help=one)
-    option("--limit", **number(1, 500), help="sentences in each direction, from the head of the file if it has them (500)")
+    option("--limit", **number(1, 500), help="sentences in each direction (500)")
     option("--max-tokens", **number(3, 384), help="longest pair, in tokens (384)")
     cut = "take pairs of any length; cut a source at its end until an answer of --max-new-tokens fits behind it"
     option("--truncate-source", action="store_true", help=f"{cut} (by default a quarter of the context)")
 
-
-def add_answer_options(option):
+    option = parser.add_argument_group("how they are answered").add_argument
     chosen = "answer with one of these texts; without any, one that training has in the column --to"
     option("--choices", nargs="*", metavar="TEXT", help=chosen)
     option("--shots", **number(0, 3), help="examples in a k-shot prompt (3)")
@@ -95,37 +64,58 @@ def add_answer_options(option):
     option("--max-new-tokens", **number(1), help="tokens of an answer at most (twice the source and 16)")
     option("--batch-size", **number(1, 32), help="sentences decoded at once (32)")
 
-
-def add_result_options(option):
+    option = parser.add_argument_group("what is shown and written").add_argument
     scored = f"of {', '.join(NAMES)} (bleu chrf); the first picks the median draw. label=accuracy summary=rouge: by the"
     scored += " column that is the target. accuracy (with macro-F1) answers with one of the training's labels"
-    option("--metrics", nargs="+", type=metric, default=DEFAULT, metavar="[COLUMN=]NAME", help=scored)
+    option("--metrics", nargs="+", default=DEFAULT, metavar="[COLUMN=]NAME", help=scored)
     option("--examples", **number(0, 3), help="sentences to show side by side (3)")
     option("--json", type=Path, metavar="FILE", help="write everything here as well")
     option("--hypotheses", type=Path, metavar="FILE.tsv", help="write source, reference, prefix, k-shot, one line each")
     option("--report", type=Path, metavar="FILE.html", help="write a page to look at, one file")
+    cli.add_weights_option(parser)
+    cli.add_machine_options(parser)
+    return checked(parser, parser.parse_args())
+
+
+def checked(parser, args):
+    """The arguments, if they go together; else one line, before anything is loaded."""
+    for name in FILES:
+        path = getattr(args, name)
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            parser.error(f"--{name} {path}: not a file in a folder that is there")
+    for text in args.metrics:
+        if text.rpartition("=")[2] not in NAMES:
+            parser.error(f"--metrics {text}: the metrics are {', '.join(NAMES)}")
+    if args.choices is not None and (not args.target or args.beam > 1):
+        parser.error("--choices goes with --to, the column that they stand for, and without --beam")
+    if not all(choice.strip() for choice in args.choices or []):
+        parser.error("--choices: an answer is empty")
+    if args.shots == 0:
+        args.draws = min(args.draws, 1)  # there is nothing to draw
+    return args
 
 
 def main():
     args = parse_arguments()
     distributed.start(args.device)
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
-    plan = Plan(args.split, args.limit, args.shots, args.draws, args.seed, metrics_of_columns(args, banks))
-    plan.directions, plan.truncate_source = directions(args, banks, prefixes), args.truncate_source
-    plan.multi_reference = args.references == "all"
-    longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
+    wanted = directions(args, banks, prefixes)
     paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names, args.columns)
-    load = lambda limit, longest: data.load(paths, columns, tokenizer, limit, longest)
-    needs_labels = not args.choices and any(ACCURACY in names for names in plan.metrics.values())
-    corpus = read(plan, needs_labels, lambda limit: load(limit, ANY_LENGTH if args.truncate_source else longest))
+    there = {ends: names for ends, names in wanted.items() if {*ends} <= {*columns}}
+    plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, args.shots, args.draws, args.seed)
+    limit = None if args.data else read_header(prefixes[0])["training"].get("limit")  # what training has encoded
+    longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
+    corpus = data.load(paths, columns, tokenizer, limit, ANY_LENGTH if args.truncate_source else longest)
     for line in corpus.report:
         log(line)
-    if args.split == "all" and (args.draws or needs_labels):
-        plan.training = training_text(prefixes, columns, tokenizer, longest)
-    elif args.truncate_source and args.draws:  # shots that are whole, and short enough for a few of them
-        plan.training = load(rows_to_read(args.split, args.limit), longest)
-    decoding = Decoding(args.max_new_tokens, beams=args.beam, batch_size=args.batch_size, choices=args.choices)
-    results = compare(model, tokenizer, banks, corpus, plan, decoding)
+    training, labels = corpus, not args.choices and any(ACCURACY in names for names in there.values())
+    if args.split == "all" and (args.draws or labels):
+        training = training_text(prefixes, columns, tokenizer, longest)
+    elif args.truncate_source and args.draws:  # examples that are whole, and short enough for a few of them
+        training = data.load(paths, columns, tokenizer, limit, longest)
+    most = args.max_new_tokens or (model.config.n_positions // 4 if args.truncate_source else None)
+    decoding = Decoding(most, beams=args.beam, batch_size=args.batch_size, choices=args.choices)
+    results = compare(model, tokenizer, banks, corpus, training, plan, decoding)
     speaks = distributed.rank() == 0
     distributed.finish()
     if not speaks:
@@ -133,47 +123,33 @@ def main():
     settings = settings_of(args, prefixes, model) | {"data": paths, "columns": columns}
     print(printable(report.to_text(settings, results)))
     first = results[0]
-    text, output = next((both for both in zip(first.sources, first.prefix.outputs) if both[1]), (None, None))
-    if output:
-        first.attention = look_at(model, tokenizer, banks, text, (first.source, first.target), output).tables()
+    looked_at = look_at(model, tokenizer, banks, first.sources[0], (first.source, first.target), first.prefix.outputs[0])
+    first.attention = looked_at.tables()
     for name, form in FILES.items():
         if path := getattr(args, name):
             with replacing(path) as temporary:  # a path in the settings need not be UTF-8
                 temporary.write_text(form(settings, results), encoding="utf-8", errors="backslashreplace")
 
 
-def metrics_of_columns(args, banks):
-    """{target column: names of metrics} as --metrics and --choices say, None for the other columns."""
-    found = {}
-    for column, _, name in (text.rpartition("=") for text in args.metrics):
-        found.setdefault(column or None, []).append(name)
-    banks.mask(found.keys() - {None})  # each is there
-    return {None: DEFAULT} | found | ({args.target: [ACCURACY]} if args.choices is not None else {})
-
-
 def directions(args, banks, prefixes):
-    """The (source, target) names that --columns, --from and --to leave of those that were trained, else of all."""
-    names, trained = args.columns or banks.names, set()
-    banks.mask([*names, *filter(None, [args.source, args.target])])  # each is there
-    wanted = {(s, t) for s, t in permutations(names, 2) if args.source in (None, s) and args.target in (None, t)}
+    """{(source, target): names of metrics}, in order of the target: of the directions that --columns, --from and --to
+    leave, those that were trained, or all if none was."""
+    metrics = {}  # of each target column; "": of the others
+    for column, _, name in (text.rpartition("=") for text in args.metrics):
+        metrics.setdefault(column, []).append(name)
+    if args.choices is not None:
+        metrics[args.target] = [ACCURACY]
+    banks.mask([name for name in [args.source, args.target, *(args.columns or []), *metrics] if name])  # each is there
+    names = [name for name in banks.names if name in (args.columns or banks.names)]
+    wanted = [(s, t) for t in names for s in names if s != t and args.source in (None, s) and args.target in (None, t)]
     if not wanted:
-        told = " ".join(f"--{end} {name}" for end, name in (("from", args.source), ("to", args.target)) if name)
-        raise UserError(f"{told or 'this prefix'}: no direction between {', '.join(names)} is like that")
+        raise UserError(f"there is no direction between {' and '.join(names)} that --from and --to leave")
+    trained = set()
     for header in map(read_header, prefixes):
         pairs = header["training"].get("pairs")
         trained |= {ends for ends in permutations(header["banks"], 2) if not pairs or ":".join(ends) in pairs}
-    return wanted & trained or wanted
-
-
-def read(plan, needs_labels, load):
-    """The Corpus to evaluate on: the head of the files, but all of them where references or labels depend on every row,
-    or where the head has too few sentences in a wanted direction."""
-    n_rows = rows_to_read(plan.split, plan.limit)
-    if not (plan.multi_reference or needs_labels):
-        head = load(n_rows)
-        if len(head) < n_rows or has_enough(head, plan.split, plan.limit, plan.directions):
-            return head
-    return load(None)
+    chosen = [ends for ends in wanted if ends in trained] or wanted
+    return {(s, t): metrics.get(t) or metrics.get("") or DEFAULT for s, t in chosen}
 
 
 def training_text(prefixes, columns, tokenizer, longest):
@@ -187,12 +163,11 @@ def training_text(prefixes, columns, tokenizer, longest):
 
 def settings_of(args, prefixes, model):
     """All that it takes to repeat an evaluation: the options, the base, the machine."""
-    header, searched = read_header(prefixes[0]), f"beam {args.beam}" if args.beam > 1 else "greedy"
+    header = read_header(prefixes[0])
     settings = {name: value for name, value in vars(args).items() if name not in FILES}
     settings |= {"prefix": list(map(str, prefixes)), "model": args.model or header["training"]["model"]}
     settings |= {"base": header["base"]["fingerprint"], "device": str(model.device), "dtype": str(model.dtype)}
-    settings |= {"decoding": searched, "torch": torch.__version__}
-    return settings | {"date": datetime.now().astimezone().isoformat(" ", timespec="minutes")}
+    return settings | {"torch": torch.__version__, "date": datetime.now().astimezone().isoformat(" ", timespec="minutes")}
 
 
 if __name__ == "__main__":

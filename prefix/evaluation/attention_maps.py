@@ -13,26 +13,27 @@ mean key of the text is subtracted first: it moves all scores of a query alike, 
 """
 
 import copy
-import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minigpt.attention import Slots, visible
+from minigpt.attention import Slots
 from minigpt.backends import attend
 from minigpt.files import UserError, escape_control
 from prefix import run
 from prefix.data import corpus as data
 from prefix.data import rows
 from prefix.distributed import printable
-from prefix.evaluation.compare import Plan, rows_to_read, sentences
+from prefix.evaluation import pictures
+from prefix.evaluation.compare import sentences
 from prefix.evaluation.metrics import METRICS
-from prefix.evaluation.pictures import draw_ablation, draw_attention
 from prefix.evaluation.report import aligned
+from prefix.prefix_file import read_header
 from prefix.sequences import pack_pairs, pairs_of, separator
 from prefix.translation import translate
 
@@ -67,25 +68,25 @@ class Attention:
 
 @torch.no_grad()
 def attention_mass(model, banks, ids, packed):
-    """One sequence, ids (T,) -> (n_layer, n_head, T, n_banks + 1): the share of its attention that each token gives to
-    each bank, in order, and last to the text. A closed bank gets exactly 0."""
-    c, T, n_banks = model.config, len(ids), len(banks.names)
+    """ids (N,), packed -> (n_layer, n_head, N, n_banks + 1): the share of its attention that each token gives to each bank,
+    in order, and last to the text. A closed bank gets exactly 0.
+
+    What attention puts out is a mean of values, weighted by attention. So let number b of a value be 1 for the slots of
+    bank b and 0 for all else: number b of the output is then the bank's share."""
+    n_head, n_banks, mass = model.config.n_head, len(banks.names), []
     slots = banks.slots().to(model.dtype)
-    seen = visible(packed, slots)[0, 0]  # (T, S + T)
-    belongs = F.pad(slots.bank.long(), (0, T), value=n_banks)  # (S + T,): the bank of each slot, and then the text
-    belongs = F.one_hot(belongs, n_banks + 1).float()  # (S + T, n_banks + 1)
-    mass = torch.empty(c.n_layer, c.n_head, T, n_banks + 1)
+    which = F.one_hot(slots.bank.long(), model.config.head_dim).to(model.dtype)  # (S, head_dim)
+    layers, marked = slots.layers(), replace(slots, value=which.expand_as(slots.value)).layers()
 
     def attn_fn(i, qkv):
-        q, k, v = qkv.unflatten(-1, (3, c.n_head, -1)).permute(1, 2, 0, 3)  # each (n_head, T, head_dim)
-        k, v = torch.cat([slots.key[i], k], dim=1), torch.cat([slots.value[i], v], dim=1)  # (n_head, S + T, head_dim)
-        scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(c.head_dim)
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)  # (n_head, T, S + T)
-        mass[i] = weights @ belongs
-        return (weights.to(v.dtype) @ v).transpose(0, 1).flatten(1)  # (T, n_embd)
+        q, k, v = qkv.float().chunk(3, dim=1)  # each (N, n_embd)
+        shares = attend(torch.cat([q, k, 0 * v], dim=1), n_head, packed, marked[i], "plain")  # (N, n_embd)
+        shares = shares.unflatten(1, (n_head, -1))[..., :n_banks].transpose(0, 1)  # (n_head, N, n_banks)
+        mass.append(torch.cat([shares, 1 - shares.sum(dim=-1, keepdim=True)], dim=-1))
+        return attend(qkv, n_head, packed, layers[i], model.attention)
 
     model.blocks(model.embed(ids, packed.position + banks.position_offset), attn_fn)
-    return mass
+    return torch.stack(mass).cpu()
 
 
 def look_at(model, tokenizer, banks, text, direction, answer=None):
@@ -168,24 +169,21 @@ def without(banks, bank=None, layer=None):
     return closed
 
 
-def ablate(model, tokenizer, banks, texts, references, direction):
-    """Translate `texts` with nothing closed, without each bank of `direction`, without each layer's slots -> {name:
-    (output of the first text, BLEU of the others against `references`)}."""
-    parts, found = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in direction}, {}
+def ablate(model, tokenizer, banks, texts, references, direction, attention):
+    """Translate `texts` with nothing closed, without each bank of `direction`, without each layer's slots -> (a table of
+    the BLEU of all texts but the first and, for layers, of the share of `attention` on their slots; {name: output of the
+    first text})."""
+    parts = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in direction}
     parts |= {f"layer {i}": without(banks, layer=i) for i in range(model.config.n_layer)}
-    for name, part in tqdm(parts.items(), desc="closing", disable=not sys.stderr.isatty()):
-        output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, direction))
-        found[name] = output, METRICS["bleu"](outputs, references)
-    return found
-
-
-def ablation_table(found, attention):
-    """Lines of cells; for a layer, also the share of attention on its slots in the one sentence."""
     on_slots = 100 * (1 - attention.mass[..., -1]).mean(dim=(1, 2))  # (n_layer,)
     shares = {f"layer {i}": f"{share:.1f}" for i, share in enumerate(on_slots.tolist())}
-    whole = found["nothing"][1]
-    lines = [[name, f"{bleu:.2f}", f"{bleu - whole:+.2f}", shares.get(name, "")] for name, (_, bleu) in found.items()]
-    return [["closed", "BLEU", "change", "% on slots"], *lines]
+    table, firsts, whole = [["closed", "BLEU", "change", "% on slots"]], {}, None
+    for name, part in tqdm(parts.items(), desc="closing", disable=not sys.stderr.isatty()):
+        firsts[name], *outputs = (result.text for result in translate(model, tokenizer, part, texts, direction))
+        bleu = METRICS["bleu"](outputs, references)
+        whole = bleu if whole is None else whole
+        table.append([name, f"{bleu:.2f}", f"{bleu - whole:+.2f}", shares.get(name, "")])
+    return table, firsts
 
 
 def parse_arguments():
@@ -207,6 +205,8 @@ def parse_arguments():
     args = parser.parse_args()
     if args.out and (args.out.suffix.lower() not in (".svg", ".png") or not args.out.absolute().parent.is_dir()):
         parser.error(f"--out {args.out}: not an .svg or .png file in a folder that is there")
+    if args.out and not find_spec("matplotlib"):
+        parser.error("--out takes matplotlib: pip install matplotlib")
     return args
 
 
@@ -219,7 +219,8 @@ def main():
     if args.nearest or args.ablate:
         paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names)
         longest = min(384, model.config.n_positions - banks.position_offset)
-        corpus = data.load(paths, columns, tokenizer, rows_to_read("test", SENTENCES), longest)
+        limit = None if args.data else read_header(prefixes[0])["training"].get("limit")  # what training has encoded
+        corpus = data.load(paths, columns, tokenizer, limit, longest)
     attention = look_at(model, tokenizer, banks, args.text, direction)
     tables, lines = attention.tables(), [f"{' -> '.join(direction)}: {' '.join(attention.tokens)}"]
     for title, table in tables:
@@ -227,16 +228,16 @@ def main():
     if args.nearest:
         lines += ["", *nearest_lines(model, tokenizer, banks, corpus, args.nearest)]
     if args.ablate:
-        if not {*direction} <= {*corpus.columns}:
-            raise UserError(f"{paths[0]} does not have both {' and '.join(direction)}: name some text with --data")
-        sources, references = sentences(corpus, Plan(limit=SENTENCES), *direction)
-        found = ablate(model, tokenizer, banks, [args.text, *sources], references, direction)
-        table = ablation_table(found, attention)
+        there = {*direction} <= {*corpus.columns}
+        sources, references = sentences(corpus, "test", SENTENCES, *direction) if there else ([], [])
+        if not sources:
+            raise UserError(f"{paths[0]}: no test sentences from {' to '.join(direction)}: name some text with --data")
+        table, outputs = ablate(model, tokenizer, banks, [args.text, *sources], references, direction, attention)
         lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(table), ""]
-        lines += [f"  {name:10}  {output}" for name, (output, _) in found.items()]
+        lines += [f"  {name:10}  {output}" for name, output in outputs.items()]
     print(printable("\n".join(lines)))
     if args.out:
-        draw_ablation(table, args.out) if args.ablate else draw_attention(tables, args.out)
+        pictures.save(pictures.ablation_figure(table) if args.ablate else pictures.attention_figure(tables), args.out)
 
 
 if __name__ == "__main__":

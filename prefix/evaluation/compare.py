@@ -6,7 +6,6 @@ unlucky draw decides. The examples are never among the evaluated sentences. Each
 its target column has, so one evaluation may be of several tasks.
 """
 
-import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from minigpt.files import UserError
 from prefix import distributed
 from prefix.batches import only
 from prefix.data.corpus import sample_rows
-from prefix.data.splits import SPLITS, TEST, VALIDATION
+from prefix.data.splits import SPLITS
 from prefix.decoding import Decoding
 from prefix.distributed import log
 from prefix.evaluation import metrics
@@ -26,24 +25,21 @@ from prefix.evaluation.few_shot import FORMS, draw_shots, few_shot, form_log_p
 from prefix.translation import translate
 
 MAX_CHOICES = 1000  # texts of a column among which an answer can be chosen
-BATCHES = 4  # decoded between two steps of the progress bar
-DEFAULT = ["bleu", "chrf"]
+BATCHES = 4  # decoded in one step of the progress bar
 
 
 @dataclass
 class Plan:
     """What to evaluate."""
 
-    split: str = "test"  # one of SPLITS, or "all"
-    limit: int = 500  # sentences in each direction
-    shots: int = 3
-    draws: int = 3
-    seed: int = 0
-    metrics: dict = field(default_factory=lambda: {None: DEFAULT})  # {target column: metrics.NAMES}, None: all others
-    directions: set = ()  # (source, target) names of columns
-    multi_reference: bool = False  # rows with the same source are one sentence with several references
-    truncate_source: bool = False  # cut sources that do not fit the context
-    training: object = None  # the Corpus whose training split gives shots and labels; None: the evaluated one
+    directions: dict  # {(source, target) columns: names of metrics}
+    split: str  # one of SPLITS, or "all"
+    limit: int  # sentences in each direction
+    all_references: bool  # rows with the same source are one sentence with several references
+    truncate_source: bool  # cut sources that do not fit the context
+    shots: int
+    draws: int
+    seed: int
 
 
 @dataclass
@@ -54,8 +50,8 @@ class System:
     outputs: list
     scores: dict  # {metric: 0 .. 100}
     counts: dict  # of empty outputs, outputs truncated at their limit, sources cut to fit; seconds for all
-    prompt: str | None = None  # the k-shot examples
     confusion: list | None = None  # how often each class (row) was answered with each (column)
+    prompt: str | None = None  # the k-shot examples
 
 
 @dataclass
@@ -67,7 +63,7 @@ class Result:
     sources: list
     references: list  # the texts that are right for each source
     choices: list | None = None  # the texts that an answer may be, if they are labels
-    classes: list | None = None  # these and all that occur
+    classes: list = ()  # these and all that occur
     signatures: dict = field(default_factory=dict)  # {metric: settings}
     prefix: System | None = None
     draws: list = field(default_factory=list)
@@ -86,47 +82,15 @@ class Result:
 # Which sentences
 
 
-def rows_to_read(split, limit):
-    """How many rows of a file surely hold `limit` sentences of a split (a quarter more, against bad luck)."""
-    held = {"train": 1 - TEST - VALIDATION, "test": TEST, "validation": VALIDATION, "all": 1}[split]
-    return math.ceil(1.25 * limit / held) + 1000
-
-
-def in_split(corpus, split):
-    """The corpus's examples (n, 3), row, source and target column, of a split or, for "all", of every one, by row."""
-    examples = np.concatenate([corpus.examples(name) for name in SPLITS if split in (name, "all")])
-    return examples[np.argsort(examples[:, 0], kind="stable")]
-
-
-def rows_of(corpus, split, source, target):
-    """The numbers of a split's rows that have texts in both of these columns."""
-    return only(in_split(corpus, split), [[*map(corpus.columns.index, (source, target))]])[:, 0]
-
-
-def has_enough(corpus, split, limit, directions):
-    """Has the corpus `limit` sentences of a split in each of these directions between its columns?"""
-    there = [direction for direction in directions if {*direction} <= {*corpus.columns}]
-    return all(len(rows_of(corpus, split, *direction)) >= limit for direction in there)
-
-
-def directions_of(corpus, plan):
-    """The (source, target) column names to evaluate, in order of the target. Raises UserError if there are none."""
-    found = np.unique(in_split(corpus, plan.split)[:, :0:-1], axis=0).tolist()
-    found = [(corpus.columns[s], corpus.columns[t]) for t, s in found]
-    found = [direction for direction in found if direction in plan.directions]
-    if not found:
-        raise UserError(f"none of the {len(corpus)} usable pairs falls into the {plan.split} split: give more data")
-    return found
-
-
-def sentences(corpus, plan, source, target):
-    """-> (at most plan.limit texts to translate, a list of references for each)."""
+def sentences(corpus, split, limit, source, target, all_references=False):
+    """-> (at most `limit` texts to translate, a list of references for each). split, all_references: as in Plan."""
     s, t = map(corpus.columns.index, (source, target))
+    examples = [only(corpus.examples(name), [(s, t)]) for name in SPLITS if split in (name, "all")]
     groups = {}  # of rows that are one sentence
-    for row in rows_of(corpus, plan.split, source, target):
-        groups.setdefault(corpus.text(row, s) if plan.multi_reference else row, []).append(row)
+    for row in np.sort(np.concatenate(examples)[:, 0]):
+        groups.setdefault(corpus.text(row, s) if all_references else row, []).append(row)
     groups = list(groups.values())
-    groups = [groups[i] for i in sample_rows(np.arange(len(groups)), plan.limit)]
+    groups = [groups[i] for i in sample_rows(np.arange(len(groups)), limit)]
     return [corpus.text(rows[0], s) for rows in groups], [[corpus.text(row, t) for row in rows] for rows in groups]
 
 
@@ -142,26 +106,27 @@ def labels_of(corpus, name):
 # The comparison
 
 
-def compare(model, tokenizer, banks, corpus, plan, decoding):
-    """Evaluate the directions between the corpus's columns -> a list of Result. Where a target has the metric accuracy,
-    answers are chosen among decoding.choices or, without any, the labels that the training split has there."""
-    results, training = [], plan.training or corpus
-    if plan.truncate_source and not decoding.max_new:
-        decoding = replace(decoding, max_new=model.config.n_positions // 4)
-    for source, target in directions_of(corpus, plan):
-        result = Result(source, target, *sentences(corpus, plan, source, target))
-        names = plan.metrics.get(target) or plan.metrics[None]
+def compare(model, tokenizer, banks, corpus, training, plan, decoding):
+    """Evaluate on the sentences of a corpus -> a list of Result, one for each direction that has some. training: the
+    Corpus whose training split gives examples, and labels where a target has the metric accuracy and decoding no choices."""
+    results = []
+    for (source, target), names in plan.directions.items():
+        sources, references = sentences(corpus, plan.split, plan.limit, source, target, plan.all_references)
+        if not sources:
+            continue
+        result = Result(source, target, sources, references)
         if metrics.ACCURACY in names:
             result.choices = decoding.choices or labels_of(training, target)
-            result.classes = sorted({*result.choices, *(refs[0] for refs in result.references)})
-        scored = metrics.named(names, result.classes or [])
-        result.signatures = {metric.label: metric.signature(result.references) for metric in scored}
-        chosen = replace(decoding, choices=result.choices)
-        comparison = Comparison(model, tokenizer, plan, chosen, scored, result)
+            result.classes = sorted({*result.choices, *(refs[0] for refs in references)})
+        scored = metrics.named(names, result.classes)
+        result.signatures = {metric.label: metric.signature(references) for metric in scored}
+        comparison = Comparison(model, tokenizer, plan, replace(decoding, choices=result.choices), scored, result)
         comparison.run_prefix(banks)
         if plan.draws:
             comparison.run_few_shot(training)
         results.append(result)
+    if not results:
+        raise UserError(f"none of the {len(corpus)} usable pairs falls into the {plan.split} split: give more data")
     return results
 
 
@@ -198,21 +163,18 @@ class Comparison:
     def run_draw(self, shots):
         answer = lambda texts: few_shot(self.model, self.tokenizer, shots, texts, self.decoding)
         length = lambda text: self.n_tokens(shots.text) + self.n_tokens(shots.question(text))
-        return replace(self.measure(f"{len(shots.pairs)}-shot", answer, length), prompt=shots.text)
+        return self.measure(f"{len(shots.pairs)}-shot", answer, length, shots.text)
 
     def n_tokens(self, text):
         return len(self.tokenizer.encode(text))
 
-    def measure(self, name, answer, length):
+    def measure(self, name, answer, length, prompt=None):
         """answer(texts) -> list of Translation; length(text): tokens of its whole prompt. -> System."""
         result, step = self.result, BATCHES * self.decoding.batch_size
-        texts = self.cut_sources(name, length) if self.plan.truncate_source else result.sources
-        quiet = distributed.rank() > 0 or not sys.stderr.isatty()
-        answers, began = [], time.monotonic()
-        with tqdm(total=len(texts), desc=f"{result.source} -> {result.target} {name}", disable=quiet) as bar:
-            for i in range(0, len(texts), step):
-                answers += answer(texts[i : i + step])
-                bar.update(len(answers) - bar.n)
+        texts = self.cut_sources(length) if self.plan.truncate_source else result.sources
+        began, bar = time.monotonic(), f"{result.source} -> {result.target} {name}"
+        starts = tqdm(range(0, len(texts), step), desc=bar, disable=distributed.rank() > 0 or not sys.stderr.isatty())
+        answers = [one for i in starts for one in answer(texts[i : i + step])]
         outputs = [one.text for one in answers]
         counts = {
             "empty": outputs.count(""),
@@ -220,25 +182,20 @@ class Comparison:
             "sources cut": sum(map(str.__ne__, texts, result.sources)),
             "seconds": round(time.monotonic() - began, 2),
         }
+        if counts["sources cut"]:
+            log(f"{name}: {counts['sources cut']} of {len(texts)} sources were cut at their end to fit the context")
         scores = {metric.label: metric(outputs, result.references) for metric in self.scored}
-        confusion = result.classes and metrics.confusion(outputs, result.references, result.classes)
-        return System(name, outputs, scores, counts, confusion=confusion)
+        confusion = metrics.confusion(outputs, result.references, result.classes) if result.classes else None
+        return System(name, outputs, scores, counts, confusion, prompt)
 
-    def cut_sources(self, name, length):
-        """The sources, cut at their end where an answer would not fit behind them."""
+    def cut_sources(self, length):
+        """The sources, cut at their end where the longest answer would not fit behind them."""
         choices = [self.n_tokens(choice) + 2 for choice in self.decoding.choices or []]
-        room = self.model.config.n_positions - max(choices, default=self.decoding.max_new)
-        texts = [cut_to_fit(self.tokenizer, text, length, room) for text in self.result.sources]
-        if n_cut := sum(map(str.__ne__, texts, self.result.sources)):
-            log(f"{name}: {n_cut} of {len(texts)} sources were cut at their end to fit the context")
+        room, texts = self.model.config.n_positions - max(choices, default=self.decoding.max_new), []
+        for text in self.result.sources:
+            ids = self.tokenizer.encode(text)
+            while ids and (excess := length(text) - room) > 0:
+                ids = ids[:-excess]
+                text = self.tokenizer.decode(ids).rstrip("\ufffd")
+            texts.append(text)
         return texts
-
-
-def cut_to_fit(tokenizer, text, length, room):
-    """The longest beginning of a text, in tokens, with length(beginning) <= room, or "" if there is none."""
-    ids = tokenizer.encode(text)
-    n = len(ids)
-    while n > 0 and (excess := length(text) - room) > 0:
-        n = max(0, n - excess)
-        text = tokenizer.decode(ids[:n]).rstrip("\ufffd")
-    return text

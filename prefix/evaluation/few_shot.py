@@ -44,12 +44,10 @@ class Shots:
     @property
     def text(self):
         """The examples; "" for none."""
-        if self.form == "lines":
-            return "\n".join(f"{clean(source)}\n{clean(target)}\n" for source, target in self.pairs)
-        return "".join(f"{self.question(source)}{self.answer(target)}" for source, target in self.pairs)
+        return "".join(self.question(source) + self.answer(target) for source, target in self.pairs).removeprefix("\n")
 
     def question(self, text):
-        """The text behind the examples. In bare lines the blank line comes first, as it does between examples."""
+        """The text behind the examples. In bare lines a blank line comes first, as it does between examples."""
         if self.form == "lines":
             return "\n" * bool(self.pairs) + f"{clean(text)}\n"
         return f"{self.source}: {clean(text)}\n{self.target}:"
@@ -86,28 +84,22 @@ def draw_shots(corpus, source, target, k, seed, avoid=()):
 
 
 def form_log_p(model, tokenizer, shots, trials):
-    """{form: the mean over `trials` of log p(target text | examples, source text)}, over the trials that fit into the
-    context in both forms; {} if none does."""
-    scores = [trial_log_p(model, tokenizer, replace(shots, form=form), trials) for form in FORMS]
-    both = [of_forms for of_forms in zip(*scores) if None not in of_forms]
-    return {form: sum(values) / len(both) for form, values in zip(FORMS, zip(*both))}
-
-
-def trial_log_p(model, tokenizer, shots, trials):
-    """log p of each trial's target text and the end of its line; None if it does not fit into the context."""
-    prefix = shots.read(model, tokenizer)
-    scores, room = [], model.config.n_positions - prefix[1]  # behind the examples
+    """{form: the mean over `trials` of log p(target text and the end of its line | examples, source text)}, over the
+    trials that fit into the context in both forms; {} if none does."""
+    forms, scores = [replace(shots, form=form) for form in FORMS], []  # scores: of each trial, its log p in each form
+    prefixes = [form.read(model, tokenizer) for form in forms]
     for source, target in trials:
-        prompt, answer = shots.prompt(tokenizer, source), tokenizer.encode(shots.answer(target))
-        fits = len(prompt.ids) + len(answer) - 1 <= room
-        scores.append(float(log_p(model, [(prompt, answer)], *prefix)) if fits else None)
-    return scores
+        pairs = [(form.prompt(tokenizer, source), tokenizer.encode(form.answer(target))) for form in forms]
+        lengths = [n + len(prompt.ids) + len(answer) - 1 for (_, n), (prompt, answer) in zip(prefixes, pairs)]
+        if max(lengths) <= model.config.n_positions:
+            scores.append([float(log_p(model, [pair], *prefix)) for pair, prefix in zip(pairs, prefixes)])
+    return {form: sum(values) / len(values) for form, values in zip(FORMS, zip(*scores))}
 
 
 def few_shot(model, tokenizer, shots, texts, decoding=None):
     """Texts -> a list of Translation, in the same order: greedy, or the likeliest of decoding.choices. Raises UserError
     if the examples alone fill the context."""
-    greedy = replace(decoding or Decoding(), beams=1, sampler=None)
+    greedy = replace(decoding or Decoding(), beams=1)
     prefix = shots.read(model, tokenizer)
     answers = [tokenizer.encode(shots.answer(choice)) for choice in greedy.choices or []]
     prompts = {i: shots.prompt(tokenizer, text) for i, text in enumerate(texts)}

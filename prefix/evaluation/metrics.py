@@ -29,7 +29,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import chain
 
 import numpy as np
 from nltk.stem.porter import PorterStemmer
@@ -187,12 +186,13 @@ def confusion(answers, references, labels):
     return [[pairs[right, answer] for answer in labels] for right in labels]
 
 
-def rouge(kind, stem=False):
-    """ROUGE-1, -2 or -L."""
-    overlap, n = {"1": (clipped, 1), "2": (clipped, 2), "L": (longest_common_subsequence, 1)}[kind]
+def rouge(stem):
+    """ROUGE-1, -2 and -L."""
     settings = f"case:lower|tok:rouge-score|stem:{'yes' if stem else 'no'}|f1:sentence-mean"
-    count = partial(rouge_counts, overlap=overlap, n=n, stem=stem)
-    return Metric(f"ROUGE-{kind}{'-stem' * stem}", settings, count, mean_score)
+    return [
+        Metric(f"ROUGE-{kind}{'-stem' * stem}", settings, partial(rouge_counts, overlap=overlap, n=n, stem=stem), mean_score)
+        for kind, overlap, n in (("1", clipped, 1), ("2", clipped, 2), ("L", longest_common_subsequence, 1))
+    ]
 
 
 METRICS = {
@@ -200,19 +200,17 @@ METRICS = {
     "chrf": Metric("chrF2", f"case:mixed|eff:yes|nc:{CHRF_ORDER}|nw:0|space:no", chrf_counts, chrf_score),
     "sentence_bleu": Metric("sentence BLEU", "case:mixed|tok:space|smooth:none|nltk", sentence_bleu_counts, mean_score),
     "exact": Metric("exact %", "case:mixed", lambda text, refs: [text in refs, 1], mean_score),
-    **{f"rouge{kind}": rouge(kind) for kind in "12L"},
-    **{f"rouge{kind}-stem": rouge(kind, stem=True) for kind in "12L"},
 }
-GROUPS = {"rouge": ["rouge1", "rouge2", "rougeL"], "rouge-stem": ["rouge1-stem", "rouge2-stem", "rougeL-stem"]}
+GROUPS = {"rouge": rouge(stem=False), "rouge-stem": rouge(stem=True)}
 ACCURACY = "accuracy"  # the name for the metrics of answers that are labels
 NAMES = [*METRICS, *GROUPS, ACCURACY]
 
 
 def named(names, labels=()):
-    """The Metrics of these of NAMES."""
-    of_labels = [replace(METRICS["exact"], label="accuracy"), macro_f1(labels)]
-    groups = (of_labels if name == ACCURACY else [METRICS[n] for n in GROUPS.get(name, [name])] for name in names)
-    return list(chain(*groups))
+    """The Metrics of these of NAMES. labels: those that macro-F1 is the mean over."""
+    groups = {name: [metric] for name, metric in METRICS.items()} | GROUPS
+    groups[ACCURACY] = [replace(METRICS["exact"], label="accuracy"), macro_f1(labels)]
+    return [metric for name in names for metric in groups[name]]
 
 
 def paired_bootstrap(metric, hypotheses_a, hypotheses_b, references, n_resamples=RESAMPLES, seed=0):

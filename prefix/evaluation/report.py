@@ -134,7 +134,7 @@ def to_text(settings, results):
         shown += [*(f"  {said}" for said in remarks(result)), ""]
         for sentence in side_by_side(result, settings["examples"]):
             shown += [*(f"  {name:>10}  {text}" for name, text in sentence), ""]
-    names = "prefix", "data", "split", "decoding", "shots", "draws"
+    names = "prefix", "data", "split", "beam", "shots", "draws"
     shown.append(", ".join(f"{name} {spelled(settings[name])}" for name in names))
     return "\n".join([*shown, "   ".join(signatures(results))])
 

@@ -15,7 +15,7 @@ from prefix.evaluation.compare import Result, System
 
 ATTACK = "<script>document.title='taken'</script><img src=x onerror=alert(1)> & \"q\" 'q'"
 SETTINGS = {"prefix": [f"{Path.home()}/runs/x"], "model": "gpt2", "base": "0a1b", "date": "2026-01-02 03:04"}
-SETTINGS |= {"data": ["en-fr.csv"], "split": "test", "decoding": "greedy", "shots": 1, "draws": 2, "examples": 2}
+SETTINGS |= {"data": ["en-fr.csv"], "split": "test", "beam": 1, "shots": 1, "draws": 2, "examples": 2}
 SETTINGS |= {"weights": None, "seed": 0}
 ATTENTION = [("bank <en>", [["layer", "h0", "h1"], ["0", "20.0", "0.0"], ["1", "10.0", "5.0"]])]
 
