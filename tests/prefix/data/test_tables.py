@@ -10,7 +10,7 @@ import zipfile
 import pytest
 from conftest import refusal
 
-from prefix.data.rows import Skipped, read_rows, resolve_columns
+from prefix.data.rows import Skipped, Table, read_rows
 
 PAIRS = [("one cat", "un chat"), ("two dogs", "deux chiens"), ("red", "rouge"), ("she said go", "elle dit va")]
 COLUMNS = ["en", "fr"]
@@ -69,7 +69,7 @@ def objects_of(make=lambda en, fr: {"en": en, "fr": fr}):
 def test_each_kind_of_table_gives_its_rows(write, name, content):
     path = write(name, content)
     rows, report = read(path)
-    assert [texts for _, texts in rows] == PAIRS and report == [] and resolve_columns([path]) == ("en", "fr")
+    assert [texts for _, texts in rows] == PAIRS and report == [] and [*Table([path]).places()] == ["en", "fr"]
 
 
 MARKED = [("Hello, you", "Bonjour; toi"), ("Yes, no, why", "Oui"), ("No", "Non, non")]
@@ -99,8 +99,9 @@ def test_every_other_line_break_is_a_space_and_ends_no_row(write, name, mark):
 def test_text_files_are_columns_side_by_side(write):
     english, french = write("a.en", "\ufeffzero\r\none\ntwo"), write("b.fr", "zéro\nun\ndeux\n")
     assert read(english, french) == ([(1, ("zero", "zéro")), (2, ("one", "un")), (3, ("two", "deux"))], [])
-    assert resolve_columns([english, french]) == ("en", "fr")
-    assert resolve_columns([english, french], ["de", "it"]) == ("de", "it")
+    files = Table([english, french])
+    assert files.places() == files.places(["en", "fr"]) == {"en": 0, "fr": 1} and files.places(["de", "it"]) == {"de": 0, "it": 1}
+    assert files.places(["fr", "en"]) == {"fr": 1, "en": 0}  # by their ends, whatever the order
 
 
 def test_text_files_of_different_lengths_are_an_error_with_the_counts_even_behind_a_limit(write):
