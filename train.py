@@ -7,8 +7,6 @@ python train.py --prefix-len 10 --model gpt2-xl --data en-fr.csv    full size, o
 import shlex
 import signal
 import sys
-from contextlib import nullcontext
-from itertools import permutations
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -17,7 +15,6 @@ if __name__ == "__main__":
 import torch
 
 from minigpt import UserError
-from minigpt.files import locked, remove_leftovers
 from minigpt.memory import tokens_that_fit
 from prefix import cli, distributed, run, state
 from prefix.batches import MICRO_BATCH_TOKENS, BatchLoader
@@ -28,7 +25,6 @@ from prefix.dry_run import counted, dry_run
 from prefix.evaluation.pictures import draw_loss
 from prefix.init import INITS, initial_banks
 from prefix.rates import try_rates
-from prefix.state import METRICS
 from prefix.trainer import Settings, Trainer
 
 MAX_SLOTS = 1 << 12  # of a bank: more than any published context has positions, less than fills a machine's memory
@@ -71,7 +67,7 @@ def add_options(parser):
     add = parser.add_argument_group("how it is learned").add_argument
     add("--steps", **n(1), help="optimizer steps (demo: 300, else 2048)")
     add("--batch-size", **n(1, MAX_BATCH), default=64, help="pairs per optimizer step (64)")
-    text = "peak learning rate (0.3; 0.003 with --reparam); several: the best after a tenth of the steps (at least 20) goes on"
+    text = "peak learning rate (0.3; 0.003 with --reparam); of several, the best after a tenth of the steps goes on"
     add("--lr", nargs="+", type=float_range(0, 100, open_low=True), metavar="X", help=text)
     add("--warmup", **n(0), help="steps of linear warm-up (a twentieth of the steps)")
     add("--reparam", action="store_true", help="train slots through Li and Liang's MLP, for the training only (off)")
@@ -92,45 +88,40 @@ def main():
     args = parse_arguments()
     distributed.start(args.device)
     config = run.resume_config(args) if args.resume else run.resolve(args)
-    rates, directions = config["settings"]["lr"], run.directions(config)
-    rates = rates if isinstance(rates, list) else [rates]
+    directions, lr = run.directions(config), config["settings"]["lr"]
+    rates = lr if isinstance(lr, list) else [lr]
     model, tokenizer = cli.load_model(args, config["model"])
     model.checkpoint_activations = args.checkpoint_activations
     corpus = load_corpus(config, model, tokenizer)
-    first, out = distributed.rank() == 0, args.resume
-    micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
+    micro_batch_tokens = args.micro_batch_tokens or config["machine"]["micro_batch_tokens"]
     micro_batch_tokens = micro_batch_tokens or tokens_that_fit(model, MICRO_BATCH_TOKENS[model.device.type])
 
-    def make_trainer(lr, out):
+    def make_trainer(lr, out=None):
         banks, settings = make_banks(config, model, tokenizer, corpus), Settings(**config["settings"] | {"lr": lr})
         loader = BatchLoader(corpus, tokenizer, settings, model.device, directions, micro_batch_tokens)
         return Trainer(model, banks, loader, settings, out)
 
-    trainer, names = make_trainer(rates[0], out), config["columns"]
-    arrows = [f"{names[s]} -> {names[t]}" for s, t in directions or permutations(range(len(names)), 2)]
+    trainer = make_trainer(rates[0])  # before the run directory: a mistake leaves none
     if len(rates) > 1 and not len(trainer.loader.validation):
         raise UserError("several --lr are compared on validation pairs, and there are none: give one --lr")
     if args.dry_run:
-        dry_run(trainer, len(corpus), arrows)
+        dry_run(trainer, directions)
         return distributed.finish()
-    out = trainer.out = out or distributed.broadcast(run.make_directory(args.out) if first else None)
-    with locked(out / METRICS) if first else nullcontext():
-        if args.resume and len(rates) == 1:
-            trainer.resume()
-            if args.micro_batch_tokens:  # whatever ran out of memory before
-                trainer.loader.micro_batch_tokens = args.micro_batch_tokens
-        elif first and not args.resume:
-            run.check_unused(out)  # again: another run may have been faster
-        if first:
-            for folder in (out, out / "last"):
-                remove_leftovers(folder)
-            run.write_config(out, config)
-        if (began := trainer.progress.step) < trainer.settings.steps:
-            told = f"{counted(len(arrows), 'direction')} on {counted(len(trainer.loader.train), 'example')}"
-            log(f"Training {', '.join(config['train_banks'] or names)} in {told}, {model.device}, {model.dtype}, {out}")
+    with run.directory(args.out, args.resume) as out:
+        trainer.out = out
+        if len(rates) == 1:
+            trainer.resume()  # where a run is
+        if args.micro_batch_tokens:  # whatever ran out of memory before
+            trainer.loader.micro_batch_tokens = args.micro_batch_tokens
+        began = trainer.progress.step
+        run.write_config(out, config)
+        if began < trainer.settings.steps:
+            trained, examples = config["train_banks"] or config["columns"], counted(len(trainer.loader.train), "example")
+            log(f"Training {', '.join(trained)} on {examples}, {model.device}, {model.dtype}, {out}")
         if len(rates) > 1:
-            trainer, config["settings"]["lr"] = try_rates(rates, make_trainer, out)
-            if first and not trainer.stopped:
+            trainer = try_rates(rates, make_trainer, out)
+            if not trainer.stopped:
+                config["settings"]["lr"] = trainer.settings.lr
                 run.write_config(out, config)
         finished = not trainer.stopped and train(trainer)
     log(closing_line(trainer, model, began) if finished else f"stopped after step {trainer.progress.step}; {to_go_on(out)}")
@@ -140,12 +131,10 @@ def main():
 
 
 def load_corpus(config, model, tokenizer):
-    context, offset = model.config.n_positions, config["position_offset"]
-    longest = min(config["max_tokens"], context - offset)
-    if longest < 3:
-        taken = f"--position-offset prefix: {offset} positions for the slots"
-        raise UserError(f"{taken} leave too few for text in this model's context of {context}")
-    paths = run.data_paths(config["data"])
+    room = model.config.n_positions - config["position_offset"]
+    if room < 3:
+        raise UserError(f"--position-offset prefix leaves {room} positions, too few for text: give fewer slots, --prefix-len")
+    paths, longest = run.data_paths(config["data"]), min(config["max_tokens"], room)
     corpus = distributed.rank0_first(lambda: data.load(paths, config["columns"], tokenizer, config["limit"], longest))
     for line in corpus.report:
         log(line)

@@ -2,13 +2,14 @@
 
 import sys
 import time
+from itertools import permutations
 
 import torch
 
 
-def dry_run(trainer, n_rows, directions):
+def dry_run(trainer, directions):
     """Print what a run would train and take, from one micro-batch of its first step. Writes no file."""
-    s, loader, device = trainer.settings, trainer.loader, trainer.model.device
+    s, loader, device, names = trainer.settings, trainer.loader, trainer.model.device, trainer.banks.names
     batch, validation = loader.step(0), loader.batch_of(loader.validation)
     largest = max(batch.micro_batches, key=lambda micro_batch: len(micro_batch.ids))
     for _ in range(2):  # the first time, libraries are loaded and kernels compiled
@@ -23,9 +24,11 @@ def dry_run(trainer, n_rows, directions):
         import resource  # not on Windows
 
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"Banks {', '.join(trainer.banks.names)}; directions {', '.join(directions)}")
+    directions = directions or permutations(range(len(names)), 2)
+    arrows = [f"{names[source]} -> {names[target]}" for source, target in directions]
+    print(f"Banks {', '.join(names)}; directions {', '.join(arrows)}")
     examples = counted(len(loader.train), "example")
-    print(f"{counted(n_rows, 'row')}; {examples} to train on, {len(loader.validation):,} to validate on")
+    print(f"{counted(len(loader.corpus), 'row')}; {examples} to train on, {len(loader.validation):,} to validate on")
     tokens = f"about {batch.n_tokens:,} tokens in {counted(len(batch.micro_batches), 'micro-batch')}"
     print(f"{counted(s.batch_size, 'example')} a step: {tokens}")
     print(f"{counted(s.steps, 'step')}: each example {rounded(s.steps * s.batch_size / len(loader.train))} times")

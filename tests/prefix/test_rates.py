@@ -26,25 +26,25 @@ def make_trainer(model, corpus, trainer, tmp_path):
     return make_trainer
 
 
-def assert_as_alone(trainer, rate, make_trainer, tmp_path):
-    """This trainer ends as a run with this rate alone: slots, metrics, prefix file."""
-    alone = make_trainer(rate, tmp_path / "alone")
+def assert_as_alone(trainer, make_trainer, tmp_path):
+    """This trainer ends as a run with its rate alone: slots, metrics, prefix file."""
+    alone = make_trainer(trainer.settings.lr, tmp_path / "alone")
     assert alone.run() and trainer.run()
     assert same(slots_of(trainer), slots_of(alone)) and same(saved_prefix(trainer), saved_prefix(alone))
     assert metrics(trainer.out) == metrics(alone.out)
 
 
 def test_the_best_rate_goes_on_exactly_as_a_run_with_that_rate_alone(make_trainer, tmp_path, capsys):
-    trainer, best = try_rates(RATES, make_trainer, tmp_path / "run")
-    said = capsys.readouterr().err
+    trainer = try_rates(RATES, make_trainer, tmp_path / "run")
+    said, best = capsys.readouterr().err, trainer.settings.lr
     trials = [make_trainer(rate, tmp_path / f"by-hand-{rate}") for rate in RATES]
     assert all(trial.run(TRIAL) for trial in trials)
     losses = {rate: trial.validation_loss() for rate, trial in zip(RATES, trials)}
     assert best == min(losses, key=losses.get) and f"Going on with --lr {best:g}" in said
     for rate, loss in losses.items():
         assert f"--lr {rate:g}: validation loss {loss:.4f} after 20 of 24 steps" in said
-    assert trainer.progress.step == TRIAL and trainer.settings.lr == best
-    assert_as_alone(trainer, best, make_trainer, tmp_path)
+    assert trainer.progress.step == TRIAL
+    assert_as_alone(trainer, make_trainer, tmp_path)
 
 
 @pytest.mark.parametrize("steps, warmup, length", [(300, 15, 30), (40, 2, 20), (300, 40, 80), (3, 0, 3), (100, 99, 100)])
@@ -62,14 +62,14 @@ def test_a_signal_ends_a_trial_and_the_next_try_goes_on_there(make_trainer, tmp_
             stop_after(made[-1], step)
         return made[-1]
 
-    trainer, best = try_rates(RATES, stopped_once, out)
-    assert best is None and trainer is made[rate] and trainer.stopped and trainer.progress.step == step + 1
-    trainer, best = try_rates(RATES, make_trainer, out)
-    assert_as_alone(trainer, best, make_trainer, tmp_path)
+    trainer = try_rates(RATES, stopped_once, out)
+    assert trainer is made[rate] and trainer.stopped and trainer.progress.step == step + 1
+    trainer = try_rates(RATES, make_trainer, out)
+    assert_as_alone(trainer, make_trainer, tmp_path)
 
 
 def test_a_choice_that_was_killed_while_its_files_were_copied_is_made_again(make_trainer, tmp_path):
     try_rates(RATES, make_trainer, tmp_path / "run")
     os.truncate(tmp_path / "run/last/state.safetensors", 1000)
-    trainer, best = try_rates(RATES, make_trainer, tmp_path / "run")
-    assert_as_alone(trainer, best, make_trainer, tmp_path)
+    trainer = try_rates(RATES, make_trainer, tmp_path / "run")
+    assert_as_alone(trainer, make_trainer, tmp_path)

@@ -69,13 +69,6 @@ def test_a_config_that_is_missing_or_has_a_missing_or_foreign_field_is_one_line_
             runs.read_config(write("config.json", json.dumps(content)))
 
 
-def test_a_run_that_saved_every_so_many_seconds_as_earlier_ones_could_goes_on(config_of, write):
-    config = config_of()
-    for given, read in ((7, 7), ("60s", 50)):
-        config["settings"]["save_every"] = given
-        assert runs.read_config(write("config.json", json.dumps(config)))["settings"]["save_every"] == read
-
-
 # The newest run
 
 
