@@ -114,7 +114,8 @@ def main():
     plan.directions, plan.truncate_source = directions(args, banks, prefixes), args.truncate_source
     plan.multi_reference = args.references == "all"
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
-    paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names, args.columns)
+    paths = run.data_paths(args.data or cli.data_of(prefixes))
+    columns = rows.columns_for(paths, banks.names, args.columns)
     load = lambda limit, longest: data.load(paths, columns, tokenizer, limit, longest)
     needs_labels = not args.choices and any(ACCURACY in names for names in plan.metrics.values())
     corpus = read(plan, needs_labels, lambda limit: load(limit, ANY_LENGTH if args.truncate_source else longest))

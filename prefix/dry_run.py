@@ -27,17 +27,11 @@ def dry_run(trainer, directions):
     directions = directions or permutations(range(len(names)), 2)
     arrows = [f"{names[source]} -> {names[target]}" for source, target in directions]
     print(f"Banks {', '.join(names)}; directions {', '.join(arrows)}")
-    examples = counted(len(loader.train), "example")
-    print(f"{counted(len(loader.corpus), 'row')}; {examples} to train on, {len(loader.validation):,} to validate on")
-    tokens = f"about {batch.n_tokens:,} tokens in {counted(len(batch.micro_batches), 'micro-batch')}"
-    print(f"{counted(s.batch_size, 'example')} a step: {tokens}")
-    print(f"{counted(s.steps, 'step')}: each example {rounded(s.steps * s.batch_size / len(loader.train))} times")
+    print(f"Rows: {len(loader.corpus):,}; examples: {len(loader.train):,}, and {len(loader.validation):,} to validate on")
+    print(f"A step: {s.batch_size:,} examples, about {batch.n_tokens:,} tokens, micro-batches: {len(batch.micro_batches):,}")
+    print(f"Steps: {s.steps:,}; each example comes {rounded(s.steps * s.batch_size / len(loader.train))} times")
     each = f"{rounded(per_token * batch.n_tokens)} s a step"
     print(f"Memory: about {memory / 1e9:.1f} GB. Time: about {rounded(seconds / 60)} min on {device}, {each}")
-
-
-def counted(n, noun):
-    return f"{n:,} {noun}{('es' if noun.endswith('h') else 's') * (n != 1)}"
 
 
 def rounded(x):

@@ -50,8 +50,8 @@ def test_only_the_pairs_that_are_named_are_trained_and_both_files_say_so(run):
 def test_a_dry_run_says_what_a_run_would_take_and_writes_no_run(run):
     code, out, _ = run(train, *OPTIONS, "--dry-run", "--out", "new", "--steps", 1500)
     assert code == 0 and "Banks en, fr; directions en -> fr, fr -> en\n" in out
-    assert "19 rows; 24 examples to train on, 4 to validate on" in out and "4 examples a step: about" in out
-    assert "in 1 micro-batch\n1,500 steps: each example 250 times\n" in out
+    assert "Rows: 19; examples: 24, and 4 to validate on\nA step: 4 examples, about" in out
+    assert "micro-batches: 1\nSteps: 1,500; each example comes 250 times\n" in out
     assert "Memory: about" in out and "Time: about" in out
     assert sorted(path.name for path in Path().iterdir()) == ["base", "t.csv"]
 
@@ -101,4 +101,4 @@ def test_of_several_rates_the_best_trains_the_prefix_also_where_the_trials_were_
 def test_a_run_that_went_wrong_says_so_at_its_end_and_what_to_try(run, monkeypatch):
     monkeypatch.setattr(train.Trainer, "validation_loss", lambda trainer, base=False: 1.0 if base else 2.0)
     code, _, said = run(train, *OPTIONS, "--prefix-len", 2, "--columns", "en", "fr", "--out", "wrong")
-    assert code == 0 and said.count("Warning: validation loss") == said.count("Try --lr 0.03 0.1 0.3") == 1
+    assert code == 0 and said.count("Warning: ") == said.count("Try --lr 0.03 0.1 0.3") == 1

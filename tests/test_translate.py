@@ -196,7 +196,7 @@ def test_other_forms_of_the_weights_translate(run, options):
     (["--from", "es"], ["no bank 'es'", "en, fr"]),
     (["--choices", "a", " "], ["--choices: an answer is empty"]),
     (["--choices", "a", "--beam", "2"], ["--choices does not go with --beam"]),
-    (["--choices", "a", "--top-k", "2"], ["--choices does not go with --beam"]),
+    (["--choices", "a", "--top-k", "2"], ["--top-k", "not with"]),
     (["--from", "en", "--to", "en"], ["--from en --to en"]),
     (["--beam", "2", "--temperature", "1"], ["--beam", "--temperature"]),
     (["--length-penalty", "2"], ["--length-penalty goes with --beam"]),

@@ -2,7 +2,7 @@
 
     files -> rows.read_rows -> tokenizer -> <home>/tokens/<key>/ -> Corpus
 
-The key is a hash of all that decides what a cache holds: the files (path, size, time, first bytes), the tokenizer and
+The key is a hash of all that decides what a cache holds: the files (path, size, time), the tokenizer and
 the options. A cache is written under another name and then renamed. On opening, the sizes of its files are checked.
 
 The cache of R rows in C columns, whose cell number row * C + column is the text of that row in that column:
@@ -33,7 +33,6 @@ from minigpt import checkpoint
 from minigpt.files import UserError
 from prefix.data.rows import NOT_UTF8, TO_UTF8, Skipped, Table, read_rows
 from prefix.data.splits import SPLITS, split_of
-from prefix.data.tables import open_bytes
 
 CACHE_FORMAT = 7
 FILES = ("tokens.bin", "index.bin", *(f"{split}.bin" for split in SPLITS))
@@ -68,10 +67,9 @@ def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
 
 
 def signature(path):
-    """What tells one state of a file from another without reading it all."""
-    with open_bytes(path) as file:
-        stat, start = os.fstat(file.fileno()), hashlib.sha256(file.read(1 << 16)).hexdigest()
-    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, start]
+    """What tells one state of a file from another without reading it."""
+    stat = os.stat(path)
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
 def _sizes(directory):

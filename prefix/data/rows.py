@@ -14,8 +14,8 @@ from itertools import chain, islice
 from minigpt.files import UserError
 from prefix.banks import MAX_BANKS
 from prefix.data import tables
-from prefix.data.tables import MAX_FIELD
 
+MAX_FIELD = 100_000  # characters
 FIRST_ROWS = 100  # which tell what a column holds
 SAME = 3  # rows that make one value a constant
 NOT_UTF8, TO_UTF8 = "not UTF-8", "make it UTF-8, for example with iconv -f LATIN1 -t UTF-8"
@@ -57,7 +57,7 @@ class Table:
     """Some files as one table, known by its beginning. Raises UserError where they are none.
 
     names: of the columns, as line 1, JSON's keys or the ends of text files have them. line: the number of the line that
-    holds them, 0 where none does. has_header: False where line 1 seems to hold texts."""
+    holds them, 0 where none does. has_header: False for text files, and where line 1 seems to hold texts."""
 
     def __init__(self, paths):
         self.paths = paths
@@ -67,23 +67,17 @@ class Table:
             told = fault + (f"; it begins {start!r:.60}" if start else "") + f": {TO_UTF8}" * (fault == NOT_UTF8)
             raise self._error(f"no table: expected names of columns, in UTF-8: {told}")
         self.names = list(map(clean, names))
-        self.has_header = self.line == 0 or not _is_row(self.names)
+        self.has_header = len(paths) == 1 and (self.line == 0 or not _is_row(self.names))
 
     def places(self, columns=None):
         """{column: its place in a record}, of the columns to read, in their order.
 
-        columns: those asked for. They name text files, or the columns of a table without a header, where they are not
-        names that these have. None: both columns of a table that has two, the first two languages of one that has more,
-        all text files. Raises UserError where that does not say which, or where they are not there."""
+        columns: those asked for. Where there is no header they may be new names for what is there. None: all text files,
+        both columns of a table that has two, the first two languages of one that has more. Raises UserError where that
+        does not say which, or where they are not there."""
         names = self.names
-        if len(self.paths) > 1:
-            if columns and not set(columns) <= set(names):
-                names = columns
-            if len(names) != len(self.paths):
-                raise self._error(f"{len(self.paths)} text files, but {len(columns)} columns: name one for each")
-            columns = columns or names
-        elif columns and not self.has_header and not set(columns) & set(names):
-            names = self._named(columns)
+        if columns and not self.has_header and not set(columns) <= set(names):
+            names = self._renamed(columns)
         columns = columns or self._default()
         if not 2 <= len(set(columns)) == len(columns) <= MAX_BANKS or not all(columns) or damage(columns):
             raise self._error(f"2 to {MAX_BANKS} columns of different names in UTF-8 are needed, not {_listed(columns)}")
@@ -101,17 +95,20 @@ class Table:
     def _error(self, fault):
         return UserError(f"{' '.join(map(str, self.paths))}: {fault}")
 
-    def _named(self, columns):
-        """The names of a table without a header: `columns`, of all its columns or of the first that hold texts."""
-        every, samples = len(columns) == len(self.names), self._samples()
-        places = [place for place, sample in enumerate(samples) if every or not _no_text("", sample)]
-        if len(columns) > len(places):
-            raise self._error(f"{len(columns)} columns, but line 1 has {len(places)} texts: {_listed(self.names)}")
+    def _renamed(self, columns):
+        """`columns` as names for all that is there, or for a table's first columns that hold texts; "" for the others."""
+        n, places = len(self.names), range(len(self.names))
+        if len(columns) < n and len(self.paths) == 1:
+            places = [place for place, sample in enumerate(self._samples()) if not _no_text("", sample)]
+        if len(columns) > len(places) or (len(columns) < n and len(self.paths) > 1):
+            raise self._error(f"{len(columns)} columns, but {len(places)} texts: {_listed(self.names)}")
         named = dict(zip(places, columns))
-        return [named.get(place, "") for place in range(len(self.names))]
+        return [named.get(place, "") for place in range(n)]
 
     def _default(self):
-        """The columns to read of a table where nobody named them."""
+        """The columns to read where nobody named them."""
+        if len(self.paths) > 1:
+            return self.names
         names = [name for name in self.names if name]
         if len(names) > 1 and not self.has_header:
             told = "--columns en fr names them, in order, and reads line 1 as a row; if that is a header, name its columns"
@@ -128,31 +125,21 @@ class Table:
         return names
 
     def _samples(self):
-        """Of each column, its first texts that are not empty."""
+        """Of each column of a table, its first texts that are not empty."""
         n, first = len(self.names), islice(tables.records(self.paths), 1, 1 + FIRST_ROWS)
         rows = [values for _, values in first if isinstance(values, list) and len(values) == n]
         return [list(filter(None, map(_text, column))) for column in zip(*rows)] or [[]] * n
 
 
 def columns_for(paths, names, columns=None):
-    """Which of the `names` these files have -> (paths, columns), both in the order of `names`: a row's split goes by
-    its first text, so that columns must stand as they stood in training. columns: some that must be there.
-
-    Text files are called by `columns`, if there is one for each, else by their ends or, where those are others, by
-    `names`. A table without a header has the columns `columns`, in that order."""
+    """Those of the `names` that these files have, in that order: a row's split goes by its first text, so that columns
+    must stand as they stood in training. columns: some that must be there; new names, in order, for what has none."""
     table = Table(paths)
-    if len(paths) > 1:
-        named = columns if len(columns or ()) == len(paths) else table.names if set(table.names) <= set(names) else names
-        places = table.places(named)
-        found = sorted(places, key=names.index)
-        paths = [paths[places[name]] for name in found]
-        table.require(columns or [], found)
-    elif not table.has_header and not set(names) & set(table.names):
-        found = [*table.places(columns)]
-    else:
-        found = [name for name in names if name in table.names]
-        table.require(columns or (names if len(found) < 2 else found))
-    return paths, found
+    found = [name for name in names if name in table.names]
+    if len(found) < 2 and not table.has_header:
+        return list(table.places(columns or names))
+    table.require(columns or (found if len(found) > 1 else names))
+    return found
 
 
 def is_language(name):
@@ -187,7 +174,7 @@ def read_rows(paths, columns, skipped):
     table = Table(paths)
     places, found = table.places(columns), tables.records(paths)
     line, first = next(found)
-    if line and not set(places) & set(table.names):
+    if line and not set(places) <= set(table.names):
         skipped.notes.append(f"{paths[0]} is read as a table without a header: line 1 is a row, {_listed(first)}")
         found = chain([(line, first)], found)
     for line, values in found:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from minigpt.files import UserError, reading
 
-MAX_FIELD = 100_000  # characters
 MAX_LINES = 100  # of one record: a quote still open after them was never closed
 FIRST_LINES = 1000  # of JSON: among them a column must turn up
 JSON_NAMES = (".jsonl", ".ndjson", ".json")

@@ -217,7 +217,8 @@ def main():
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
     direction = cli.direction(args, banks)
     if args.nearest or args.ablate:
-        paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names)
+        paths = run.data_paths(args.data or cli.data_of(prefixes))
+        columns = rows.columns_for(paths, banks.names)
         longest = min(384, model.config.n_positions - banks.position_offset)
         corpus = data.load(paths, columns, tokenizer, rows_to_read("test", SENTENCES), longest)
     attention = look_at(model, tokenizer, banks, args.text, direction)
