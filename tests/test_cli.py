@@ -28,7 +28,8 @@ def on(place):
 
 
 def test_training_leaves_a_run_directory_and_says_what_to_do_next(run, place, on):
-    code, out, err = run(train, *on, "--out", "my first run")
+    Path("base").symlink_to(place / "base")
+    code, out, err = run(train, *on, "--model", "base", "--out", "my first run")
     assert (code, out) == (0, "")
     assert set(os.listdir("my first run")) == {"prefix.safetensors", "last", "metrics.jsonl", "config.json"}
     last = err.splitlines()[-1]

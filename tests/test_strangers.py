@@ -200,7 +200,3 @@ def test_a_prefix_file_with_foreign_slots_metadata_or_names_of_banks_is_an_error
         assert why(renamed, metadata | {"banks": json.dumps([name, "fr"])})
     save_file(tensors, path, metadata)
     assert Banks.load(path, MODEL).names == ["en", "fr"]
-
-
-SHAPES = [(1, 2, 4, 2), (2, 2, 3, 2), (1, 2, 3, 1), (12,), (1, 2, 3, 2, 1)]
-TYPES = [torch.float64, torch.bool, torch.float8_e5m2]
