@@ -31,58 +31,6 @@ MAX_SLOTS = 1 << 12  # of a bank: more than any published context has positions,
 MAX_BATCH = 1 << 20  # pairs, whose list is in memory
 
 
-def parse_arguments():
-    parser = cli.Parser(prog="train.py", description="Learn one bank of slots per language for a frozen GPT-2.")
-    add_options(parser)
-    args = parser.parse_args()
-    if args.reparam and (args.train_banks or args.from_prefix):
-        parser.error("--reparam moves all banks from a start of its own: not with --from-prefix or --train-banks")
-    if args.resume:
-        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-        fixed = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", *run.FREE, *run.MACHINE)]
-        if fixed:
-            parser.error(f"--resume goes on with the run's own settings: {', '.join(fixed)} cannot be new")
-    return args
-
-
-def add_options(parser):
-    n = lambda least, most=None: {"type": int_at_least(least, most), "metavar": "N"}
-    add = parser.add_argument_group("what is learned, from what").add_argument
-    add("--prefix-len", **n(1, MAX_SLOTS), default=10, help="slots in each bank (10)")
-    add("--model", help="a directory, demo, or a published name such as gpt2 (gpt2-xl if it is on disk, else demo)")
-    add("--data", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines, or a text file per column (the sample corpus)")
-    text = "columns to use, each the name of a bank (both of two, else the first two that are names of languages)"
-    add("--columns", nargs="+", metavar="NAME", help=text)
-    pair = cli.number(str, lambda text: all(text.partition(":")), "a pair SOURCE:TARGET")
-    add("--pairs", nargs="+", type=pair, metavar="SOURCE:TARGET", help="directions to train (all that occur)")
-    add("--limit", **n(1), help="read no more than N usable rows (all)")
-    add("--max-tokens", **n(3), default=384, help="longest pair, in tokens (384)")
-    add("--init", choices=INITS, default="text", help="slots start as real text, at random, or without effect (text)")
-    add("--from-prefix", metavar="FILE_OR_RUN", help="banks that this prefix has start as they are there (none)")
-    add("--train-banks", nargs="+", metavar="NAME", help="others stay as --from-prefix has them (all)")
-    text = "where text starts (0); prefix: after as many positions as there are slots, as in peft"
-    add("--position-offset", choices=["0", "prefix"], default="0", help=text)
-
-    add = parser.add_argument_group("how it is learned").add_argument
-    add("--steps", **n(1), help="optimizer steps (demo: 300, else 2048)")
-    add("--batch-size", **n(1, MAX_BATCH), default=64, help="pairs per optimizer step (64)")
-    text = "peak learning rate (0.3; 0.003 with --reparam); of several, the best after a tenth of the steps goes on"
-    add("--lr", nargs="+", type=float_range(0, 100, open_low=True), metavar="X", help=text)
-    add("--warmup", **n(0), help="steps of linear warm-up (a twentieth of the steps)")
-    add("--reparam", action="store_true", help="train slots through Li and Liang's MLP, for the training only (off)")
-    add("--seed", **n(0), default=0, help="of the order and of random starts (0)")
-    add("--out", type=Path, metavar="DIR", help="the run directory (runs/<time>)")
-    add("--resume", type=Path, metavar="DIR", help="go on with this run; only its length and the machine may be new (none)")
-    add("--dry-run", action="store_true", help="say what a run would take, from one timed micro-batch (off)")
-    add("--eval-every", **n(0), help="steps between validations (a sixth); 0: never")
-    add("--save-every", **n(1), help="steps between saves of last/ (50)")
-
-    add = parser.add_argument_group("memory").add_argument
-    add("--micro-batch-tokens", **n(1), help="in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)")
-    add("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
-    cli.add_machine_options(parser)
-
-
 def main():
     args = parse_arguments()
     distributed.start(args.device)
@@ -100,7 +48,7 @@ def main():
         loader = BatchLoader(corpus, tokenizer, settings, model.device, directions, micro_batch_tokens)
         return Trainer(model, banks, loader, settings, out)
 
-    trainer = make_trainer(rates[0])  # before the run directory: a mistake leaves none
+    trainer = make_trainer(rates[0])  # before the run directory, so that a mistake leaves none
     if len(rates) > 1 and not len(trainer.loader.validation):
         raise UserError("several --lr are compared on validation pairs, and there are none: give one --lr")
     if args.dry_run:
@@ -109,19 +57,17 @@ def main():
     with run.directory(args.out, args.resume) as out:
         trainer.out = out
         if len(rates) == 1:
-            trainer.resume()  # where a run is
+            trainer.resume()  # a new run begins
         if args.micro_batch_tokens:  # whatever ran out of memory before
             trainer.loader.micro_batch_tokens = args.micro_batch_tokens
-        began = trainer.progress.step
         run.write_config(out, config)
-        if began < trainer.settings.steps:
+        if (began := trainer.progress.step) < trainer.settings.steps:
             trained = ", ".join(config["train_banks"] or config["columns"])
             log(f"Training {trained} on {len(trainer.loader.train):,} examples, {model.device}, {model.dtype}, {out}")
         if len(rates) > 1:
             trainer = try_rates(rates, make_trainer, out)
-            if not trainer.stopped:
-                config["settings"]["lr"] = trainer.settings.lr
-                run.write_config(out, config)
+            config["settings"]["lr"] = lr if trainer.stopped else trainer.settings.lr
+            run.write_config(out, config)
         finished = not trainer.stopped and train(trainer)
     log(closing_line(trainer, model, began) if finished else f"stopped after step {trainer.progress.step}; {to_go_on(out)}")
     distributed.finish()
@@ -182,6 +128,58 @@ def closing_line(trainer, model, began):
     result = f"Trained {trained:,} parameters ({fraction:.2%} of the model) {pace}: {good}{skipped}"
     script = "evaluate.py" if len(trainer.loader.corpus.examples("test")) else "translate.py"
     return f"{warning}{result}; {out}/prefix.safetensors. Try: python {script} --prefix {shlex.quote(str(out))}"
+
+
+def parse_arguments():
+    parser = cli.Parser(prog="train.py", description="Learn one bank of slots per language for a frozen GPT-2.")
+    add_options(parser)
+    args = parser.parse_args()
+    if args.reparam and (args.train_banks or args.from_prefix):
+        parser.error("--reparam moves all banks from a start of its own: not with --from-prefix or --train-banks")
+    if args.resume:
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        fixed = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", *run.FREE, *run.MACHINE)]
+        if fixed:
+            parser.error(f"--resume goes on with the run's own settings: {', '.join(fixed)} cannot be new")
+    return args
+
+
+def add_options(parser):
+    n = lambda least, most=None: {"type": int_at_least(least, most), "metavar": "N"}
+    add = parser.add_argument_group("what is learned, from what").add_argument
+    add("--prefix-len", **n(1, MAX_SLOTS), default=10, help="slots in each bank (10)")
+    add("--model", help="a directory, demo, or a published name such as gpt2 (gpt2-xl if it is on disk, else demo)")
+    add("--data", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines, or a text file per column (the sample corpus)")
+    text = "columns to use, each the name of a bank (both of two, else the first two that are names of languages)"
+    add("--columns", nargs="+", metavar="NAME", help=text)
+    pair = cli.number(str, lambda text: all(text.partition(":")), "a pair SOURCE:TARGET")
+    add("--pairs", nargs="+", type=pair, metavar="SOURCE:TARGET", help="directions to train (all that occur)")
+    add("--limit", **n(1), help="read no more than N usable rows (all)")
+    add("--max-tokens", **n(3), default=384, help="longest pair, in tokens (384)")
+    add("--init", choices=INITS, default="text", help="slots start as real text, at random, or without effect (text)")
+    add("--from-prefix", metavar="FILE_OR_RUN", help="banks that this prefix has start as they are there (none)")
+    add("--train-banks", nargs="+", metavar="NAME", help="others stay as --from-prefix has them (all)")
+    text = "where text starts (0); prefix: after as many positions as there are slots, as in peft"
+    add("--position-offset", choices=["0", "prefix"], default="0", help=text)
+
+    add = parser.add_argument_group("how it is learned").add_argument
+    add("--steps", **n(1), help="optimizer steps (demo: 300, else 2048)")
+    add("--batch-size", **n(1, MAX_BATCH), default=64, help="pairs per optimizer step (64)")
+    text = "peak learning rate (0.3; 0.003 with --reparam); of several, the best after a tenth of the steps goes on"
+    add("--lr", nargs="+", type=float_range(0, 100, open_low=True), metavar="X", help=text)
+    add("--warmup", **n(0), help="steps of linear warm-up (a twentieth of the steps)")
+    add("--reparam", action="store_true", help="train slots through Li and Liang's MLP, for the training only (off)")
+    add("--seed", **n(0), default=0, help="of the order and of random starts (0)")
+    add("--out", type=Path, metavar="DIR", help="the run directory (runs/<time>)")
+    add("--resume", type=Path, metavar="DIR", help="go on with this run; only its length and the machine may be new (none)")
+    add("--dry-run", action="store_true", help="say what a run would take, from one timed micro-batch (off)")
+    add("--eval-every", **n(0), help="steps between validations (a sixth); 0: never")
+    add("--save-every", **n(1), help="steps between saves of last/ (50)")
+
+    add = parser.add_argument_group("memory").add_argument
+    add("--micro-batch-tokens", **n(1), help="in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)")
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
+    cli.add_machine_options(parser)
 
 
 if __name__ == "__main__":

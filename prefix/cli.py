@@ -121,11 +121,11 @@ def load_model(args, name):
 def load_with_base(args):
     """The options of a script that uses a prefix -> (model, tokenizer, banks, paths of the prefix files). The banks of
     several files are one Banks. Without --prefix: the newest run with the banks that are named, else the demo's."""
-    needs = {getattr(args, "source", None), getattr(args, "target", None), *(getattr(args, "columns", None) or [])}
+    needs = {args.source, args.target, *(getattr(args, "columns", None) or [])} - {None}
     if args.prefix:
         paths = [prefix_file.find(path) for path in args.prefix]
     else:
-        paths = [newest_run(needs - {None}) or DEMO_PREFIX]
+        paths = [newest_run(needs) or DEMO_PREFIX]
         log(f"Using the prefix {paths[0]}")
     name = args.model or prefix_file.read_header(paths[0])["training"].get("model")
     if not name:
