@@ -1,8 +1,10 @@
 """train.py as a whole: what it would take, and a bank learned beside others that stay."""
 
+import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,7 +70,14 @@ def test_a_run_that_went_wrong_says_so_at_its_end_and_what_to_try(run, monkeypat
     assert said.count("Warning: ") == said.count("Try --lr 0.03 0.1 0.3") == 1
 
 
-def test_of_several_rates_the_best_trains_the_prefix_also_where_the_choice_was_interrupted(run, monkeypatch):
+def test_of_several_rates_the_best_trains_the_prefix_also_where_trials_and_choice_were_interrupted(run, monkeypatch):
+    steps, step = itertools.count(1), train.Trainer.optimizer_step
+
+    def signalled(trainer, batch):
+        if next(steps) == 23:  # in the second trial
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, batch)
+
     def killed(source, target, **options):
         shutil.copytree(source, target, **options)
         os.truncate(target / "last/state.safetensors", 1000)
@@ -76,8 +85,10 @@ def test_of_several_rates_the_best_trains_the_prefix_also_where_the_choice_was_i
 
     several = [*OPTIONS, "--steps", 21, "--prefix-len", 2, "--columns", "en", "fr", "--lr", 1e-4, 0.2]
     with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "optimizer_step", signalled)
+        assert run(train, *several, "--out", "stopped")[0] == 130
         patch.setattr("prefix.rates.shutil", SimpleNamespace(copytree=killed))
-        assert run(train, *several, "--out", "stopped")[0] == 9
+        assert run(train, "--resume", "stopped")[0] == 9
     code, _, said = run(train, "--resume", "stopped")
     assert code == 0 and "Going on with --lr" in said and said.count("after 20 of 21 steps") == 2
     best = json.loads(Path("stopped/config.json").read_text())["settings"]["lr"]
