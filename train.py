@@ -40,7 +40,7 @@ def main():
     model, tokenizer = cli.load_model(args, config["model"])
     model.checkpoint_activations = args.checkpoint_activations
     corpus = load_corpus(config, model, tokenizer)
-    micro_batch_tokens = args.micro_batch_tokens or config["machine"]["micro_batch_tokens"]
+    micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
     micro_batch_tokens = micro_batch_tokens or tokens_that_fit(model, MICRO_BATCH_TOKENS[model.device.type])
 
     def make_trainer(lr, out=None):
@@ -57,7 +57,7 @@ def main():
     with run.directory(args.out, args.resume) as out:
         trainer.out = out
         if len(rates) == 1:
-            trainer.resume()  # a new run begins
+            trainer.resume()  # where there is a run
         if args.micro_batch_tokens:  # whatever ran out of memory before
             trainer.loader.micro_batch_tokens = args.micro_batch_tokens
         run.write_config(out, config)

@@ -57,7 +57,7 @@ def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, on):
     (["--lr", "0"], ["--lr", "'0'", "above 0"]),
     (["--seed", "9" * 30], ["--seed", "whole number"]),
     (["--batch", "4"], ["unrecognized arguments: --batch"]),
-    (["--data", "nothing.csv"], ["nothing.csv", "no such file"]),
+    (["--data", "nothing.csv"], ["nothing.csv", "No such file"]),
     (["--columns", "en", "de"], ["no column 'de'", "'en', 'fr'"]),
     (["--pairs", "en-fr"], ["--pairs", "'en-fr' is not a pair SOURCE:TARGET"]),
     (["--model", "gpt9"], ["--model gpt9", "gpt2-xl"]),

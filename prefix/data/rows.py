@@ -109,11 +109,10 @@ class Table:
         """The columns to read where nobody named them."""
         if len(self.paths) > 1:
             return self.names
-        names = [name for name in self.names if name]
-        if len(names) > 1 and not self.has_header:
+        if not self.has_header:
             told = "--columns en fr names them, in order, and reads line 1 as a row; if that is a header, name its columns"
             raise self._error(f"line 1 seems to hold texts, not the names of columns: {_listed(self.names)}; {told}")
-        samples = zip(self.names, self._samples())
+        samples, names = zip(self.names, self._samples()), [name for name in self.names if name]
         faults = {name: fault for name, sample in samples if name and (fault := _no_text(name, sample))}
         if len(names) > 2:
             names = [name for name in names if is_language(name) and name not in faults][:2]
