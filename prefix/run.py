@@ -29,7 +29,7 @@ DEMO = Path(__file__).parent / "demo"
 DEMO_CORPUS, DEMO_PREFIX = DEMO / "en-fr.csv", DEMO / "prefix.safetensors"
 RUNS, PREFIX = Path("runs"), "prefix.safetensors"
 
-STEPS = {"demo": 300, "published": 2048}  # two minutes on a CPU; as the notebook
+DEMO_STEPS, STEPS = 300, 2048  # two minutes on a CPU; as the notebook
 # Learning rates count in each base's own units, so one serves all bases and starts (tests/benchmarks/rates.py).
 LR, REPARAM_LR = 0.3, 0.003
 # Options that may be new when a run goes on.
@@ -45,8 +45,8 @@ def resolve(args):
     if distributed.rank() == 0:
         check_unused(args.out)
     name = args.model or checkpoint.default(log)
-    base = "demo" if checkpoint.find(name).resolve() == checkpoint.DEMO.resolve() else "published"
-    steps = args.steps or STEPS[base]
+    is_demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
+    steps = args.steps or (DEMO_STEPS if is_demo else STEPS)
     rates = args.lr or [REPARAM_LR if args.reparam else LR]
     lr = rates if len(rates) > 1 else rates[0]
     warmup = steps // 20 if args.warmup is None else args.warmup
