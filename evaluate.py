@@ -100,10 +100,12 @@ def main():
     distributed.start(args.device)
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
     wanted = directions(args, banks, prefixes)
-    paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names, args.columns)
+    paths = run.data_paths(args.data or cli.data_of(prefixes))
+    columns = rows.columns_for(paths, banks.names, args.columns)
     there = {ends: names for ends, names in wanted.items() if {*ends} <= {*columns}}
     plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, args.shots, args.draws, args.seed)
-    limit = None if args.data else read_header(prefixes[0])["training"].get("limit")  # what training has encoded
+    record = read_header(prefixes[0])["training"]
+    limit = record.get("limit") if run.data_names(paths) == record.get("data") else None  # what training has encoded
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
     corpus = data.load(paths, columns, tokenizer, limit, ANY_LENGTH if args.truncate_source else longest)
     for line in corpus.report:

@@ -7,8 +7,6 @@ python train.py --prefix-len 10 --model gpt2-xl --data en-fr.csv    full size, o
 import shlex
 import signal
 import sys
-from contextlib import nullcontext
-from itertools import permutations
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -17,23 +15,119 @@ if __name__ == "__main__":
 import torch
 
 from minigpt import UserError
-from minigpt.files import locked, remove_leftovers
 from minigpt.memory import tokens_that_fit
 from prefix import cli, distributed, run, state
 from prefix.batches import MICRO_BATCH_TOKENS, BatchLoader
 from prefix.cli import float_range, int_at_least
 from prefix.data import corpus as data
 from prefix.distributed import log
-from prefix.dry_run import counted, dry_run
+from prefix.dry_run import dry_run
 from prefix.evaluation.pictures import draw_loss
 from prefix.init import INITS, initial_banks
 from prefix.rates import try_rates
-from prefix.state import METRICS
 from prefix.trainer import Settings, Trainer
 
 MAX_SLOTS = 1 << 12  # of a bank: more than any published context has positions, less than fills a machine's memory
 MAX_BATCH = 1 << 20  # pairs, whose list is in memory
-FAR = 30  # units: at the best rate of each base slots moved by 1 to 17, and where they moved by more it was worse
+
+
+def main():
+    args = parse_arguments()
+    distributed.start(args.device)
+    config = run.resume_config(args) if args.resume else run.resolve(args)
+    directions, lr = run.directions(config), config["settings"]["lr"]
+    rates = lr if isinstance(lr, list) else [lr]
+    model, tokenizer = cli.load_model(args, config["model"])
+    model.checkpoint_activations = args.checkpoint_activations
+    corpus = load_corpus(config, model, tokenizer)
+    micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
+    micro_batch_tokens = micro_batch_tokens or tokens_that_fit(model, MICRO_BATCH_TOKENS[model.device.type])
+
+    def make_trainer(lr, out=None):
+        banks, settings = make_banks(config, model, tokenizer, corpus), Settings(**config["settings"] | {"lr": lr})
+        loader = BatchLoader(corpus, tokenizer, settings, model.device, directions, micro_batch_tokens)
+        return Trainer(model, banks, loader, settings, out)
+
+    trainer = make_trainer(rates[0])  # before the run directory, so that a mistake leaves none
+    if len(rates) > 1 and not len(trainer.loader.validation):
+        raise UserError("several --lr are compared on validation pairs, and there are none: give one --lr")
+    if args.dry_run:
+        dry_run(trainer, directions)
+        return distributed.finish()
+    with run.directory(args.out, args.resume) as out:
+        trainer.out = out
+        if len(rates) == 1:
+            trainer.resume()  # where there is a run
+        if args.micro_batch_tokens:  # whatever ran out of memory before
+            trainer.loader.micro_batch_tokens = args.micro_batch_tokens
+        run.write_config(out, config)
+        if (began := trainer.progress.step) < trainer.settings.steps:
+            trained = ", ".join(config["train_banks"] or config["columns"])
+            log(f"Training {trained} on {len(trainer.loader.train):,} examples, {model.device}, {model.dtype}, {out}")
+        if len(rates) > 1:
+            trainer = try_rates(rates, make_trainer, out)
+            config["settings"]["lr"] = lr if trainer.stopped else trainer.settings.lr
+            run.write_config(out, config)
+        finished = not trainer.stopped and train(trainer)
+    log(closing_line(trainer, model, began) if finished else f"stopped after step {trainer.progress.step}; {to_go_on(out)}")
+    distributed.finish()
+    if not finished:
+        sys.exit(128 + (trainer.stop[0] if trainer.stop else signal.SIGTERM))
+
+
+def load_corpus(config, model, tokenizer):
+    room = model.config.n_positions - config["position_offset"]
+    if room < 3:
+        raise UserError(f"--position-offset prefix leaves {room} positions, too few for text: lower --prefix-len")
+    paths, longest = run.data_paths(config["data"]), min(config["max_tokens"], room)
+    corpus = distributed.rank0_first(lambda: data.load(paths, config["columns"], tokenizer, config["limit"], longest))
+    for line in corpus.report:
+        log(line)
+    return corpus
+
+
+def make_banks(config, model, tokenizer, corpus):
+    """The banks where they start, with the record that their file keeps; those not to be trained are frozen."""
+    banks = initial_banks(config, model, tokenizer, corpus)
+    names = ("model", "data", "columns", "limit", "init", "reparam", "pairs", "from_prefix", "train_banks")
+    banks.training_record = {name: config[name] for name in names}
+    banks.training_record["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    return banks
+
+
+def train(trainer):
+    """Train to the end, or until a signal; an error says how to go on. Returns whether it is the end."""
+    try:
+        finished = trainer.run()
+    except UserError as error:
+        if not state.state_file(trainer.out).exists():
+            raise
+        raise UserError(f"{error}; {to_go_on(trainer.out)}") from error
+    if distributed.rank() == 0:
+        draw_loss(trainer.out)
+    return finished
+
+
+def to_go_on(out):
+    return f"to go on: python train.py --resume {shlex.quote(str(out))}"
+
+
+def closing_line(trainer, model, began):
+    """What a run came to that began, or went on, at that step, behind advice where it went wrong."""
+    p, out, trained = trainer.progress, trainer.out, sum(parameter.numel() for parameter in trainer.unfrozen)
+    if began == p.step:
+        return f"{out} is finished, all {p.step:,} steps are done; {to_go_on(out)} --steps N"
+    fraction = trained / sum(parameter.numel() for parameter in model.parameters())
+    pace = f"in {p.seconds:.0f} s ({p.tokens / max(p.seconds, 1e-3):,.0f} tokens/s)"
+    good, warning = "not validated", ""
+    if p.base_loss is not None:
+        good = f"validation loss {p.best:.4f} ({p.base_loss:.4f} without the prefix)"
+        if not p.best < p.base_loss:
+            warning = "Warning: this prefix is no better than none. Try --lr 0.03 0.1 0.3, or more --steps\n"
+    skipped = f"; {p.skipped} steps were not finite and skipped" if p.skipped else ""
+    result = f"Trained {trained:,} parameters ({fraction:.2%} of the model) {pace}: {good}{skipped}"
+    script = "evaluate.py" if len(trainer.loader.corpus.examples("test")) else "translate.py"
+    return f"{warning}{result}; {out}/prefix.safetensors. Try: python {script} --prefix {shlex.quote(str(out))}"
 
 
 def parse_arguments():
@@ -71,7 +165,7 @@ def add_options(parser):
     add = parser.add_argument_group("how it is learned").add_argument
     add("--steps", **n(1), help="optimizer steps (demo: 300, else 2048)")
     add("--batch-size", **n(1, MAX_BATCH), default=64, help="pairs per optimizer step (64)")
-    text = "peak learning rate (0.3; 0.003 with --reparam); several: the best after a tenth of the steps (at least 20) goes on"
+    text = "peak learning rate (0.3; 0.003 with --reparam); of several, the best after a tenth of the steps goes on"
     add("--lr", nargs="+", type=float_range(0, 100, open_low=True), metavar="X", help=text)
     add("--warmup", **n(0), help="steps of linear warm-up (a twentieth of the steps)")
     add("--reparam", action="store_true", help="train slots through Li and Liang's MLP, for the training only (off)")
@@ -86,123 +180,6 @@ def add_options(parser):
     add("--micro-batch-tokens", **n(1), help="in memory at a time, halved until they fit (CPU: 1024, MPS: 2048, GPU: 16384)")
     add("--checkpoint-activations", action="store_true", help="less memory, a third more time (off)")
     cli.add_machine_options(parser)
-
-
-def main():
-    args = parse_arguments()
-    distributed.start(args.device)
-    config = run.resume_config(args) if args.resume else run.resolve(args)
-    rates, directions = config["settings"]["lr"], run.directions(config)
-    rates = rates if isinstance(rates, list) else [rates]
-    model, tokenizer = cli.load_model(args, config["model"])
-    model.checkpoint_activations = args.checkpoint_activations
-    corpus = load_corpus(config, model, tokenizer)
-    first, out = distributed.rank() == 0, args.resume
-    micro_batch_tokens = args.micro_batch_tokens or config["machine"].get("micro_batch_tokens")
-    micro_batch_tokens = micro_batch_tokens or tokens_that_fit(model, MICRO_BATCH_TOKENS[model.device.type])
-
-    def make_trainer(lr, out):
-        banks, settings = make_banks(config, model, tokenizer, corpus), Settings(**config["settings"] | {"lr": lr})
-        loader = BatchLoader(corpus, tokenizer, settings, model.device, directions, micro_batch_tokens)
-        return Trainer(model, banks, loader, settings, out)
-
-    trainer, names = make_trainer(rates[0], out), config["columns"]
-    arrows = [f"{names[s]} -> {names[t]}" for s, t in directions or permutations(range(len(names)), 2)]
-    if len(rates) > 1 and not len(trainer.loader.validation):
-        raise UserError("several --lr are compared on validation pairs, and there are none: give one --lr")
-    if args.dry_run:
-        dry_run(trainer, len(corpus), arrows)
-        return distributed.finish()
-    out = trainer.out = out or distributed.broadcast(run.make_directory(args.out) if first else None)
-    with locked(out / METRICS) if first else nullcontext():
-        if args.resume and len(rates) == 1:
-            trainer.resume()
-            if args.micro_batch_tokens:  # whatever ran out of memory before
-                trainer.loader.micro_batch_tokens = args.micro_batch_tokens
-        elif first and not args.resume:
-            run.check_unused(out)  # again: another run may have been faster
-        if first:
-            for folder in (out, out / "last"):
-                remove_leftovers(folder)
-            run.write_config(out, config)
-        if (began := trainer.progress.step) < trainer.settings.steps:
-            told = f"{counted(len(arrows), 'direction')} on {counted(len(trainer.loader.train), 'example')}"
-            log(f"Training {', '.join(config['train_banks'] or names)} in {told}, {model.device}, {model.dtype}, {out}")
-        if len(rates) > 1:
-            trainer, config["settings"]["lr"] = try_rates(rates, make_trainer, out)
-            if first and not trainer.stopped:
-                run.write_config(out, config)
-        finished = not trainer.stopped and train(trainer)
-    log(closing_line(trainer, model, began) if finished else f"stopped after step {trainer.progress.step}; {to_go_on(out)}")
-    distributed.finish()
-    if not finished:
-        sys.exit(128 + (trainer.stop[0] if trainer.stop else signal.SIGTERM))
-
-
-def load_corpus(config, model, tokenizer):
-    context, offset = model.config.n_positions, config["position_offset"]
-    longest = min(config["max_tokens"], context - offset)
-    if longest < 3:
-        taken = f"--position-offset prefix: {offset} positions for the slots"
-        raise UserError(f"{taken} leave too few for text in this model's context of {context}")
-    paths = run.data_paths(config["data"])
-    corpus = distributed.rank0_first(lambda: data.load(paths, config["columns"], tokenizer, config["limit"], longest))
-    for line in corpus.report:
-        log(line)
-    return corpus
-
-
-def make_banks(config, model, tokenizer, corpus):
-    """The banks where they start, with the record that their file keeps; those not to be trained are frozen."""
-    banks = initial_banks(config, model, tokenizer, corpus)
-    names = ("model", "data", "columns", "limit", "init", "reparam", "pairs", "from_prefix", "train_banks")
-    banks.training_record = {name: config[name] for name in names}
-    banks.training_record["versions"] = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    return banks
-
-
-def train(trainer):
-    """Train to the end, or until a signal; an error says how to go on. Returns whether it is the end."""
-    try:
-        finished = trainer.run()
-    except UserError as error:
-        if not state.state_file(trainer.out).exists():
-            raise
-        raise UserError(f"{error}; {to_go_on(trainer.out)}") from error
-    if distributed.rank() == 0:
-        draw_loss(trainer.out)
-    return finished
-
-
-def to_go_on(out):
-    return f"to go on: python train.py --resume {shlex.quote(str(out))}"
-
-
-def advice(progress, moved):
-    """What to try where a run went wrong: a line of its own, or nothing."""
-    base, best, far = progress.base_loss, progress.best, moved.get("moved_max", 0)
-    if base is not None and not best < base:
-        wrong = f"validation loss {best:.2f} is not below the {base:.2f} of the base without a prefix"
-        return f"Warning: {wrong}. Try --lr 0.03 0.1 0.3, or more --steps\n"
-    if far > FAR:
-        wrong = f"a slot moved by {far:.0f} units of the base's own keys and values, more than {FAR}"
-        return f"Warning: {wrong}. Try a third of --lr, or --lr 0.03 0.1 0.3\n"
-    return ""
-
-
-def closing_line(trainer, model, began):
-    """What a run came to that began, or went on, at that step, behind advice where it went wrong."""
-    p, out, trained = trainer.progress, trainer.out, sum(parameter.numel() for parameter in trainer.unfrozen)
-    if began == p.step:
-        return f"{out} is finished, all {p.step:,} steps are done; {to_go_on(out)} --steps N"
-    fraction = trained / sum(parameter.numel() for parameter in model.parameters())
-    pace = f"in {p.seconds:.0f} s ({p.tokens / max(p.seconds, 1e-3):,.0f} tokens/s)"
-    good = "not validated" if p.base_loss is None else f"validation loss {p.best:.4f} ({p.base_loss:.4f} without the prefix)"
-    skipped = f"; {p.skipped} steps were not finite and skipped" if p.skipped else ""
-    result = f"Trained {trained:,} parameters ({fraction:.2%} of the model) {pace}: {good}{skipped}"
-    script = "evaluate.py" if len(trainer.loader.corpus.examples("test")) else "translate.py"
-    next_ = f"Try: python {script} --prefix {shlex.quote(str(out))}"
-    return f"{advice(p, trainer.banks.moved())}{result}; {out}/prefix.safetensors. {next_}"
 
 
 if __name__ == "__main__":

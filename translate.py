@@ -7,7 +7,6 @@ python translate.py --from en --to fr < lines.txt   one per line of standard inp
 import os
 import signal
 import sys
-from collections import Counter
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli_errors: no traceback of what is still being imported
@@ -29,16 +28,14 @@ def parse_arguments():
     parser = cli.Parser(prog="translate.py", description="Translate with a learned prefix.")
     add_options(parser)
     args = parser.parse_args()
-    sampling = bool(args.top_k or args.top_p < 1)
     if args.temperature is None:
-        args.temperature = float(sampling)
-    sampling = sampling or args.temperature > 0
-    other = "--beam, --temperature, --top-k or --top-p"
+        args.temperature = float(args.top_k > 0 or args.top_p < 1)
+    sampling = args.temperature > 0
     for wrong, message in (
         (not args.text and sys.stdin is None, "no text, and standard input is closed"),
         (args.length_penalty is not None and args.beam == 1, "--length-penalty goes with --beam"),
-        (args.beam > 1 and sampling, "--beam does not go with --temperature, --top-k or --top-p"),
-        (args.choices and (args.beam > 1 or sampling), f"--choices does not go with {other}"),
+        (args.choices and args.beam > 1, "--choices does not go with --beam"),
+        (sampling and (args.choices or args.beam > 1), "--temperature, --top-k, --top-p: not with --beam or --choices"),
         (not all(choice.strip() for choice in args.choices or []), "--choices: an answer is empty"),
     ):
         if wrong:
@@ -53,20 +50,19 @@ def add_options(parser):
     add("--to", dest="target", metavar="BANK", help="target (the first bank that is not --from)")
     cli.add_prefix_option(parser)
     add("--model", metavar="M", help="where the base is (where the prefix file says)")
-    group = parser.add_argument_group("decoding", "Without these, each token is the likeliest one.")
-    for name, kind, default, metavar, text in (
-        ("beam", int_at_least(1), 1, "N", "beam search with N beams (1: none)"),
-        ("length-penalty", float_range(-10, 10), None, "X", "beams are ranked by log p / length ** X (1.0)"),
-        ("temperature", float_range(0, 100), None, "X", "of samples (0: the likeliest; 1 with --top-k or --top-p)"),
-        ("top-k", int_at_least(0), 0, "N", "sample among the N likeliest (0: all)"),
-        ("top-p", float_range(0, 1, open_low=True), 1.0, "X", "sample in this part of all probability (1.0)"),
-        ("seed", int_at_least(0), 0, "N", "of the samples (0)"),
-        ("max-new-tokens", int_at_least(1), None, "N", "of an answer (twice the source plus 16)"),
-        ("batch-size", int_at_least(1, MAX_BATCH), 32, "N", "sentences decoded at a time (32)"),
-    ):
-        group.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
+    add = parser.add_argument_group("decoding", "Without these, each token is the likeliest one.").add_argument
+    n = lambda least, most=None: {"type": int_at_least(least, most), "metavar": "N"}
+    x = lambda least, most, **more: {"type": float_range(least, most, **more), "metavar": "X"}
+    add("--beam", **n(1), default=1, help="beam search with N beams (1: none)")
+    add("--length-penalty", **x(-10, 10), help="beams are ranked by log p / length ** X (1.0)")
+    add("--temperature", **x(0, 100), help="of samples (0: the likeliest; 1 with --top-k or --top-p)")
+    add("--top-k", **n(0), default=0, help="sample among the N likeliest (0: all)")
+    add("--top-p", **x(0, 1, open_low=True), default=1.0, help="sample in this part of all probability (1.0)")
+    add("--seed", **n(0), default=0, help="of the samples (0)")
+    add("--max-new-tokens", **n(1), help="of an answer (twice the source plus 16)")
+    add("--batch-size", **n(1, MAX_BATCH), default=32, help="sentences decoded at a time (32)")
     text = "answer with the likeliest of these; put it behind the text (any answer)"
-    group.add_argument("--choices", nargs="+", metavar="ANSWER", help=text)
+    add("--choices", nargs="+", metavar="ANSWER", help=text)
     cli.add_machine_options(parser)
     cli.add_weights_option(parser)
 
@@ -82,7 +78,7 @@ def main():
     decoding.check(model.config)
     log(f"Translating {source} to {target}" + ("" if args.text else ", line by line from standard input"))
     chunks = iter([[os.fsencode(text) for text in args.text]]) if args.text else lines_as_they_come(args.batch_size)
-    first, counts = distributed.rank() == 0, Counter()
+    first, cut, divided, faulty = distributed.rank() == 0, 0, 0, 0
     quiet = args.text or not first or sys.stdout.isatty() or not sys.stderr.isatty()
     with tqdm(unit=" lines", disable=quiet, file=sys.stderr) as bar:
         while chunk := distributed.broadcast(next(chunks, None) if first else None):
@@ -93,22 +89,17 @@ def main():
                     print(printable(result.text), flush=True)
                 if fault := fault or result.fault:
                     log(f"line {decoding.first}: {fault}")
-                counts["fault"] += bool(fault)
-                counts["cut"] += not (result.finished or fault)
-                counts["divided"] += result.pieces > 1
+                faulty += bool(fault)
+                cut += not (result.finished or fault)
+                divided += result.pieces > 1
             bar.update(len(chunk))
-    say_what_was_wrong(counts, decoding.first)
+    if divided:
+        log(f"{divided} of {decoding.first} texts were too long for the model's context: translated sentence by sentence")
+    if cut:
+        log(f"{cut} of {decoding.first} translations were cut at their token limit (--max-new-tokens)")
+    if faulty:
+        raise UserError(f"{faulty} of {decoding.first} sentences could not be translated: their lines above say why")
     distributed.finish()
-
-
-def say_what_was_wrong(counts, n):
-    """Raises UserError where one of the n lines has no translation."""
-    if counts["divided"]:
-        log(f"{counts['divided']} of {n} texts were too long for the model's context: translated sentence by sentence")
-    if counts["cut"]:
-        log(f"{counts['cut']} of {n} translations were cut at their token limit (--max-new-tokens)")
-    if counts["fault"]:
-        raise UserError(f"{counts['fault']} of {n} sentences could not be translated: their lines above say why")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,6 @@ from prefix.distributed import log
 from prefix.run import DEMO_PREFIX, newest_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MACHINE = {
-    "device": (["cpu", "cuda", "mps"], "where to compute (auto: a GPU if there is one)"),
-    "dtype": ([*DTYPES], "what the frozen model computes in (auto: 16 bits on a GPU, else float32)"),
-    "attention": (["fused", "plain"], "fused: the fast kernels, or an error; plain: the formula, to compare with (auto)"),
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,9 +58,12 @@ def cli_errors():
 
 
 def add_machine_options(parser):
+    option = lambda name, choices, text: group.add_argument(name, choices=["auto", *choices], default="auto", help=text)
     group = parser.add_argument_group("machine")
-    for name, (choices, text) in MACHINE.items():
-        group.add_argument(f"--{name}", choices=["auto", *choices], default="auto", help=text)
+    option("--device", ["cpu", "cuda", "mps"], "where to compute (auto: a GPU if there is one)")
+    option("--dtype", DTYPES, "what the frozen model computes in (auto: 16 bits on a GPU, else float32)")
+    text = "fused: the fast kernels, or an error; plain: the formula, to compare with (auto)"
+    option("--attention", ["fused", "plain"], text)
 
 
 def add_weights_option(parser):
@@ -121,11 +119,11 @@ def load_model(args, name):
 def load_with_base(args):
     """The options of a script that uses a prefix -> (model, tokenizer, banks, paths of the prefix files). The banks of
     several files are one Banks. Without --prefix: the newest run with the banks that are named, else the demo's."""
-    needs = {getattr(args, "source", None), getattr(args, "target", None), *(getattr(args, "columns", None) or [])}
+    needs = {args.source, args.target, *(getattr(args, "columns", None) or [])} - {None}
     if args.prefix:
         paths = [prefix_file.find(path) for path in args.prefix]
     else:
-        paths = [newest_run(needs - {None}) or DEMO_PREFIX]
+        paths = [newest_run(needs) or DEMO_PREFIX]
         log(f"Using the prefix {paths[0]}")
     name = args.model or prefix_file.read_header(paths[0])["training"].get("model")
     if not name:

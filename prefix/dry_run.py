@@ -2,13 +2,14 @@
 
 import sys
 import time
+from itertools import permutations
 
 import torch
 
 
-def dry_run(trainer, n_rows, directions):
+def dry_run(trainer, directions):
     """Print what a run would train and take, from one micro-batch of its first step. Writes no file."""
-    s, loader, device = trainer.settings, trainer.loader, trainer.model.device
+    s, loader, device, names = trainer.settings, trainer.loader, trainer.model.device, trainer.banks.names
     batch, validation = loader.step(0), loader.batch_of(loader.validation)
     largest = max(batch.micro_batches, key=lambda micro_batch: len(micro_batch.ids))
     for _ in range(2):  # the first time, libraries are loaded and kernels compiled
@@ -23,18 +24,14 @@ def dry_run(trainer, n_rows, directions):
         import resource  # not on Windows
 
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"Banks {', '.join(trainer.banks.names)}; directions {', '.join(directions)}")
-    examples = counted(len(loader.train), "example")
-    print(f"{counted(n_rows, 'row')}; {examples} to train on, {len(loader.validation):,} to validate on")
-    tokens = f"about {batch.n_tokens:,} tokens in {counted(len(batch.micro_batches), 'micro-batch')}"
-    print(f"{counted(s.batch_size, 'example')} a step: {tokens}")
-    print(f"{counted(s.steps, 'step')}: each example {rounded(s.steps * s.batch_size / len(loader.train))} times")
+    directions = directions or permutations(range(len(names)), 2)
+    arrows = [f"{names[source]} -> {names[target]}" for source, target in directions]
+    print(f"Banks {', '.join(names)}; directions {', '.join(arrows)}")
+    print(f"Rows: {len(loader.corpus):,}; examples: {len(loader.train):,}, and {len(loader.validation):,} to validate on")
+    print(f"A step: {s.batch_size:,} examples, about {batch.n_tokens:,} tokens, micro-batches: {len(batch.micro_batches):,}")
+    print(f"Steps: {s.steps:,}; each example comes {rounded(s.steps * s.batch_size / len(loader.train))} times")
     each = f"{rounded(per_token * batch.n_tokens)} s a step"
     print(f"Memory: about {memory / 1e9:.1f} GB. Time: about {rounded(seconds / 60)} min on {device}, {each}")
-
-
-def counted(n, noun):
-    return f"{n:,} {noun}{('es' if noun.endswith('h') else 's') * (n != 1)}"
 
 
 def rounded(x):

@@ -16,9 +16,9 @@ LEAST = 20  # steps of a trial: on the demo 0.1 is ahead of 0.3 from step 4 to 1
 
 
 def try_rates(rates, make_trainer, out):
-    """-> (Trainer of the best rate, which stands where its trial ended in the run directory `out`, that rate). If a
-    signal ended a trial early: (its Trainer, None); called again, it goes on where it was. make_trainer(rate,
-    directory) -> a Trainer at its start, with validation pairs."""
+    """-> the Trainer of the best rate, which stands where its trial ended, in the run directory `out`. If a signal ended
+    a trial early, its Trainer, which is `stopped`; called again, it goes on where it was. make_trainer(rate, directory)
+    -> a Trainer at its start, with validation pairs."""
     losses = {}
     for rate in rates:
         trial = make_trainer(rate, out / f"lr-{rate:g}")
@@ -26,8 +26,9 @@ def try_rates(rates, make_trainer, out):
         if distributed.rank() == 0:
             trial.out.mkdir(exist_ok=True)
         trial.resume()
-        if not trial.run(end) or trial.stopped:
-            return trial, None
+        trial.run(end)
+        if trial.stopped:
+            return trial
         loss = trial.validation_loss()
         losses[rate] = loss if math.isfinite(loss) else math.inf
         log(f"--lr {rate:g}: validation loss {loss:.4f} after {end:,} of {trial.settings.steps:,} steps")
@@ -38,7 +39,7 @@ def try_rates(rates, make_trainer, out):
         shutil.copytree(out / f"lr-{best:g}", out, dirs_exist_ok=True)
     trainer.resume()
     trainer.save()  # on the disk, which a copy need not be yet
-    return trainer, best
+    return trainer
 
 
 def trial_steps(settings):

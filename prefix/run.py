@@ -14,10 +14,11 @@ python -m prefix.run lists the runs.
 import itertools
 import json
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from minigpt import UserError, checkpoint
-from minigpt.files import TEMPORARY, read_object, replacing
+from minigpt.files import TEMPORARY, locked, read_object, remove_leftovers, replacing
 from prefix import distributed, prefix_file
 from prefix.data import rows
 from prefix.distributed import log
@@ -28,7 +29,7 @@ DEMO = Path(__file__).parent / "demo"
 DEMO_CORPUS, DEMO_PREFIX = DEMO / "en-fr.csv", DEMO / "prefix.safetensors"
 RUNS, PREFIX = Path("runs"), "prefix.safetensors"
 
-STEPS = {"demo": 300, "published": 2048}  # two minutes on a CPU; as the notebook
+DEMO_STEPS, STEPS = 300, 2048  # two minutes on a CPU; as the notebook
 # Learning rates count in each base's own units, so one serves all bases and starts (tests/benchmarks/rates.py).
 LR, REPARAM_LR = 0.3, 0.003
 # Options that may be new when a run goes on.
@@ -44,31 +45,35 @@ def resolve(args):
     if distributed.rank() == 0:
         check_unused(args.out)
     name = args.model or checkpoint.default(log)
-    base = "demo" if checkpoint.find(name).resolve() == checkpoint.DEMO.resolve() else "published"
-    steps = args.steps or STEPS[base]
+    is_demo = checkpoint.find(name).resolve() == checkpoint.DEMO.resolve()
+    steps = args.steps or (DEMO_STEPS if is_demo else STEPS)
     rates = args.lr or [REPARAM_LR if args.reparam else LR]
+    lr = rates if len(rates) > 1 else rates[0]
     warmup = steps // 20 if args.warmup is None else args.warmup
     eval_every = max(1, steps // 6) if args.eval_every is None else args.eval_every
-    lr = rates if len(rates) > 1 else rates[0]
     settings = Settings(steps, lr, args.batch_size, warmup, eval_every, args.save_every or 50, args.seed)
-    paths = data_paths(args.data)
-    named = args.columns or [*dict.fromkeys(name for pair in args.pairs or () for name in pair.split(":"))] or None
-    columns = list(rows.resolve_columns(paths, named))
-    if not named:
-        if unused := rows.unused_columns(paths, columns):
-            log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
-        elif line := rows.unclear_header(paths, columns):
-            header = f"Line {line} is read as the names of the columns: {', '.join(columns)}"
-            log(f"{header} (if it is a row, put a line of names above it)")
     return {name: getattr(args, name) for name in GIVEN} | {
         "model": model_name(name),
-        "data": data_names(paths),
-        "columns": columns,
+        "data": [path if path == "demo" else str(Path(path).resolve()) for path in args.data or ["demo"]],
+        "columns": columns_of(args),
         "from_prefix": args.from_prefix and str(prefix_file.find(args.from_prefix).resolve()),
         "position_offset": args.prefix_len if args.position_offset == "prefix" else 0,
         "settings": vars(settings),
         "machine": {name: getattr(args, name) for name in MACHINE},
     }
+
+
+def columns_of(args):
+    """The columns to train on: those that --columns or --pairs name, else the table's own, with a word on what is odd."""
+    table = rows.Table(data_paths(args.data))
+    named = args.columns or [*dict.fromkeys(name for pair in args.pairs or () for name in pair.split(":"))]
+    columns = list(table.places(named))
+    if unused := [name for name in table.names if name and name not in columns and not named]:
+        log(f"Columns not used: {', '.join(unused)} (--columns names the columns to train on)")
+    elif table.line and not named and not all(map(rows.is_language, columns)):
+        header = f"Line {table.line} is read as the names of the columns: {', '.join(columns)}"
+        log(f"{header} (if it is a row, put a line of names above it)")
+    return columns
 
 
 def directions(config):
@@ -110,8 +115,6 @@ def read_config(path):
         for name in sorted(part.keys() ^ set(fields)):
             what = "unknown" if name in part else "missing"
             raise UserError(f"{path}: not the config of a run of this version: {name} is {what}")
-    if isinstance(config["settings"]["save_every"], str):  # in seconds, as an earlier version could
-        config["settings"]["save_every"] = Settings.save_every
     return config
 
 
@@ -123,16 +126,27 @@ def check_unused(out):
         raise UserError(f"--out {out}: the directory is not empty; name another, or go on with --resume {out}")
 
 
-def make_directory(out):
-    """`out`, or runs/<time>."""
-    out = out or RUNS / time.strftime("%Y%m%d-%H%M%S")
+@contextmanager
+def directory(new, old=None):
+    """Inside, the run directory is this run's alone: `old`, to go on there, or `new`, which is made (None: runs/<time>).
+    Yields its path, process 0's. Raises UserError where another run is there, or at work there."""
+    if distributed.rank() > 0:
+        yield distributed.broadcast(None)
+        return
+    out = old or new or RUNS / time.strftime("%Y%m%d-%H%M%S")
     out.mkdir(parents=True, exist_ok=True)
-    return out
+    with locked(out / METRICS):
+        if not old:
+            check_unused(out)  # again: another run may have been faster
+        for folder in (out, out / "last"):
+            remove_leftovers(folder)
+        yield distributed.broadcast(out)
 
 
 def write_config(out, config):
-    with replacing(out / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if distributed.rank() == 0:
+        with replacing(out / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def each_run(file, read):
@@ -147,10 +161,8 @@ def each_run(file, read):
 
 def newest_run(needs=()):
     """The prefix file of the newest run that has two banks or more, and those in `needs`; or None."""
-    for path, header in each_run(PREFIX, prefix_file.read_header):
-        if len(header["banks"]) > 1 and set(needs) <= set(header["banks"]):
-            return path
-    return None
+    runs = each_run(PREFIX, prefix_file.read_header)
+    return next((path for path, header in runs if len(header["banks"]) > 1 and set(needs) <= set(header["banks"])), None)
 
 
 def model_name(name):
@@ -161,11 +173,6 @@ def model_name(name):
 def data_paths(paths):
     """The files to read: those given, with "demo" (and None) standing for the sample corpus."""
     return [str(DEMO_CORPUS) if path == "demo" else path for path in paths or ["demo"]]
-
-
-def data_names(paths):
-    """How a run records its files: absolute, but the sample corpus by its name, wherever the project lies."""
-    return ["demo" if Path(path).resolve() == DEMO_CORPUS.resolve() else str(Path(path).resolve()) for path in paths]
 
 
 def list_runs():

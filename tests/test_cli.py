@@ -28,7 +28,8 @@ def on(place):
 
 
 def test_training_leaves_a_run_directory_and_says_what_to_do_next(run, place, on):
-    code, out, err = run(train, *on, "--out", "my first run")
+    Path("base").symlink_to(place / "base")
+    code, out, err = run(train, *on, "--model", "base", "--out", "my first run")
     assert (code, out) == (0, "")
     assert set(os.listdir("my first run")) == {"prefix.safetensors", "last", "metrics.jsonl", "config.json"}
     last = err.splitlines()[-1]
@@ -53,9 +54,10 @@ def test_a_directory_that_is_not_empty_is_refused_and_stays_as_it_is(run, on):
     (["--steps", "0"], ["--steps", "'0'", "1 or more"]),
     (["--batch-size", "9" * 9], ["--batch-size", "from 1 to"]),
     (["--lr", "nan"], ["--lr", "'nan'", "above 0"]),
+    (["--lr", "0"], ["--lr", "'0'", "above 0"]),
     (["--seed", "9" * 30], ["--seed", "whole number"]),
-    (["--no-such-option"], ["unrecognized arguments: --no-such-option"]),
-    (["--data", "nothing.csv"], ["nothing.csv", "no such file"]),
+    (["--batch", "4"], ["unrecognized arguments: --batch"]),
+    (["--data", "nothing.csv"], ["nothing.csv", "No such file"]),
     (["--columns", "en", "de"], ["no column 'de'", "'en', 'fr'"]),
     (["--pairs", "en-fr"], ["--pairs", "'en-fr' is not a pair SOURCE:TARGET"]),
     (["--model", "gpt9"], ["--model gpt9", "gpt2-xl"]),
@@ -71,7 +73,6 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_no_run_directory(run, 
 
 def test_an_out_that_cannot_be_a_directory_is_told_by_its_name(run, on):
     Path("file").touch()
-    assert_refused(run(train, *on, "--out", "file"), "error: file: Not a directory\n")
     assert_refused(run(train, *on, "--out", "file/new"), "error: file/new: Not a directory\n")
 
 
@@ -84,17 +85,8 @@ def test_several_rates_without_validation_pairs_are_one_line_and_leave_no_run_di
 def test_pairs_longer_than_the_context_are_left_out_and_counted(run, on):
     long = [[f"{'word ' * 200}{i}", "mot"] for i in range(3)]
     table = write_table("long.csv", [("en", "fr"), *random_rows("train", 5), *long])
-    code, _, err = run(train, *on, "--data", table)
+    code, _, err = run(train, *on, "--data", table, "--dry-run")
     assert code == 0 and f"3 rows skipped: too long (over {CONTEXT} tokens) (first at line 7)" in err
-
-
-def test_columns_that_are_left_out_unasked_are_named(run, place, on):
-    line = [*on, "--data", place / "en-fr-de.csv"]
-    assert "Columns not used: de (--columns" in run(train, *line, "--out", "a")[2]
-    assert "not used" not in run(train, *line, "--columns", "en", "fr", "--out", "b")[2]
-
-
-# train.py --resume
 
 
 def test_a_run_may_not_go_on_otherwise_than_it_began(run, place):
@@ -102,7 +94,8 @@ def test_a_run_may_not_go_on_otherwise_than_it_began(run, place):
     before = content_of_all("run")
     assert_refused(run(train, "--resume", "run", "--lr", "1"), "--lr cannot be new")
     assert_refused(run(train, "--resume", "run", "--steps", 2), "3 steps are done already", "--steps 2")
-    assert content_of_all("run") == before
+    told = "run is finished, all 3 steps are done; to go on: python train.py --resume run --steps N\n"
+    assert run(train, "--resume", "run") == (0, "", told) and content_of_all("run") == before
 
 
 # All commands
@@ -114,11 +107,10 @@ def test_every_option_has_a_text_with_its_default(script, monkeypatch):
     monkeypatch.setattr(cli.Parser, "parse_args", lambda parser: found.append(parser) or sys.exit())
     with pytest.raises(SystemExit):
         script.parse_arguments()
-    for action in found[0]._actions:
+    for action in found[0]._actions[1:]:  # without --help
         default = action.default
         told = f"({default}" if isinstance(default, (int, str)) and default is not False else "("
-        if action.dest != "help" and (default or script is not evaluate):
-            assert told in action.help, action.dest
+        assert told in action.help or (script is evaluate and not default), action.dest
 
 
 @pytest.mark.parametrize("script", ["train", "translate", "evaluate"])
@@ -138,11 +130,9 @@ def test_ctrl_c_in_a_command_is_one_word(run, monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(28, "No space left on device"), MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nOf")],
-    ids=repr,
-)
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"), MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nOf"),
+], ids=repr)  # fmt: skip
 def test_a_full_disk_and_too_little_memory_are_one_line(run, on, monkeypatch, error):
     monkeypatch.setattr("prefix.init.random_banks", lambda *_: (_ for _ in ()).throw(error))
     result = run(train, *on, "--init", "random", "--out", "new")
@@ -151,9 +141,6 @@ def test_a_full_disk_and_too_little_memory_are_one_line(run, on, monkeypatch, er
 
 
 def test_a_bug_is_not_taken_for_a_users_mistake(run, monkeypatch):
-    def fail():
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(train, "main", fail)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
+    monkeypatch.setattr(train, "main", lambda: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
         run(train)

@@ -291,7 +291,7 @@ def test_on_a_terminal_each_system_has_a_bar_that_moves_by_batches_to_its_end(pl
     ("en-fr", ["--report", "."], ["--report ."]),
     ("en-fr", ["--metrics", "meteor"], ["--metrics meteor", "rouge"]),
     ("en-fr", ["--metrics", "de=bleu"], ["no bank 'de'"]),
-    ("en-fr", ["--data", "nothing.csv"], ["nothing.csv: no such file"]),
+    ("en-fr", ["--data", "nothing.csv"], ["nothing.csv: No such file"]),
     ("en-fr", ["--columns", "en", "de"], ["no bank 'de'"]),
     ("en-fr", ["--limit", 0], ["--limit"]),
     ("en-fr", ["--data", "train.csv"], ["none of the 3 usable pairs", "test split"]),

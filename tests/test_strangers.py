@@ -60,23 +60,17 @@ def read_tokenizer(folder):
     assert tokenizer.eot not in ids and tokenizer.decode(ids).strip() == f"hello\0é{END_OF_TEXT}"
 
 
-def read_model(folder):
-    GPT.from_pretrained(folder)(IDS)
-
-
-def read_prefix(folder):
-    Banks.load(folder / "prefix.safetensors", MODEL).logits(MODEL, IDS)
-
-
-def read_adapter(folder):
-    peft.import_bank(folder, "en", MODEL).logits(MODEL, IDS, open=["en"])
-
-
 READERS = {  # of the folder that the file is in
-    **dict.fromkeys(["config.json", "model.safetensors", "shards/model.safetensors.index.json"], read_model),
+    **dict.fromkeys(
+        ["config.json", "model.safetensors", "shards/model.safetensors.index.json"],
+        lambda folder: GPT.from_pretrained(folder)(IDS),
+    ),
     **dict.fromkeys(["vocab.json", "merges.txt", "json/tokenizer.json", "json/tokenizer_config.json"], read_tokenizer),
-    **dict.fromkeys(["adapter/adapter_config.json", "adapter/adapter_model.safetensors"], read_adapter),
-    "prefix.safetensors": read_prefix,
+    **dict.fromkeys(
+        ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"],
+        lambda folder: peft.import_bank(folder, "en", MODEL).logits(MODEL, IDS, open=["en"]),
+    ),
+    "prefix.safetensors": lambda folder: Banks.load(folder / "prefix.safetensors", MODEL).logits(MODEL, IDS),
 }
 NASTY = [b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n", b" ", b'"', b"{", b"]", b"\\ud800", b"../", b"-1"]
 NASTY += [b"1e999", b"NaN", b"null", b"true", b"9" * 5000, b"[" * 5000, b'""', b"PK\3\4", b"<!DOCTYPE html>"]
@@ -200,7 +194,3 @@ def test_a_prefix_file_with_foreign_slots_metadata_or_names_of_banks_is_an_error
         assert why(renamed, metadata | {"banks": json.dumps([name, "fr"])})
     save_file(tensors, path, metadata)
     assert Banks.load(path, MODEL).names == ["en", "fr"]
-
-
-SHAPES = [(1, 2, 4, 2), (2, 2, 3, 2), (1, 2, 3, 1), (12,), (1, 2, 3, 2, 1)]
-TYPES = [torch.float64, torch.bool, torch.float8_e5m2]

@@ -2,7 +2,7 @@
 
     files -> rows.read_rows -> tokenizer -> <home>/tokens/<key>/ -> Corpus
 
-The key is a hash of all that decides what a cache holds: the files (path, size, time, first bytes), the tokenizer and
+The key is a hash of all that decides what a cache holds: the files (path, size, time), the tokenizer and
 the options. A cache is written under another name and then renamed. On opening, the sizes of its files are checked.
 
 The cache of R rows in C columns, whose cell number row * C + column is the text of that row in that column:
@@ -31,9 +31,8 @@ from tqdm import tqdm
 
 from minigpt import checkpoint
 from minigpt.files import UserError
-from prefix.data.rows import NOT_UTF8, TO_UTF8, Skipped, read_rows, resolve_columns
+from prefix.data.rows import NOT_UTF8, TO_UTF8, Skipped, Table, read_rows
 from prefix.data.splits import SPLITS, split_of
-from prefix.data.tables import open_bytes
 
 CACHE_FORMAT = 7
 FILES = ("tokens.bin", "index.bin", *(f"{split}.bin" for split in SPLITS))
@@ -44,11 +43,13 @@ def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
 
     limit: usable rows at most; no row is used beyond them. max_tokens: of the longest pair, with its separator.
     home: by default the checkpoints' own. Raises UserError where the files cannot be read or hold no usable row."""
-    columns, sources = resolve_columns(paths, columns), list(map(signature, paths))
+    columns, sources = list(Table(paths).places(columns)), list(map(signature, paths))
     key = json.dumps([CACHE_FORMAT, sources, columns, tokenizer.fingerprint, limit, max_tokens])
-    folder, name = Path(home or checkpoint.home()) / "tokens", hashlib.sha256(key.encode()).hexdigest()[:32]
-    if (corpus := open_if_valid(folder / name, tokenizer)) is not None:
-        return corpus
+    folder = Path(home or checkpoint.home()) / "tokens"
+    cache = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it is not there, or damaged
+        return Corpus(cache, tokenizer)
+    shutil.rmtree(cache, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
@@ -58,18 +59,17 @@ def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
             meta = {"columns": columns, "report": report, "sizes": _sizes(built), "checksum": _checksum(built, columns)}
             (built / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
             with suppress(OSError):  # another process was first: both built the same
-                built.rename(folder / name)
-        return Corpus(folder / name, tokenizer)
+                built.rename(cache)
+        return Corpus(cache, tokenizer)
     except OSError as error:
         remedy = "make room there, or let MINIGPT_HOME name another folder"
         raise UserError(f"{folder}: the token cache cannot be written: {error.strerror}; {remedy}") from error
 
 
 def signature(path):
-    """What tells one state of a file from another without reading it all."""
-    with open_bytes(path) as file:
-        stat, start = os.fstat(file.fileno()), hashlib.sha256(file.read(1 << 16)).hexdigest()
-    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, start]
+    """What tells one state of a file from another without reading it."""
+    stat = os.stat(path)
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
 def _sizes(directory):
@@ -84,14 +84,6 @@ def _checksum(directory, columns):
             while part := file.read(1 << 20):
                 checksum.update(part)
     return checksum.hexdigest()[:16]
-
-
-def open_if_valid(directory, tokenizer):
-    """The Corpus in a directory, or None where there is none. One that is damaged is removed."""
-    try:
-        return Corpus(directory, tokenizer)
-    except (OSError, ValueError, KeyError, TypeError):
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _build(directory, paths, columns, tokenizer, limit, max_tokens):

@@ -1,6 +1,6 @@
 """Rows of sentences: which columns there are, and which rows can be used.
 
-    files -> tables.records -> rows: one text in each column
+    files -> tables.records -> Table: which columns to read -> read_rows: one text in each of them
 
 A column is what one bank stands for: a language, as a rule. The files are one table (CSV or TSV with a header, JSON
 lines, whose keys are the columns) or two or more aligned text files, one for each column. Columns are never guessed:
@@ -10,13 +10,12 @@ without --columns no row number, constant or id is read as text, and no text as 
 import json
 import re
 from itertools import chain, islice
-from typing import NamedTuple
 
 from minigpt.files import UserError
 from prefix.banks import MAX_BANKS
 from prefix.data import tables
-from prefix.data.tables import MAX_FIELD
 
+MAX_FIELD = 100_000  # characters
 FIRST_ROWS = 100  # which tell what a column holds
 SAME = 3  # rows that make one value a constant
 NOT_UTF8, TO_UTF8 = "not UTF-8", "make it UTF-8, for example with iconv -f LATIN1 -t UTF-8"
@@ -54,107 +53,92 @@ class Skipped:
         return self.notes + [told.format(n, "s" * (n != 1), why, line) for why, (n, line) in self.counts.items()]
 
 
-# Columns: which there are, and which to read
+class Table:
+    """Some files as one table, known by its beginning. Raises UserError where they are none.
 
+    names: of the columns, as line 1, JSON's keys or the ends of text files have them. line: the number of the line that
+    holds them, 0 where none does. has_header: False for text files, and where line 1 seems to hold texts."""
 
-class Contents(NamedTuple):
-    """What the beginning of some files tells of their columns."""
+    def __init__(self, paths):
+        self.paths = paths
+        self.line, names = next(tables.records(paths), (1, "the file is empty"))
+        if fault := names if isinstance(names, str) else damage(names):
+            _, start = next(tables.lines_of(paths[0]), (1, ""))
+            told = fault + (f"; it begins {start!r:.60}" if start else "") + f": {TO_UTF8}" * (fault == NOT_UTF8)
+            raise self._error(f"no table: expected names of columns, in UTF-8: {told}")
+        self.names = list(map(clean, names))
+        self.has_header = len(paths) == 1 and (self.line == 0 or not _is_row(self.names))
 
-    names: list  # of the columns, or the texts in line 1
-    samples: list  # of each column: its first texts that are not empty
-    has_header: bool  # False: line 1 is a row
+    def places(self, columns=None):
+        """{column: its place in a record}, of the columns to read, in their order.
 
+        columns: those asked for. Where there is no header they may be new names for what is there. None: all text files,
+        both columns of a table that has two, the first two languages of one that has more. Raises UserError where that
+        does not say which, or where they are not there."""
+        names = self.names
+        if columns and not self.has_header and not set(columns) <= set(names):
+            names = self._renamed(columns)
+        columns = columns or self._default()
+        if not 2 <= len(set(columns)) == len(columns) <= MAX_BANKS or not all(columns) or damage(columns):
+            raise self._error(f"2 to {MAX_BANKS} columns of different names in UTF-8 are needed, not {_listed(columns)}")
+        self.require(columns, names)
+        return {name: names.index(name) for name in columns}
 
-def inspect(paths, columns=None):
-    """The Contents of these files. columns: names for text files, or for the columns of a table without a header."""
-    found, where = tables.records(paths), " ".join(map(str, paths))
-    line, names = next(found, (1, "the file is empty"))
-    if fault := names if isinstance(names, str) else damage(names):
-        _, start = next(tables.lines_of(paths[0]), (1, ""))
-        told = fault + (f"; it begins {start!r:.60}" if start else "") + f": {TO_UTF8}" * (fault == NOT_UTF8)
-        raise UserError(f"{where}: no table: expected names of columns, in UTF-8: {told}")
-    if len(paths) > 1:
-        if len(columns or names) != len(paths):
-            raise UserError(f"{where}: {len(paths)} text files, but {len(columns)} columns: name one for each file")
-        return Contents(list(columns or names), [], True)
-    names = list(map(clean, names))
-    rows = [values for _, values in islice(found, FIRST_ROWS) if len(values) == len(names) and type(values) is list]
-    samples = [list(filter(None, map(_text, column))) for column in zip(*rows)] or [[] for _ in names]
-    has_header = line == 0 or not _is_row(names)
-    if columns and not has_header and not set(columns) & set(names):
-        every = len(columns) == len(names)  # else the first that hold texts
-        places = [place for place, sample in enumerate(samples) if every or not _no_text("", sample)]
-        if len(columns) > len(places):
-            raise UserError(f"{where}: {len(columns)} columns, but line 1 has {len(places)} texts: {_listed(names)}")
+    def require(self, columns, names=None):
+        """Raises UserError where one of these columns is not there, or there twice."""
+        names = names or self.names
+        for name in columns:
+            if names.count(name) != 1:
+                fault = f"has the column {name!r} twice" if name in names else f"has no column {name!r}"
+                raise self._error(f"{fault}; its columns are {_listed(names)}")
+
+    def _error(self, fault):
+        return UserError(f"{' '.join(map(str, self.paths))}: {fault}")
+
+    def _renamed(self, columns):
+        """`columns` as names for all that is there, or for a table's first columns that hold texts; "" for the others."""
+        n, places = len(self.names), range(len(self.names))
+        if len(columns) < n and len(self.paths) == 1:
+            places = [place for place, sample in enumerate(self._samples()) if not _no_text("", sample)]
+        if len(columns) > len(places) or (len(columns) < n and len(self.paths) > 1):
+            raise self._error(f"{len(columns)} columns, but {len(places)} texts: {_listed(self.names)}")
         named = dict(zip(places, columns))
-        names = [named.get(place, "") for place in range(len(names))]
-    return Contents(names, samples, has_header)
+        return [named.get(place, "") for place in range(n)]
 
+    def _default(self):
+        """The columns to read where nobody named them."""
+        if len(self.paths) > 1:
+            return self.names
+        if not self.has_header:
+            told = "--columns en fr names them, in order, and reads line 1 as a row; if that is a header, name its columns"
+            raise self._error(f"line 1 seems to hold texts, not the names of columns: {_listed(self.names)}; {told}")
+        samples, names = zip(self.names, self._samples()), [name for name in self.names if name]
+        faults = {name: fault for name, sample in samples if name and (fault := _no_text(name, sample))}
+        if len(names) > 2:
+            names = [name for name in names if is_language(name) and name not in faults][:2]
+            if len(names) < 2:
+                raise self._error(f"which columns? Name two or more by --columns; there are {_listed(self.names)}")
+        elif faults:
+            told = " and ".join(f"{name!r} {fault}" for name, fault in faults.items())
+            raise self._error(f"the column {told}: name the columns to read by --columns, it too if it is meant")
+        return names
 
-def resolve_columns(paths, columns=None):
-    """The columns to read from these files, as a tuple of names.
-
-    columns: those asked for; of a table without a header, the names to give its columns. None: both columns of a
-    table that has two, the first two languages of one that has more, the extensions of text files. Raises UserError
-    where that does not say which, where they are not there, or where the files cannot be read."""
-    there, where = inspect(paths, columns), " ".join(map(str, paths))
-    columns = columns or (there.names if len(paths) > 1 else _default_columns(where, there))
-    if not 2 <= len(columns) <= MAX_BANKS:
-        raise UserError(f"{where}: 2 to {MAX_BANKS} columns are needed, not {len(columns)}: {_listed(columns)}")
-    if not all(columns) or len(set(columns)) < len(columns) or damage(columns):
-        raise UserError(f"{where}: columns need different names in UTF-8, not {_listed(columns)}: set --columns")
-    _require(where, columns, there.names)
-    return tuple(columns)
+    def _samples(self):
+        """Of each column of a table, its first texts that are not empty."""
+        n, first = len(self.names), islice(tables.records(self.paths), 1, 1 + FIRST_ROWS)
+        rows = [values for _, values in first if isinstance(values, list) and len(values) == n]
+        return [list(filter(None, map(_text, column))) for column in zip(*rows)] or [[]] * n
 
 
 def columns_for(paths, names, columns=None):
-    """Which of the `names` these files have -> (paths, columns), both in the order of `names`: a row's split goes by
-    its first text, so that columns must stand as they stood in training. columns: some that must be there.
-
-    Text files are called by `columns`, if there is one for each, else by their extensions or, where those are others,
-    by `names`. A table without a header has the columns `columns`, in that order."""
-    there, where = inspect(paths), " ".join(map(str, paths))
-    if len(paths) > 1:
-        named = columns if len(columns or ()) == len(paths) else None
-        found = resolve_columns(paths, named or (there.names if set(there.names) <= set(names) else names))
-        _require(where, columns or [], found)
-        pairs = sorted(zip(found, paths), key=lambda pair: names.index(pair[0]))
-        return [path for _, path in pairs], [name for name, _ in pairs]
-    if not there.has_header and not set(names) & set(there.names):
-        return paths, list(resolve_columns(paths, columns))
-    found = [name for name in names if name in there.names]
-    _require(where, columns or (names if len(found) < 2 else found), there.names)
-    return paths, found
-
-
-def unused_columns(paths, columns):
-    """The columns that a table has beside these."""
-    return [name for name in inspect(paths).names if name and name not in columns and len(paths) == 1]
-
-
-def unclear_header(paths, columns):
-    """The number of the line in a table that named these columns, if they are not all languages, else 0."""
-    return len(paths) == 1 and not all(map(is_language, columns)) and next(tables.records(paths))[0]
-
-
-def _default_columns(where, there):
-    """The columns to read where nobody named them."""
-    columns = {name: sample for name, sample in zip(there.names, there.samples) if name}
-    if len(columns) > 1 and not there.has_header:
-        raise UserError(
-            f"{where}: line 1 seems to hold texts, not the names of columns: {_listed(there.names)}; --columns en fr "
-            "names the columns, in their order, and reads line 1 as a row; if it is a header, --columns takes its names"
-        )
-    faults = {name: fault for name, sample in columns.items() if (fault := _no_text(name, sample))}
-    if len(columns) > 2:
-        columns = [name for name in columns if is_language(name) and name not in faults][:2]
-        if len(columns) < 2:
-            raise UserError(f"{where}: which columns? Name two or more by --columns; there are {_listed(there.names)}")
-    elif faults:
-        told = " and ".join(f"{name!r} {fault}" for name, fault in faults.items())
-        raise UserError(f"{where}: the column {told}: name the columns to read by --columns, it too if it is meant")
-    _require(where, columns, there.names)
-    return list(columns)
+    """Those of the `names` that these files have, in that order: a row's split goes by its first text, so that columns
+    must stand as they stood in training. columns: some that must be there; new names, in order, for what has none."""
+    table = Table(paths)
+    found = [name for name in names if name in table.names]
+    if len(found) < 2 and not table.has_header:
+        return list(table.places(columns or names))
+    table.require(columns or (found if len(found) > 1 else names))
+    return found
 
 
 def is_language(name):
@@ -177,32 +161,23 @@ def _is_row(names):
     return sum(map(is_language, names)) < 2 and any(len(n.split()) > 3 or SENTENCE.search(n) for n in names)
 
 
-def _require(where, columns, there):
-    for name in columns:
-        if there.count(name) != 1:
-            fault = f"has the column {name!r} twice" if name in there else f"has no column {name!r}"
-            raise UserError(f"{where}: {fault}; its columns are {_listed(there)}")
-
-
 def _listed(names):
     return (", ".join(map(repr, names)) or "none")[:300]
-
-
-# Rows
 
 
 def read_rows(paths, columns, skipped):
     """Yield (line number, texts) for each row that can be used: one str per column, two of them or more not empty.
 
-    The line is the row's first, from 1. Rows that cannot be used are added to `skipped`, a Skipped."""
-    columns, found = resolve_columns(paths, columns), tables.records(paths)
-    names, (line, first) = inspect(paths, columns).names, next(found)
-    places = list(map(names.index, columns))
-    if line and names != list(map(clean, first)):
+    columns: as of Table.places. The line is the row's first, from 1. Rows that cannot be used are added to `skipped`, a
+    Skipped."""
+    table = Table(paths)
+    places, found = table.places(columns), tables.records(paths)
+    line, first = next(found)
+    if line and not set(places) <= set(table.names):
         skipped.notes.append(f"{paths[0]} is read as a table without a header: line 1 is a row, {_listed(first)}")
         found = chain([(line, first)], found)
     for line, values in found:
-        texts = values if isinstance(values, str) else _row(values, places, len(names))
+        texts = values if isinstance(values, str) else _row(values, places.values(), len(table.names))
         if isinstance(texts, str):
             skipped.add(texts, line)
         else:

@@ -10,15 +10,12 @@ import codecs
 import csv
 import itertools
 import json
-import os
 import re
 from collections import deque
-from contextlib import contextmanager
 from pathlib import Path
 
 from minigpt.files import UserError, reading
 
-MAX_FIELD = 100_000  # characters
 MAX_LINES = 100  # of one record: a quote still open after them was never closed
 FIRST_LINES = 1000  # of JSON: among them a column must turn up
 JSON_NAMES = (".jsonl", ".ndjson", ".json")
@@ -124,19 +121,9 @@ def _quoted(lines, delimiter):
 
 
 def lines_of(path):
-    """Yield (line number, line without its end). Only "\\n" ends a line, or files with other breaks inside their
-    sentences would fall out of step. Bytes that are not UTF-8 become lone surrogates."""
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            yield number, line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
-
-
-@contextmanager
-def open_bytes(path):
-    """The file, open for reading bytes, behind a byte-order mark. Raises UserError where that fails, or where it is of
-    a kind that holds no plain text."""
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file")
+    """Yield (line number, line without its end), behind a byte-order mark. Only "\\n" ends a line, or files with other
+    breaks inside their sentences would fall out of step. Bytes that are not UTF-8 become lone surrogates. Raises
+    UserError where the file cannot be read, or is of a kind that holds no plain text."""
     with reading(path, "UTF-8 text"), open(path, "rb") as file:
         start = file.read(512)
         text = start.removeprefix(codecs.BOM_UTF8)
@@ -144,4 +131,5 @@ def open_bytes(path):
             if re.match(kind, text.lstrip()):
                 raise UserError(f"{path}: expected UTF-8 text; this is {what}")
         file.seek(len(codecs.BOM_UTF8) if text != start else 0)
-        yield file
+        for number, line in enumerate(file, 1):
+            yield number, line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")

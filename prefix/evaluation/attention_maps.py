@@ -217,7 +217,8 @@ def main():
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
     direction = cli.direction(args, banks)
     if args.nearest or args.ablate:
-        paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names)
+        paths = run.data_paths(args.data or cli.data_of(prefixes))
+        columns = rows.columns_for(paths, banks.names)
         longest = min(384, model.config.n_positions - banks.position_offset)
         limit = None if args.data else read_header(prefixes[0])["training"].get("limit")  # what training has encoded
         corpus = data.load(paths, columns, tokenizer, limit, longest)

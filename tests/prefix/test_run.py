@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import write_table
 
 import train
 from minigpt import UserError
@@ -17,26 +16,40 @@ from prefix.init import random_banks
 def config_of(monkeypatch):
     """A function: options of train.py -> the config of such a run."""
 
-    def config_of(*options, model="demo"):
-        monkeypatch.setattr("sys.argv", ["train.py", *(["--model", model] if model else []), *map(str, options)])
+    def config_of(*options):
+        monkeypatch.setattr("sys.argv", ["train.py", "--model", "demo", *map(str, options)])
         return runs.resolve(train.parse_arguments())
 
     return config_of
 
 
-@pytest.mark.parametrize("init", ["text", "random", "zero-effect"])
-def test_the_learning_rate_is_the_same_for_every_start_and_smaller_through_the_network(config_of, init):
-    assert config_of("--init", init)["settings"]["lr"] == runs.LR
-    assert config_of("--init", init, "--reparam")["settings"]["lr"] == runs.REPARAM_LR < runs.LR
+def test_defaults_and_what_is_given_instead(config_of, tmp_path):
+    """A learning rate serves all starts, and is smaller through the network."""
+    settings = config_of()["settings"]
+    assert (settings["lr"], settings["warmup"], settings["eval_every"]) == (runs.LR, 15, 50)
+    settings = config_of("--reparam", "--eval-every", 0, "--warmup", 0)["settings"]
+    assert (settings["lr"], settings["warmup"], settings["eval_every"]) == (runs.REPARAM_LR, 0, 0)
+    config = config_of("--lr", 0.1, 0.3, "--prefix-len", 7, "--position-offset", "prefix")
+    assert config["settings"]["lr"] == [0.1, 0.3] and config["position_offset"] == 7
+
+
+def test_columns_that_are_not_used_and_words_that_name_banks_are_told_unless_they_were_named(config_of, write, capsys):
+    def told(file, *options):
+        config_of("--data", file, *options)
+        return capsys.readouterr().err
+
+    wide = write("wide.csv", "id,en,fr\n1,one,un\n2,two,deux\n")
+    assert "Columns not used: id (--columns" in told(wide) and not told(wide, "--columns", "en", "fr")
+    words, objects = write("words.csv", "chat,cat\nchien,dog\n"), write("words.jsonl", '{"chat": "chien", "cat": "dog"}\n')
+    assert "Line 1 is read as the names of the columns: chat, cat (if it is a row" in told(words)
+    assert not told(words, "--columns", "chat", "cat") and not told(objects)
 
 
 # --pairs, --train-banks
 
 
-def test_pairs_name_the_directions_and_without_columns_the_banks(config_of, tmp_path):
-    table = write_table(
-        tmp_path / "t.csv", [("review", "label", "article", "summary"), ["a fine film", "good", "a long text", "short"]]
-    )
+def test_pairs_name_the_directions_and_without_columns_the_banks(config_of, write):
+    table = write("t.csv", "review,label,article,summary\na fine film,good,a long text,short\n")
     config = config_of("--data", table, "--pairs", "review:label", "article:summary")
     assert config["columns"] == ["review", "label", "article", "summary"]
     assert config["pairs"] == ["review:label", "article:summary"]
@@ -67,13 +80,6 @@ def test_a_config_that_is_missing_or_has_a_missing_or_foreign_field_is_one_line_
     for content, fault in ((config | {"alien": 1}, "alien is unknown"), (without, "columns is missing")):
         with pytest.raises(UserError, match=told + fault):
             runs.read_config(write("config.json", json.dumps(content)))
-
-
-def test_a_run_that_saved_every_so_many_seconds_as_earlier_ones_could_goes_on(config_of, write):
-    config = config_of()
-    for given, read in ((7, 7), ("60s", 50)):
-        config["settings"]["save_every"] = given
-        assert runs.read_config(write("config.json", json.dumps(config)))["settings"]["save_every"] == read
 
 
 # The newest run

@@ -144,7 +144,7 @@ def test_without_matplotlib_the_text_is_there_and_one_notice(run, monkeypatch):
     (["Bonjour", "--from", "de"], "no bank 'de'"),
     (["\n "], "the sentence is empty"),
     (["mot " * 300], "leave no room"),
-    (["Bonjour", "--data", "nothing.csv"], "nothing.csv: no such file"),
+    (["Bonjour", "--data", "nothing.csv"], "nothing.csv: No such file"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(run, options, words):
     code, _, err = run(attention_maps, DEMO, *options)
