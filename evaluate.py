@@ -104,8 +104,9 @@ def main():
     columns = rows.columns_for(paths, banks.names, args.columns)
     there = {ends: names for ends, names in wanted.items() if {*ends} <= {*columns}}
     plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, args.shots, args.draws, args.seed)
-    record = read_header(prefixes[0])["training"]
-    limit = record.get("limit") if run.data_names(paths) == record.get("data") else None  # what training has encoded
+    record, files = read_header(prefixes[0])["training"], lambda paths: [Path(path).resolve() for path in paths]
+    same = files(paths) == files(run.data_paths(record.get("data")))
+    limit = record.get("limit") if same else None  # what training has encoded is not encoded anew
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
     corpus = data.load(paths, columns, tokenizer, limit, ANY_LENGTH if args.truncate_source else longest)
     for line in corpus.report:

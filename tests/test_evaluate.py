@@ -153,12 +153,18 @@ def test_columns_in_any_order_are_evaluated_on_the_sentences_that_training_held_
     assert [direction["sources"] for direction in directions] == [[row[i] for row in rows] for i in (2, 1)]
 
 
-def test_a_direction_or_labels_that_the_head_of_a_file_lacks_are_sought_in_all_of_it(evaluated, monkeypatch):
-    monkeypatch.setattr(evaluate, "rows_to_read", lambda split, limit: 4)
+@pytest.mark.parametrize("named", [True, False])
+def test_of_text_that_training_read_up_to_a_limit_no_more_is_read(place, evaluated, named):
+    banks, table = loaded(place)[2], place / "en-fr.csv"
+    banks.training_record["limit"] = 17
+    banks.save(place / "limited.safetensors", GPT.from_pretrained(place / "base"))
+    directions = evaluated("limited", "--draws", 0, *(["--data", table] if named else []))[2]
+    assert directions[0]["sources"] == [row[1] for row in rows_of(place, "en-fr")[:3]]
+
+
+def test_a_direction_and_labels_are_sought_in_all_of_a_file(evaluated):
     rows = [[*row, ""] for row in random_rows("test", 6)] + [[a, "", b] for a, b in random_rows("test", 3)]
     options = ["--data", write_table("sparse.csv", [["en", "fr", "de"], *rows]), "--limit", 2, "--draws", 0]
-    _, _, (direction,) = evaluated("en-fr-de", *options, "--from", "fr", "--to", "en")
-    assert {*direction["sources"]} < {row[1] for row in rows[:4]}  # there, the head is enough
     _, _, (direction,) = evaluated("en-fr-de", *options, "--from", "de")
     assert direction["target"] == "en" and {*direction["sources"]} < {row[2] for row in rows[6:]}
     rows = [[text, x] for x in ("joy", "anger") for n in (("train", 4), ("test", 2)) for text, _ in random_rows(*n)]
@@ -274,14 +280,14 @@ def test_the_page_the_table_and_the_settings_are_written(place, evaluated):
 def test_on_a_terminal_each_system_has_a_bar_that_moves_by_batches_to_its_end(place, run, monkeypatch):
     bars, bar = [], compare.tqdm
     arguments = ["--prefix", place / "en-fr.safetensors", "--limit", 5, "--shots", 1, "--draws", 1, "--batch-size", 2]
-    monkeypatch.setattr(compare, "tqdm", lambda **kwargs: bars.append(bar(**kwargs, mininterval=0)) or bars[-1])
+    monkeypatch.setattr(compare, "tqdm", lambda work, **how: bars.append(bar(work, **how, mininterval=0)) or bars[-1])
     monkeypatch.setattr(compare, "BATCHES", 1)
-    assert "5/5" not in run(evaluate, *arguments)[2] and all(bar.disable for bar in bars)
+    assert "3/3" not in run(evaluate, *arguments)[2] and all(bar.disable for bar in bars)
     bars.clear()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     _, _, err = run(evaluate, *arguments)
     assert [bar.desc for bar in bars[:2]] == ["fr -> en prefix", "fr -> en 1-shot"]
-    assert all((bar.n, bar.total) == (5, 5) for bar in bars) and " 2/5 " in err and " 4/5 " in err
+    assert all((bar.n, bar.total) == (3, 3) for bar in bars) and " 2/3 " in err
 
 
 @pytest.mark.parametrize("name, options, words", [

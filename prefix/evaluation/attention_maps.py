@@ -28,7 +28,7 @@ from minigpt.files import UserError, escape_control
 from prefix import run
 from prefix.data import corpus as data
 from prefix.data import rows
-from prefix.distributed import printable
+from prefix.distributed import log, printable
 from prefix.evaluation import pictures
 from prefix.evaluation.compare import sentences
 from prefix.evaluation.metrics import METRICS
@@ -205,8 +205,6 @@ def parse_arguments():
     args = parser.parse_args()
     if args.out and (args.out.suffix.lower() not in (".svg", ".png") or not args.out.absolute().parent.is_dir()):
         parser.error(f"--out {args.out}: not an .svg or .png file in a folder that is there")
-    if args.out and not find_spec("matplotlib"):
-        parser.error("--out takes matplotlib: pip install matplotlib")
     return args
 
 
@@ -237,7 +235,9 @@ def main():
         lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(table), ""]
         lines += [f"  {name:10}  {output}" for name, output in outputs.items()]
     print(printable("\n".join(lines)))
-    if args.out:
+    if args.out and not find_spec("matplotlib"):
+        log(f"{args.out}: not drawn: that takes matplotlib (pip install matplotlib)")
+    elif args.out:
         pictures.save(pictures.ablation_figure(table) if args.ablate else pictures.attention_figure(tables), args.out)
 
 

@@ -132,7 +132,7 @@ def test_of_a_sentence_longer_than_the_context_the_beginning_is_looked_at(demo):
 
 
 def test_without_matplotlib_the_text_is_there_and_one_notice(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, out, err = run(attention_maps, DEMO, "Bonjour", "--nearest", 0, "--out", "picture.png")
     assert (code, err.count("\n")) == (0, 1) and "pip install matplotlib" in err and out.startswith("fr -> en: ")
     assert not Path("picture.png").exists()
