@@ -103,7 +103,7 @@ def test_a_long_text_gets_what_its_sentences_get_alone(run, demo):
 
 def test_lines_are_what_stands_between_newlines_whatever_blocks_they_come_in(monkeypatch, tmp_path):
     texts = ["", "été", "x" * 1_200_000, "", "fin"]
-    (tmp_path / "lines").write_bytes(b"\r\n".join(text.encode() for text in texts))
+    (tmp_path / "lines").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(text.encode() for text in texts))
     monkeypatch.setattr(lines, "LINES_AT_A_TIME", 3)
     with open(tmp_path / "lines") as file:
         monkeypatch.setattr(sys, "stdin", file)
