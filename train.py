@@ -150,8 +150,7 @@ def add_options(parser):
     add("--prefix-len", **n(1, MAX_SLOTS), default=10, help="slots in each bank (10)")
     add("--model", help="a directory, demo, or a published name such as gpt2 (gpt2-xl if it is on disk, else demo)")
     add("--data", nargs="+", metavar="FILE", help="CSV, TSV, JSON lines, or a text file per column (the sample corpus)")
-    text = "columns to use, each the name of a bank (both of two, else the first two that are names of languages)"
-    add("--columns", nargs="+", metavar="NAME", help=text)
+    add("--columns", nargs="+", metavar="NAME", help="to use, each names a bank (both of two, else the first two languages)")
     pair = cli.number(str, lambda text: all(text.partition(":")), "a pair SOURCE:TARGET")
     add("--pairs", nargs="+", type=pair, metavar="SOURCE:TARGET", help="directions to train (all that occur)")
     add("--limit", **n(1), help="read no more than N usable rows (all)")

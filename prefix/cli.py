@@ -67,8 +67,7 @@ def add_machine_options(parser):
 
 
 def add_weights_option(parser):
-    text = "8 bits for weights and what they multiply, faster on a CPU (as --dtype says)"
-    parser.add_argument("--weights", choices=["int8"], help=text)
+    parser.add_argument("--weights", choices=["int8"], help="8 bits to multiply with, faster on a CPU (as --dtype says)")
 
 
 def add_prefix_option(parser):

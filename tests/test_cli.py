@@ -78,7 +78,7 @@ def test_an_out_that_cannot_be_a_directory_is_told_by_its_name(run, on):
 
 def test_several_rates_without_validation_pairs_are_one_line_and_leave_no_run_directory(run, on):
     table = write_table("few.csv", [("en", "fr"), *random_rows("train", 5)])
-    assert_refused(run(train, *on, "--data", table, "--lr", "0.1", "0.3", "--out", "new"), "validation pairs", "give one --lr")
+    assert_refused(run(train, *on, "--data", table, "--lr", 0.1, 0.3, "--out", "new"), "validation pairs", "give one --lr")
     assert not Path("new").exists()
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_rows, write_table
+from conftest import metrics, random_rows, write_table
 
 import train
 from minigpt import GPT
@@ -95,4 +95,4 @@ def test_of_several_rates_the_best_trains_the_prefix_also_where_trials_and_choic
     assert run(train, *several, "--lr", best, "--out", "alone")[0] == 0
     stopped, alone = (Banks.load(name, GPT.from_pretrained("base")) for name in ("stopped", "alone"))
     assert stopped.training_record["settings"]["lr"] == best in (1e-4, 0.2)
-    assert all(map(torch.equal, stopped.parameters(), alone.parameters()))
+    assert all(map(torch.equal, stopped.parameters(), alone.parameters())) and metrics("stopped") == metrics("alone")

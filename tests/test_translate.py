@@ -103,7 +103,7 @@ def test_a_long_text_gets_what_its_sentences_get_alone(run, demo):
 
 def test_lines_are_what_stands_between_newlines_whatever_blocks_they_come_in(monkeypatch, tmp_path):
     texts = ["", "été", "x" * 1_200_000, "", "fin"]
-    (tmp_path / "lines").write_bytes(b"\r\n".join(text.encode() for text in texts))
+    (tmp_path / "lines").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(text.encode() for text in texts))
     monkeypatch.setattr(lines, "LINES_AT_A_TIME", 3)
     with open(tmp_path / "lines") as file:
         monkeypatch.setattr(sys, "stdin", file)
@@ -112,26 +112,27 @@ def test_lines_are_what_stands_between_newlines_whatever_blocks_they_come_in(mon
     assert all(0 < len(chunk) <= 3 for chunk in chunks)
 
 
-def test_a_slow_pipe_is_answered_line_by_line_in_utf_8_whatever_the_locale(place, expected):
+def test_a_slow_pipe_is_answered_line_by_line_in_utf_8_whatever_the_locale():
     """Each answer comes before the next line is written."""
-    line = [sys.executable, ROOT / "translate.py", "--prefix", place / "run", "--max-new-tokens", "6"]
+    line = [sys.executable, ROOT / "translate.py", *PREFIX, "--from", "en", "--to", "fr"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
     with subprocess.Popen(line, **pipes, env=environment) as process:
         giving_up = threading.Timer(120, process.kill)
         giving_up.start()
-        for written, text in (("été".encode(), "été"), (b"", ""), (b"\xe9", ""), (b"deux", "deux")):
-            process.stdin.write(written + b"\n")
+        for text, answer in (b"The summer is hot.", "L'été est chaud."), (b"", ""), (b"\xe9", ""), (b"Thanks.", "Merci."):
+            process.stdin.write(text + b"\n")
             process.stdin.flush()
-            assert process.stdout.readline().decode() == expected([text])
+            assert process.stdout.readline().decode() == f"{answer}\n"
         out, err = process.communicate()
         giving_up.cancel()
     assert (process.returncode, out) == (2, b"") and b"line 3: " in err and b"Traceback" not in err
 
 
 def test_a_reader_that_goes_away_is_no_error(place):
-    line = f"yes | head -2000 | {sys.executable} {ROOT}/translate.py --prefix {place}/run --batch-size 1 --max-new-tokens 2 | head -1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, timeout=300)
+    ours = f"{sys.executable} {ROOT}/translate.py --prefix {place}/run --batch-size 1 --max-new-tokens 2"
+    line = ["bash", "-c", f"set -o pipefail; yes | head -2000 | {ours} | head -1"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and done.stdout.count("\n") == 1
     assert done.stderr == "Translating fr to en, line by line from standard input\n"
 
