@@ -114,7 +114,7 @@ def to_go_on(out):
 
 def closing_line(trainer, model, began):
     """What a run came to that began, or went on, at that step, behind advice where it went wrong."""
-    p, out, trained = trainer.progress, trainer.out, sum(parameter.numel() for parameter in trainer.unfrozen)
+    p, out, trained = trainer.progress, trainer.out, sum(parameter.numel() for parameter in trainer.trainable)
     if began == p.step:
         return f"{out} is finished, all {p.step:,} steps are done; {to_go_on(out)} --steps N"
     fraction = trained / sum(parameter.numel() for parameter in model.parameters())

@@ -6,11 +6,20 @@ that transformers gives or does not load. Settings that do not change it are pas
 
 from dataclasses import asdict, dataclass
 
+import torch.nn.functional as F
+
 from minigpt.files import UserError, read_object
 
-# transformers' names for the tanh approximation, the exact form, and the rest.
-ACTIVATIONS = dict.fromkeys(["gelu_new", "gelu_pytorch_tanh", "gelu_fast"], "gelu_tanh")
-ACTIVATIONS |= {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
+
+
+def gelu_tanh(x):
+    """What GPT-2 was trained with: an approximation of GELU. The exact form would give other logits."""
+    return F.gelu(x, approximate="tanh")
+
+
+# By transformers' names.
+ACTIVATIONS = dict.fromkeys(["gelu_new", "gelu_pytorch_tanh", "gelu_fast"], gelu_tanh)
+ACTIVATIONS |= {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu}
 # transformers' other names of the same settings.
 ALIASES = {
     "hidden_size": "n_embd",

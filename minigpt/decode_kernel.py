@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from minigpt.config import gelu_tanh
 from minigpt.kernels import LOG2_E, _dot, _load, _online_softmax, _sees_slots, _store
-from minigpt.model import ACTIVATE
 
 
 @triton.jit(do_not_specialize=["rows", "Q", "S", "capacity"])
@@ -109,7 +109,7 @@ def decode_blocks(model, cache, x):
         h = norm_and_add(x, block.ln_1, attn.c_proj.bias)
         x.addmm_(decode_attention(attn.c_attn(h), cache, i), attn.c_proj.weight)
         h = norm_and_add(x, block.ln_2, mlp.c_proj.bias)
-        if mlp.activate is ACTIVATE["gelu_tanh"]:  # cuBLAS applies it to a product's sums
+        if mlp.activate is gelu_tanh:  # cuBLAS applies it to a product's sums
             h = torch._addmm_activation(mlp.c_fc.bias, h, mlp.c_fc.weight, use_gelu=True)
         else:
             h = mlp.activate(mlp.c_fc(h))

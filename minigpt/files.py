@@ -118,7 +118,7 @@ def replacing(path):
 
 def flush(path):
     """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)  # Windows flushes what can be written to
     try:
         os.fsync(handle)
     finally:

@@ -6,8 +6,7 @@
                  x = x + mlp(ln_2(x))             mlp:  c_fc -> GELU -> c_proj
 
 Inside, a batch is one row of N tokens (attention.py), so activations are (N, n_embd). Modules and parameters have the
-names of the published checkpoints: h.0.attn.c_attn.weight and so on. GPT-2 was trained with the tanh approximation of
-GELU; the exact form would give other logits.
+names of the published checkpoints: h.0.attn.c_attn.weight and so on.
 """
 
 from functools import partial
@@ -23,8 +22,6 @@ from minigpt.backends import attend
 from minigpt.config import ACTIVATIONS, GPTConfig
 from minigpt.files import UserError
 from minigpt.loss import project
-
-ACTIVATE = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 class Conv1D(nn.Module):
@@ -71,7 +68,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Conv1D(config.n_embd, config.mlp_dim)
         self.c_proj = Conv1D(config.mlp_dim, config.n_embd)
-        self.activate = ACTIVATE[ACTIVATIONS[config.activation_function]]
+        self.activate = ACTIVATIONS[config.activation_function]
 
     def forward(self, x):
         return self.c_proj(self.activate(self.c_fc(x)))  # (N, C) -> (N, 4C) -> (N, C)

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minigpt.config import ACTIVATIONS
+from minigpt.config import gelu_tanh
 
 NOTHING = ("none", [], "")  # what a packed product does to its result
-GELU = {"gelu_tanh": ("gelu", [], "tanh"), "gelu": ("gelu", [], "none")}
+GELU = {gelu_tanh: ("gelu", [], "tanh"), F.gelu: ("gelu", [], "none")}
 ROWS = 8  # of the batch for which weights are packed
 PAYS = 0.8  # of the time of a product of weights as they are, at most, for packing them in float32
 TINY = torch.finfo(torch.float32).tiny
@@ -43,7 +43,7 @@ def prepack(model):
     """For a model on a CPU, in bfloat16 or float32: where its products are faster so. Elsewhere this does nothing."""
     if packing_pays(model):
         _replace(model, PackedConv1D, PackedEmbedding)
-        then = GELU.get(ACTIVATIONS[model.config.activation_function])
+        then = GELU.get(model.h[0].mlp.activate)
         for block in model.h if then else ():
             block.mlp.c_fc.then, block.mlp.activate = then, nn.Identity()  # in the product itself
     return model

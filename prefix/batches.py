@@ -45,8 +45,8 @@ class BatchLoader:
         memory at a time; None: by MICRO_BATCH_TOKENS. Raises UserError where nothing is left to train on."""
         self.corpus, self.device, self.batch_size, self.seed = corpus, device, settings.batch_size, settings.seed
         self.sep, self.eot = separator(tokenizer), tokenizer.eot
-        self.train = only(corpus.examples("train"), directions)
-        self.validation = sample_rows(only(corpus.examples("validation"), directions), VALIDATION_EXAMPLES)
+        self.train = in_directions(corpus.examples("train"), directions)
+        self.validation = sample_rows(in_directions(corpus.examples("validation"), directions), VALIDATION_EXAMPLES)
         self.micro_batch_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
         self.fitting_tokens = None  # of a micro-batch, since memory last ran out
         self.epoch = self.order = None  # the current epoch and its order
@@ -118,7 +118,7 @@ class BatchLoader:
         return self.order
 
 
-def only(examples, directions):
+def in_directions(examples, directions):
     """The examples (n, 3) that go in one of these directions; all of them, still on disk, for None."""
     if directions is None:
         return examples

@@ -31,17 +31,17 @@ class TrainableBanks(Banks):
         for name, z in zip(self.names, self.z):
             z.requires_grad_(train is None or name in train)
 
-    def moves(self):
+    def z_of_banks(self):
         """(z_k, z_v) of each bank."""
         return self.z
 
     def key_values(self):
-        starts = zip(self.key, self.value, self.moves())
+        starts = zip(self.key, self.value, self.z_of_banks())
         return [(key + self.unit[0] * z_k, value + self.unit[1] * z_v) for key, value, (z_k, z_v) in starts]
 
     def moved(self):
         """The median and the largest distance of the trained slots from their start: root mean square of z, in units."""
-        trained = [z.detach() for z in self.moves() if z.requires_grad]  # (2, n_layer, n_head, prefix_len, head_dim)
+        trained = [z.detach() for z in self.z_of_banks() if z.requires_grad]  # (2, n_layer, n_head, prefix_len, head_dim)
         distance = torch.cat([z.square().mean(dim=(0, 1, 2, 4)).sqrt() for z in trained])  # (slots,)
         return {"moved": float(distance.median()), "moved_max": float(distance.max())}
 
@@ -66,7 +66,7 @@ class Reparametrised(TrainableBanks):
         nn.init.zeros_(self.network[-1].weight)
         nn.init.zeros_(self.network[-1].bias)
 
-    def moves(self):
+    def z_of_banks(self):
         n_layer, n_head, _, head_dim = self.key[0].shape
         z = self.network(self.embedding).unflatten(-1, (n_layer, 2, n_head, head_dim))
         return z.permute(0, 3, 2, 4, 1, 5)  # (banks, 2, n_layer, n_head, prefix_len, head_dim)

@@ -55,8 +55,8 @@ class Trainer:
         moving = [name for name, p in model.named_parameters() if p.requires_grad]
         assert not moving, f"the base model must be frozen, but {moving[0]} requires a gradient"
         self.model, self.banks, self.loader, self.settings, self.out = model, banks, loader, settings, out and Path(out)
-        self.unfrozen = [p for p in banks.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.unfrozen, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        self.trainable = [p for p in banks.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
         self.scaler = torch.amp.GradScaler(  # so that float16 gradients neither vanish nor overflow
             model.device.type, FIRST_SCALE, growth_interval=SCALE_DOUBLES_AFTER, enabled=model.dtype == torch.float16
         )
@@ -95,14 +95,14 @@ class Trainer:
         """One step of AdamW; returns its line of metrics. A step that is not finite leaves the slots as they are."""
         p, lr = self.progress, self.settings.lr_at(self.progress.step)
         loss = self.loader.within_memory(batch, self.forward_backward, f"step {p.step + 1}") / batch.n_targets
-        for parameter in self.unfrozen:
+        for parameter in self.trainable:
             parameter.grad /= batch.n_targets
         stop = torch.full_like(loss, len(self.stop))
-        distributed.all_reduce_sum([loss, stop, *(parameter.grad for parameter in self.unfrozen)])
+        distributed.all_reduce_sum([loss, stop, *(parameter.grad for parameter in self.trainable)])
 
         self.optimizer.param_groups[0]["lr"] = lr
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.unfrozen, self.settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.settings.clip)
         loss, norm, stop = torch.stack([loss, norm, stop]).tolist()  # the one wait for the device
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -122,7 +122,7 @@ class Trainer:
     def forward_backward(self, micro_batches):
         """The summed loss of all target tokens, and its gradients, however they are cut into micro-batches."""
         total = torch.zeros((), device=self.model.device)
-        for parameter in self.unfrozen:
+        for parameter in self.trainable:
             parameter.grad = torch.zeros_like(parameter)
         for micro_batch in micro_batches:
             loss = self.loss(micro_batch, self.banks.slots())

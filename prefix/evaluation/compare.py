@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from minigpt.files import UserError
 from prefix import distributed
-from prefix.batches import only
+from prefix.batches import in_directions
 from prefix.data.corpus import sample_rows
 from prefix.data.splits import SPLITS
 from prefix.decoding import Decoding
@@ -85,7 +85,7 @@ class Result:
 def sentences(corpus, split, limit, source, target, all_references=False):
     """-> (at most `limit` texts to translate, a list of references for each). split, all_references: as in Plan."""
     s, t = map(corpus.columns.index, (source, target))
-    examples = [only(corpus.examples(name), [(s, t)]) for name in SPLITS if split in (name, "all")]
+    examples = [in_directions(corpus.examples(name), [(s, t)]) for name in SPLITS if split in (name, "all")]
     groups = {}  # of rows that are one sentence
     for row in np.sort(np.concatenate(examples)[:, 0]):
         groups.setdefault(corpus.text(row, s) if all_references else row, []).append(row)

@@ -23,7 +23,7 @@ from minigpt.files import UserError
 from minigpt.generate import Prompt
 from minigpt.scoring import log_p, max_new_tokens
 from prefix.banks import Banks
-from prefix.batches import only
+from prefix.batches import in_directions
 from prefix.data.rows import clean
 from prefix.decoding import Decoding, decode
 from prefix.translation import Translation, answered
@@ -74,7 +74,7 @@ def draw_shots(corpus, source, target, k, seed, avoid=()):
     """-> (Shots of k training pairs, TRIALS other pairs or as many as are left), none with a source text in `avoid`.
     source, target: names of columns. Raises UserError for too few pairs."""
     s, t = map(corpus.columns.index, (source, target))
-    rows = np.random.default_rng((seed, 7)).permutation(only(corpus.examples("train"), [(s, t)])[:, 0])
+    rows = np.random.default_rng((seed, 7)).permutation(in_directions(corpus.examples("train"), [(s, t)])[:, 0])
     pairs = ((corpus.text(row, s), corpus.text(row, t)) for row in rows)
     pairs = (pair for pair in pairs if pair[0] not in avoid)
     shots = list(islice(pairs, k))

@@ -25,7 +25,7 @@ from ways import train, validation_loss
 from minigpt import GPT, Tokenizer
 from minigpt.attention import PackedBatch
 from minigpt.loss import nll_sum
-from prefix.batches import only
+from prefix.batches import in_directions
 from prefix.data import corpus as data
 from prefix.run import DEMO_CORPUS
 from prefix.sequences import pack_pairs, pairs_of, separator
@@ -64,7 +64,7 @@ def main():
     base, tokenizer = GPT.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
     corpus = data.load([args.data], args.columns, tokenizer, args.limit, base.config.n_positions // 2)
     s, t = map(corpus.columns.index, args.columns)
-    test, back = (only(corpus.examples("test"), [ends]) for ends in ((s, t), (t, s)))
+    test, back = (in_directions(corpus.examples("test"), [ends]) for ends in ((s, t), (t, s)))
     asked = {"back": pairs_of(corpus, back)} | {  # plain text: a target without a source
         name: [([], corpus.ids(row, column), column, column) for row, _, _ in test]
         for name, column in zip(args.columns, (s, t))
@@ -73,11 +73,11 @@ def main():
 
     def trained(name, steps, lr):
         way = TRAINED[name][0](args.model, tokenizer, corpus)
-        train(way, corpus, steps, lr, args.batch_size, examples=only(corpus.examples("train"), [(s, t)]))
+        train(way, corpus, steps, lr, args.batch_size, examples=in_directions(corpus.examples("train"), [(s, t)]))
         return way
 
     def trained_at_its_best_rate(name):
-        validation = only(corpus.examples("validation"), [(s, t)])
+        validation = in_directions(corpus.examples("validation"), [(s, t)])
         sweep = lambda lr: validation_loss(trained(name, args.sweep_steps, lr), corpus, validation)
         lr = best_rate(TRAINED[name][1], sweep)
         return trained(name, args.steps, lr), lr
