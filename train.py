@@ -29,6 +29,7 @@ from prefix.trainer import Settings, Trainer
 
 MAX_SLOTS = 1 << 12  # of a bank: more than any published context has positions, less than fills a machine's memory
 MAX_BATCH = 1 << 20  # pairs, whose list is in memory
+FAR = 30  # units: at the best rate of each base slots moved by 1 to 17, and where they moved by more it was worse
 
 
 def main():
@@ -112,22 +113,29 @@ def to_go_on(out):
     return f"to go on: python train.py --resume {shlex.quote(str(out))}"
 
 
+def warning(progress, moved):
+    """What went wrong and what to try: a line of its own, or nothing."""
+    base, best, far = progress.base_loss, progress.best, moved.get("moved_max", 0)
+    if base is not None and not best < base:
+        return f"Warning: validation loss {best:.2f} is no better than the base's. Try --lr 0.03 0.1 0.3, or more --steps\n"
+    if far > FAR:
+        return f"Warning: a slot moved by {far:.0f} units of the base's keys and values, more than {FAR}. Try a third of --lr\n"
+    return ""
+
+
 def closing_line(trainer, model, began):
-    """What a run came to that began, or went on, at that step, behind advice where it went wrong."""
+    """What a run came to that began, or went on, at that step, behind a warning where it went wrong."""
     p, out, trained = trainer.progress, trainer.out, sum(parameter.numel() for parameter in trainer.trainable)
     if began == p.step:
         return f"{out} is finished, all {p.step:,} steps are done; {to_go_on(out)} --steps N"
     fraction = trained / sum(parameter.numel() for parameter in model.parameters())
     pace = f"in {p.seconds:.0f} s ({p.tokens / max(p.seconds, 1e-3):,.0f} tokens/s)"
-    good, warning = "not validated", ""
-    if p.base_loss is not None:
-        good = f"validation loss {p.best:.4f} ({p.base_loss:.4f} without the prefix)"
-        if not p.best < p.base_loss:
-            warning = "Warning: this prefix is no better than none. Try --lr 0.03 0.1 0.3, or more --steps\n"
+    good = "not validated" if p.base_loss is None else f"validation loss {p.best:.4f} ({p.base_loss:.4f} without the prefix)"
     skipped = f"; {p.skipped} steps were not finite and skipped" if p.skipped else ""
     result = f"Trained {trained:,} parameters ({fraction:.2%} of the model) {pace}: {good}{skipped}"
     script = "evaluate.py" if len(trainer.loader.corpus.examples("test")) else "translate.py"
-    return f"{warning}{result}; {out}/prefix.safetensors. Try: python {script} --prefix {shlex.quote(str(out))}"
+    result = warning(p, trainer.banks.moved()) + result
+    return f"{result}; {out}/prefix.safetensors. Try: python {script} --prefix {shlex.quote(str(out))}"
 
 
 def parse_arguments():

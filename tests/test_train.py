@@ -68,6 +68,9 @@ def test_a_run_that_went_wrong_says_so_at_its_end_and_what_to_try(run, monkeypat
     said = run(train, *OPTIONS, "--data", table, "--prefix-len", 2, "--out", "wrong")[2]
     assert "on 2 examples" in said and said.endswith("Try: python translate.py --prefix wrong\n")
     assert said.count("Warning: ") == said.count("Try --lr 0.03 0.1 0.3") == 1
+    monkeypatch.setattr(train.Trainer, "validation_loss", lambda trainer, base=False: 2.0 if base else 1.0)
+    said = run(train, *OPTIONS, "--data", table, "--prefix-len", 2, "--out", "far", "--lr", 100, "--warmup", 0)[2]
+    assert "Warning: a slot moved by " in said and "Try a third of --lr" in said
 
 
 def test_of_several_rates_the_best_trains_the_prefix_also_where_trials_and_choice_were_interrupted(run, monkeypatch):
