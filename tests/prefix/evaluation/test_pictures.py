@@ -29,8 +29,8 @@ def test_the_loss_is_drawn_whatever_was_logged(lines, tmp_path, capsys):
 
 def test_the_curve_is_of_the_logged_numbers():
     pytest.importorskip("matplotlib")
-    lines = pictures.loss_figure(LINES).axes[0].lines
-    curves = {line.get_label(): line.get_xydata().tolist() for line in lines}
+    figure = pictures.loss_figure(LINES)
+    curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert curves == {"training": [[1, 3], [3, 2]], "mean of 20 steps": [[1, 3], [3, 2.5]], "validation": [[2, 2.5]]}
 
 
