@@ -121,8 +121,8 @@ def test_macro_f1_is_the_mean_of_the_labels_that_occur():
 
 
 def test_a_confusion_matrix_counts_answers_by_what_was_right():
-    given, right = ["joy", "joy", "fear", "anger"], [["joy"], ["anger"], ["anger", "fear"], ["joy", "fear"]]
-    assert confusion(given, right, LABELS) == [[0, 0, 1], [0, 1, 0], [1, 0, 1]]  # of several, the one that was given
+    given, right = ["joy", "joy", "fear", "anger"], [["joy"], ["anger"], ["anger", "fear"], ["fear", "joy"]]
+    assert confusion(given, right, LABELS) == [[0, 0, 1], [1, 1, 0], [0, 0, 1]]  # of several, the one that was given
 
 
 def test_an_exact_match_is_any_of_the_references():
@@ -171,6 +171,8 @@ def test_the_same_sentences_are_drawn_for_both_systems_and_exchanging_them_chang
     references, right = [["x"]] * 40, ["x"] * 20 + ["y"] * 20
     better = right[:20] + ["x"] + right[21:]  # by one sentence: no draw can say that the other is
     assert paired_bootstrap(exact, right, better, references)["interval"][1] == 0
+    low, high = paired_bootstrap(exact, right * 10, ["y"] * 400, references * 10)["interval"]  # 50 ± 1.96 * 2.5
+    assert (low, high) == pytest.approx((45.1, 54.9), abs=0.8)
     a, b, references = made_up(1, 50, 0.30, 0.32)
     one, other = paired_bootstrap(bleu, a, b, references), paired_bootstrap(bleu, b, a, references)
     assert one["p"] == other["p"] and one["delta"] == -other["delta"]

@@ -39,7 +39,7 @@ def test_a_loss_that_cannot_be_drawn_is_one_line_and_nothing_without_matplotlib(
     figure = pytest.importorskip("matplotlib.figure")
 
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise RuntimeError("No space left on device")
 
     monkeypatch.setattr(figure.Figure, "savefig", full)
     if not installed:
