@@ -49,12 +49,11 @@ def parse_arguments():
     option("--references", choices=["one", "all"], default="one", help="all: rows with one source are one sentence (one)")
     option("--limit", **number(1, 500), help="sentences in each direction (500)")
     option("--max-tokens", **number(3, 384), help="longest pair, in tokens (384)")
-    cut = "take pairs of any length; cut a source at its end until an answer of --max-new-tokens fits behind it"
-    option("--truncate-source", action="store_true", help=f"{cut} (by default a quarter of the context)")
+    cut = "take long pairs, too; cut a source at its end to fit --max-new-tokens (here by default a quarter of the context)"
+    option("--truncate-source", action="store_true", help=cut)
 
     option = parser.add_argument_group("how they are answered").add_argument
-    chosen = "answer with one of these texts; without any, one that training has in the column --to"
-    option("--choices", nargs="*", metavar="TEXT", help=chosen)
+    option("--choices", nargs="*", metavar="TEXT", help="answer with one of these; of none, with one that training has")
     option("--shots", **number(0, 3), help="examples in a k-shot prompt (3)")
     option("--draws", **number(0, 3), help="draws of these examples (3); 0: no k-shot")
     option("--seed", **number(0, 0), help="of the draws (0)")
@@ -148,7 +147,7 @@ def directions(args, banks, prefixes):
 
 
 def training_text(prefixes, columns, tokenizer, longest):
-    """The Corpus that the prefix was trained on: for --split all, it has the shots and labels."""
+    """The Corpus that the prefix was trained on: for --split all, it has the examples and labels."""
     record, paths = read_header(prefixes[0])["training"], run.data_paths(cli.data_of(prefixes))
     training = data.load(paths, record.get("columns"), tokenizer, record.get("limit"), longest)
     if lacking := set(columns) - set(training.columns):

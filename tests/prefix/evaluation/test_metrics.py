@@ -181,6 +181,6 @@ def test_the_same_sentences_are_drawn_for_both_systems_and_exchanging_them_chang
 
 
 def test_equally_good_systems_are_called_different_about_once_in_twenty():
-    p = [paired_bootstrap(bleu, *made_up(trial, 100, 0.3, 0.3), 100, trial)["p"] for trial in range(100)]
+    p = [paired_bootstrap(bleu, *made_up(trial, 40, 0.3, 0.3), 100, trial)["p"] for trial in range(100)]
     assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.12
     assert np.mean(np.array(p) < 0.5) == pytest.approx(0.5, abs=0.15)
