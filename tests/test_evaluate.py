@@ -239,9 +239,8 @@ def test_several_tasks_are_scored_in_one_run_in_the_directions_that_were_trained
     assert ends([labels, summaries]) == [("tweet", "label"), ("article", "summary")]
     assert [*labels["signatures"]] == ["accuracy", "macro-F1"] and {*labels["prefix"]["outputs"]} <= {*LABELS[:2]}
     assert [*summaries["signatures"]] == ["ROUGE-1", "ROUGE-2", "ROUGE-L"] and summaries["choices"] is None
-    assert [len(one["sources"]) for one in (labels, summaries)] == [4, 6] and len(
-        Path("tasks.tsv").read_text().splitlines()
-    ) == 11
+    assert [len(one["sources"]) for one in (labels, summaries)] == [4, 6]
+    assert len(Path("tasks.tsv").read_text().splitlines()) == 11
     assert all(f"{label} {text}" in out for one in (labels, summaries) for label, text in one["signatures"].items())
     assert run(evaluate, *options, "--draws", 0, "--from", "label")[0] == 0  # which was not trained
     assert ends(json.loads(Path("tasks.json").read_text())["directions"]) == [("label", "tweet")]

@@ -29,11 +29,7 @@ def result(n=3, cut=0, **fields):
     draws = [system("1-shot", "shot", 12.5, n), system("1-shot", "other", 7.5, n, cut)]
     found = {"sources": [f"le chat {i}" for i in range(n)], "references": [[f"the cat {i}"] for i in range(n)]}
     found |= {"source": "fr", "target": "en", "signatures": {"BLEU": "nrefs:1|tok:13a"}, "draws": draws}
-    found |= {
-        "prefix": system("prefix", "prefixed", 30.0, n),
-        "form": "lines",
-        "form_log_p": {"names": -9, "lines": -7.5},
-    }
+    found |= {"prefix": system("prefix", "prefixed", 30.0, n), "form": "lines", "form_log_p": {"names": -9, "lines": -7.5}}
     found["difference"] = {"BLEU": {"delta": 20.0, "interval": (12.5, 27.25), "p": 0.002}}
     return Result(**found | fields)
 
@@ -138,10 +134,8 @@ def test_text_from_models_and_files_is_text_and_the_page_loads_nothing():
     assert not names & {"script", "img", "link", "iframe", "object"}
     attributes = {name for _, found in page.elements for name in found}
     assert attributes <= {"lang", "charset", "http-equiv", "content", "name", "style"}
-    assert (
-        "meta",
-        {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"},
-    ) in page.elements
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in page.elements
 
 
 def without(html, tag):
