@@ -99,7 +99,8 @@ def main():
     wanted = directions(args, banks, prefixes)
     paths, columns = rows.columns_for(run.data_paths(args.data or cli.data_of(prefixes)), banks.names, args.columns)
     there = {ends: names for ends, names in wanted.items() if {*ends} <= {*columns}}
-    plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, args.shots, args.draws, args.seed)
+    drawn = {"shots": args.shots, "draws": args.draws, "seed": args.seed}
+    plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, **drawn)
     limit = None if args.data else read_header(prefixes[0])["training"].get("limit")  # what training has encoded
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
     corpus = data.load(paths, columns, tokenizer, limit, ANY_LENGTH if args.truncate_source else longest)

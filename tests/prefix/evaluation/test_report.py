@@ -29,7 +29,8 @@ def result(n=3, cut=0, **fields):
     draws = [system("1-shot", "shot", 12.5, n), system("1-shot", "other", 7.5, n, cut)]
     found = {"sources": [f"le chat {i}" for i in range(n)], "references": [[f"the cat {i}"] for i in range(n)]}
     found |= {"source": "fr", "target": "en", "signatures": {"BLEU": "nrefs:1|tok:13a"}, "draws": draws}
-    found |= {"prefix": system("prefix", "prefixed", 30.0, n), "form": "lines", "form_log_p": {"names": -9, "lines": -7.5}}
+    found |= {"form": "lines", "form_log_p": {"names": -9, "lines": -7.5}}
+    found["prefix"] = system("prefix", "prefixed", 30.0, n)
     found["difference"] = {"BLEU": {"delta": 20.0, "interval": (12.5, 27.25), "p": 0.002}}
     return Result(**found | fields)
 
@@ -126,6 +127,7 @@ def test_the_name_of_the_home_folder_is_nowhere():
 def test_text_from_models_and_files_is_text_and_the_page_loads_nothing():
     hostile = result(sources=[ATTACK] * 3, references=[[ATTACK, "a"]] * 3, source=ATTACK, signatures={ATTACK: ATTACK})
     hostile.prefix.outputs[:2] = [ATTACK, ""]
+    hostile.choices, hostile.classes, hostile.prefix.confusion = [ATTACK], [ATTACK], [[3]]
     settings = SETTINGS | {"model": ATTACK, "prefix": [ATTACK], ATTACK: ATTACK}
     html = report.to_html(settings, [hostile])
     page = Page(html)
