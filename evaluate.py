@@ -25,7 +25,6 @@ from prefix.data.splits import SPLITS
 from prefix.decoding import Decoding
 from prefix.distributed import log, printable
 from prefix.evaluation import report
-from prefix.evaluation.attention_maps import look_at
 from prefix.evaluation.compare import Plan, compare
 from prefix.evaluation.metrics import ACCURACY, NAMES
 from prefix.prefix_file import read_header
@@ -47,16 +46,14 @@ def parse_arguments():
     option("--from", dest="source", metavar="BANK", help="evaluate directions from this column only")
     option("--to", dest="target", metavar="BANK", help="evaluate directions into this column only")
     option("--split", choices=[*SPLITS, "all"], default="test", help="all: every row, for a file apart (test)")
-    one = "all: rows with the same source are one sentence, their targets its references (one)"
-    option("--references", choices=["one", "all"], default="one", help=one)
+    option("--references", choices=["one", "all"], default="one", help="all: rows with one source are one sentence (one)")
     option("--limit", **number(1, 500), help="sentences in each direction (500)")
     option("--max-tokens", **number(3, 384), help="longest pair, in tokens (384)")
-    cut = "take pairs of any length; cut a source at its end until an answer of --max-new-tokens fits behind it"
-    option("--truncate-source", action="store_true", help=f"{cut} (by default a quarter of the context)")
+    cut = "take long pairs, too; cut a source at its end to fit --max-new-tokens (here by default a quarter of the context)"
+    option("--truncate-source", action="store_true", help=cut)
 
     option = parser.add_argument_group("how they are answered").add_argument
-    chosen = "answer with one of these texts; without any, one that training has in the column --to"
-    option("--choices", nargs="*", metavar="TEXT", help=chosen)
+    option("--choices", nargs="*", metavar="TEXT", help="answer with one of these; of none, with one that training has")
     option("--shots", **number(0, 3), help="examples in a k-shot prompt (3)")
     option("--draws", **number(0, 3), help="draws of these examples (3); 0: no k-shot")
     option("--seed", **number(0, 0), help="of the draws (0)")
@@ -103,7 +100,8 @@ def main():
     paths = run.data_paths(args.data or cli.data_of(prefixes))
     columns = rows.columns_for(paths, banks.names, args.columns)
     there = {ends: names for ends, names in wanted.items() if {*ends} <= {*columns}}
-    plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, args.shots, args.draws, args.seed)
+    drawn = {"shots": args.shots, "draws": args.draws, "seed": args.seed}
+    plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, **drawn)
     record, files = read_header(prefixes[0])["training"], lambda paths: [Path(path).resolve() for path in paths]
     same = files(paths) == files(run.data_paths(record.get("data")))
     limit = record.get("limit") if same else None  # what training has encoded is not encoded anew
@@ -125,9 +123,6 @@ def main():
         return
     settings = settings_of(args, prefixes, model) | {"data": paths, "columns": columns}
     print(printable(report.to_text(settings, results)))
-    first = results[0]
-    looked_at = look_at(model, tokenizer, banks, first.sources[0], (first.source, first.target), first.prefix.outputs[0])
-    first.attention = looked_at.tables()
     for name, form in FILES.items():
         if path := getattr(args, name):
             with replacing(path) as temporary:  # a path in the settings need not be UTF-8
@@ -156,7 +151,7 @@ def directions(args, banks, prefixes):
 
 
 def training_text(prefixes, columns, tokenizer, longest):
-    """The Corpus that the prefix was trained on: for --split all, it has the shots and labels."""
+    """The Corpus that the prefix was trained on: for --split all, it has the examples and labels."""
     record, paths = read_header(prefixes[0])["training"], run.data_paths(cli.data_of(prefixes))
     training = data.load(paths, record.get("columns"), tokenizer, record.get("limit"), longest)
     if lacking := set(columns) - set(training.columns):

@@ -17,7 +17,6 @@ from minigpt import GPT, Tokenizer
 from prefix.banks import Banks
 from prefix.data.splits import split_of
 from prefix.evaluation import compare, metrics
-from prefix.evaluation.attention_maps import look_at
 from prefix.evaluation.metrics import METRICS
 from prefix.init import random_banks
 from prefix.translation import Decoding, Translation
@@ -112,7 +111,8 @@ def test_the_prefix_is_compared_with_the_median_draw_or_the_better_of_two(place,
 
 
 def test_an_evaluation_translates_as_translate_does_and_is_repeatable(place, evaluated, run):
-    once, again = evaluated("en-fr")[2], evaluated("en-fr", "--batch-size", 1)[2]
+    less = ["--from", "fr", "--draws", 1]
+    once, again = evaluated("en-fr", *less)[2], evaluated("en-fr", *less, "--batch-size", 1)[2]
     for direction, other in zip(once, again):
         options = ["--prefix", place / "en-fr.safetensors", "--from", direction["source"]]
         _, out, _ = run(translate, *options, *direction["sources"])
@@ -241,9 +241,8 @@ def test_several_tasks_are_scored_in_one_run_in_the_directions_that_were_trained
     assert ends([labels, summaries]) == [("tweet", "label"), ("article", "summary")]
     assert [*labels["signatures"]] == ["accuracy", "macro-F1"] and {*labels["prefix"]["outputs"]} <= {*LABELS[:2]}
     assert [*summaries["signatures"]] == ["ROUGE-1", "ROUGE-2", "ROUGE-L"] and summaries["choices"] is None
-    assert [len(one["sources"]) for one in (labels, summaries)] == [4, 6] and len(
-        Path("tasks.tsv").read_text().splitlines()
-    ) == 11
+    assert [len(one["sources"]) for one in (labels, summaries)] == [4, 6]
+    assert len(Path("tasks.tsv").read_text().splitlines()) == 11
     assert all(f"{label} {text}" in out for one in (labels, summaries) for label, text in one["signatures"].items())
     assert run(evaluate, *options, "--draws", 0, "--from", "label")[0] == 0  # which was not trained
     assert ends(json.loads(Path("tasks.json").read_text())["directions"]) == [("label", "tweet")]
@@ -267,8 +266,6 @@ def test_the_page_the_table_and_the_settings_are_written(place, evaluated):
     assert settings["date"] in page and out.splitlines()[1].split() == ["prefix", "1-shot", "ratio"]
     lines = table.splitlines()
     assert len(lines) == 11 and lines[1].split("\t")[:2] == [first["sources"][0], *first["references"][0]]
-    for title, rows in look_at(*loaded(place), first["sources"][0], ("fr", "en")).tables():
-        assert title in page and all(f">{cell}</td>" in page for _, *cells in rows[1:] for cell in cells)
 
 
 def test_on_a_terminal_each_system_has_a_bar_that_moves_by_batches_to_its_end(place, run, monkeypatch):

@@ -138,7 +138,7 @@ stem_of = cache(PorterStemmer().stem)
 
 
 def rouge_counts(hypothesis, references, overlap, n, stem):
-    """(the best F1, 1). overlap(a, b): how many n-grams two lists have in common. Words of four letters or more are stemmed."""
+    """(the best F1, 1). overlap(a, b): how many n-grams two lists have in common. Words of four letters on are stemmed."""
     stemmed = lambda word: stem_of(word) if stem and len(word) > 3 else word
     words = lambda text: map(stemmed, re.findall("[a-z0-9]+", text.lower()))
     a, *others = (list(ngrams(words(text), n)) for text in [hypothesis, *references])

@@ -159,14 +159,6 @@ def test_a_clearly_better_system_is_significantly_better(name):
     assert result["p"] == 2 / 1001  # not one of a thousand draws went the other way
 
 
-@pytest.mark.parametrize("metric, delta", [(exact, 50), (macro_f1(["no", "yes"]), 100 * (18 / 19 - 4 / 7) / 2)])
-def test_labels_are_resampled_by_their_own_metrics(metric, delta):
-    references, better, worse = [["yes"]] * 40, ["yes"] * 36 + ["no"] * 4, ["yes"] * 16 + ["no"] * 24
-    result = paired_bootstrap(metric, better, worse, references)
-    low, high = result["interval"]
-    assert result["delta"] == pytest.approx(delta) and 0 < low < delta < high and result["p"] == 2 / 1001
-
-
 def test_the_same_sentences_are_drawn_for_both_systems_and_exchanging_them_changes_the_sign_alone():
     references, right = [["x"]] * 40, ["x"] * 20 + ["y"] * 20
     better = right[:20] + ["x"] + right[21:]  # by one sentence: no draw can say that the other is
@@ -181,6 +173,6 @@ def test_the_same_sentences_are_drawn_for_both_systems_and_exchanging_them_chang
 
 
 def test_equally_good_systems_are_called_different_about_once_in_twenty():
-    p = [paired_bootstrap(bleu, *made_up(trial, 100, 0.3, 0.3), 100, trial)["p"] for trial in range(100)]
+    p = [paired_bootstrap(bleu, *made_up(trial, 40, 0.3, 0.3), 100, trial)["p"] for trial in range(100)]
     assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.12
     assert np.mean(np.array(p) < 0.5) == pytest.approx(0.5, abs=0.15)
