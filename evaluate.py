@@ -25,6 +25,7 @@ from prefix.data.splits import SPLITS
 from prefix.decoding import Decoding
 from prefix.distributed import log, printable
 from prefix.evaluation import report
+from prefix.evaluation.attention_maps import look_at
 from prefix.evaluation.compare import Plan, compare
 from prefix.evaluation.metrics import ACCURACY, NAMES
 from prefix.prefix_file import read_header
@@ -46,7 +47,8 @@ def parse_arguments():
     option("--from", dest="source", metavar="BANK", help="evaluate directions from this column only")
     option("--to", dest="target", metavar="BANK", help="evaluate directions into this column only")
     option("--split", choices=[*SPLITS, "all"], default="test", help="all: every row, for a file apart (test)")
-    option("--references", choices=["one", "all"], default="one", help="all: rows with one source are one sentence (one)")
+    one = "all: rows with the same source are one sentence, their targets its references (one)"
+    option("--references", choices=["one", "all"], default="one", help=one)
     option("--limit", **number(1, 500), help="sentences in each direction (500)")
     option("--max-tokens", **number(3, 384), help="longest pair, in tokens (384)")
     cut = "take long pairs, too; cut a source at its end to fit --max-new-tokens (here by default a quarter of the context)"
@@ -123,6 +125,9 @@ def main():
         return
     settings = settings_of(args, prefixes, model) | {"data": paths, "columns": columns}
     print(printable(report.to_text(settings, results)))
+    first = results[0]
+    looked_at = look_at(model, tokenizer, banks, first.sources[0], (first.source, first.target), first.prefix.outputs[0])
+    first.attention = looked_at.tables()
     for name, form in FILES.items():
         if path := getattr(args, name):
             with replacing(path) as temporary:  # a path in the settings need not be UTF-8

@@ -17,6 +17,7 @@ from minigpt import GPT, Tokenizer
 from prefix.banks import Banks
 from prefix.data.splits import split_of
 from prefix.evaluation import compare, metrics
+from prefix.evaluation.attention_maps import look_at
 from prefix.evaluation.metrics import METRICS
 from prefix.init import random_banks
 from prefix.translation import Decoding, Translation
@@ -266,6 +267,8 @@ def test_the_page_the_table_and_the_settings_are_written(place, evaluated):
     assert settings["date"] in page and out.splitlines()[1].split() == ["prefix", "1-shot", "ratio"]
     lines = table.splitlines()
     assert len(lines) == 11 and lines[1].split("\t")[:2] == [first["sources"][0], *first["references"][0]]
+    for title, rows in look_at(*loaded(place), first["sources"][0], ("fr", "en")).tables():
+        assert title in page and all(f">{cell}</td>" in page for _, *cells in rows[1:] for cell in cells)
 
 
 def test_on_a_terminal_each_system_has_a_bar_that_moves_by_batches_to_its_end(place, run, monkeypatch):

@@ -71,6 +71,7 @@ class Result:
     form: str = FORMS[0]
     form_log_p: dict = field(default_factory=dict)  # decided the form of the prompts
     difference: dict = field(default_factory=dict)  # {metric: metrics.paired_bootstrap of prefix and median draw}
+    attention: list = field(default_factory=list)  # tables of one sentence, from attention_maps
 
     @property
     def systems(self):

@@ -18,11 +18,13 @@ import numpy as np
 from prefix.evaluation.metrics import RESAMPLES
 
 ENOUGH = 100  # sentences for a verdict
+LABELS = 5  # sentences to one reference, from which on they seem to be labels
 REFERENCES_SHOWN = 3  # of a sentence
 CLASSES_SHOWN = 12  # a larger confusion matrix is for JSON and the page
 FORMS = {"names": "lines that begin with the columns' names", "lines": "bare lines"}
 PIECES = re.compile(r"\w+['’]?|\s+|[^\w\s]+")  # words, spaces, runs of punctuation
 BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
+SHADE = 0.65  # opacity of the darkest cell: light enough to read its number, by day and by night
 PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>$title</title><style>
@@ -71,11 +73,13 @@ def score_lines(result):
 
 def remarks(result):
     """The rest that there is to say of one direction, in sentences."""
-    said, n = [], len(result.references)
+    said, n, count = [], len(result.references), Counter(refs[0] for refs in result.references)
     if result.classes:
-        label, most = Counter(refs[0] for refs in result.references).most_common(1)[0]
+        label, most = count.most_common(1)[0]
         said.append(f"each answer is the likeliest choice of {len(result.choices)}")
         said.append(f"always answering {label!r} would have accuracy {100 * most / n:.2f}")
+    elif n >= LABELS * len(count):
+        said.append(f"{n} references, {len(count)} different: labels? --metrics {result.target}=accuracy scores them as such")
     if result.draws:
         said.append(f"prefix minus the median draw (95 % of {RESAMPLES:,} resamples): {difference(result)}")
         tried = ", ".join(f"{form} {value:.1f}" for form, value in result.form_log_p.items()) or "no pair fits"
@@ -164,6 +168,10 @@ def to_html(settings, results):
             n = len(sentence) - len(result.systems)  # the outputs come last
             texts = [(name, escape(text)) for name, text in sentence[:n]]
             parts.append(html_list(texts + [(name, marked(text, references)) for name, text in sentence[n:]]))
+    if attention := results[0].attention:
+        most = max(float(cell) for _, lines in attention for _, *cells in lines[1:] for cell in cells)
+        parts.append(f"<h2>Attention of the first sentence</h2><p>In %; the darkest cells are {most:.0f} %.</p>")
+        parts += [html_table(heading, lines, most) for heading, lines in attention]
     given = {name: value for name, value in settings.items() if value is not None and value is not False}
     parts.append(f"<h2>Settings</h2>{html_list((name, escape(spelled(value))) for name, value in given.items())}")
     parts.append(f"<h2>Signatures</h2><p>{'<br>'.join(map(escape, signatures(results)))}</p>")
@@ -172,10 +180,12 @@ def to_html(settings, results):
     return PAGE.substitute(title=escape(heading), body="\n".join(parts))
 
 
-def html_table(heading, lines):
+def html_table(heading, lines, most=0):
+    """most: the number in the darkest cells; 0: no shades."""
+    shade = lambda cell: f' style="background: rgb(59 130 196 / {SHADE * float(cell) / most:.2f})"' if most else ""
+    tags = lambda cells: "".join(f"<td{shade(cell)}>{escape(cell)}</td>" for cell in cells)
     head = "".join(f"<th>{escape(cell)}</th>" for cell in lines[0])
-    cells = ((name, "".join(f"<td>{escape(cell)}</td>" for cell in cells)) for name, *cells in lines[1:])
-    body = "".join(f"<tr><th>{escape(name)}</th>{html}</tr>" for name, html in cells)
+    body = "".join(f"<tr><th>{escape(name)}</th>{tags(cells)}</tr>" for name, *cells in lines[1:])
     return f"<table><caption>{escape(heading)}</caption><tr>{head}</tr>{body}</table>"
 
 

@@ -17,6 +17,7 @@ ATTACK = "<script>document.title='taken'</script><img src=x onerror=alert(1)> & 
 SETTINGS = {"prefix": [f"{Path.home()}/runs/x"], "model": "gpt2", "base": "0a1b", "date": "2026-01-02 03:04"}
 SETTINGS |= {"data": ["en-fr.csv"], "split": "test", "beam": 1, "shots": 1, "draws": 2, "examples": 2}
 SETTINGS |= {"weights": None, "seed": 0}
+ATTENTION = [("bank <en>", [["layer", "h0", "h1"], ["0", "20.0", "0.0"], ["1", "10.0", "5.0"]])]
 
 
 def system(name, word, score, n=3, cut=0, **fields):
@@ -103,6 +104,12 @@ def test_labels_have_a_confusion_matrix_and_the_share_of_the_commonest(monkeypat
     assert "rage  " not in report.to_text(SETTINGS, [labelled()]) and ">rage</th>" in report.to_html(SETTINGS, [labelled()])
 
 
+def test_few_different_references_are_said_to_look_like_labels():
+    assert not any("labels?" in said for said in report.remarks(result(references=[["a"]] * 3)))
+    some = result(12, references=[["a"]] * 12)
+    assert "12 references, 1 different: labels? --metrics en=accuracy scores them as such" in report.remarks(some)
+
+
 def test_three_references_of_a_sentence_are_shown():
     (shown,) = report.side_by_side(result(references=[["a", "b", "c", "d"]] * 3), 1)
     assert shown == [("fr", "le chat 0"), *(("reference", x) for x in "abc"), ("1-shot", "shot 0"), ("prefix", "prefixed 0")]
@@ -126,6 +133,7 @@ def test_the_name_of_the_home_folder_is_nowhere():
 
 def test_text_from_models_and_files_is_text_and_the_page_loads_nothing():
     hostile = result(sources=[ATTACK] * 3, references=[[ATTACK, "a"]] * 3, source=ATTACK, signatures={ATTACK: ATTACK})
+    hostile.attention = [(ATTACK, [["", ATTACK], [ATTACK, "1.0"]])]
     hostile.prefix.outputs[:2] = [ATTACK, ""]
     hostile.choices, hostile.classes, hostile.prefix.confusion = [ATTACK], [ATTACK], [[3]]
     settings = SETTINGS | {"model": ATTACK, "prefix": [ATTACK], ATTACK: ATTACK}
@@ -138,6 +146,25 @@ def test_text_from_models_and_files_is_text_and_the_page_loads_nothing():
     assert attributes <= {"lang", "charset", "http-equiv", "content", "name", "style"}
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in page.elements
+
+
+def test_attention_is_a_table_of_shaded_cells_with_a_legend():
+    html = report.to_html(SETTINGS, [result(attention=ATTENTION)])
+    cells = re.findall(r'<td style="background: rgb\(59 130 196 / (.*?)\)">(.*?)</td>', html)
+    assert cells == [("0.65", "20.0"), ("0.00", "0.0"), ("0.33", "10.0"), ("0.16", "5.0")]
+    assert "the darkest cells are 20 %" in html and "bank &lt;en&gt;" in html
+
+
+def luminance(colour):
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (x / 255 for x in colour)]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))
+
+
+@pytest.mark.parametrize("ink, paper", [(0, 255), (255, 18)])
+def test_the_darkest_cell_has_the_contrast_that_wcag_asks_for_by_day_and_by_night(ink, paper):
+    cell = [report.SHADE * x + (1 - report.SHADE) * paper for x in (59, 130, 196)]
+    low, high = sorted([luminance([ink] * 3), luminance(cell)])
+    assert (high + 0.05) / (low + 0.05) > 4.5
 
 
 def without(html, tag):
