@@ -79,3 +79,12 @@ def test_a_lock_is_for_one_at_a_time_and_changes_nothing_in_its_file(write):
         with locked(path), pytest.raises(UserError, match="a.txt: another process is at work there"), locked(path):
             pass
     assert path.read_text() == "text"
+
+
+def test_a_file_is_flushed_through_a_handle_that_may_write(tmp_path, monkeypatch):
+    """Windows refuses to flush a read-only one."""
+    flags, opened = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, flag: flags.append(flag) or opened(path, flag))
+    with replacing(tmp_path / "a") as path:
+        path.write_text("x")
+    assert flags == [os.O_RDWR, os.O_RDONLY]  # the file, its folder
