@@ -100,9 +100,11 @@ class PackedEmbedding(nn.Module):
 def multiply(x, weight, bias=None, then=NOTHING):
     """x (N, n_in) times packed weights -> (N, n_out). N is rounded up by an eighth at most, with rows of zeros: oneDNN
     compiles a product for each N that it meets, and keeps it."""
-    step = 1 << max(0, len(x).bit_length() - 4)
-    rows = F.pad(x, (0, 0, 0, -len(x) % step))
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *then)[: len(x)]
+    n, step = len(x), 1 << max(0, len(x).bit_length() - 4)
+    if n % step:
+        x = F.pad(x, (0, 0, 0, -n % step))
+    out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *then)
+    return out[:n] if n % step else out
 
 
 def _packed(weight):
