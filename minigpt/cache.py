@@ -180,7 +180,8 @@ def plain_attention(model, cache, entry, T):
     if cache.slots is not None:
         visible_slots = cache.slots.visible_slots(cache.bank_mask[:B].repeat_interleave(beams))  # (B * beams, S)
         slot_bias = bias_of(visible_slots, model.dtype)
-    row, entry, kv = torch.arange(B, device=entry.device).repeat_interleave(beams), entry.flatten(), cache.kv[:, :, :B, :, :T]
+    row, entry = torch.arange(B, device=entry.device).repeat_interleave(beams), entry.flatten()
+    kv = cache.kv[:, :, :B, :, :T]
 
     def attn_fn(i, qkv):
         qkv = qkv.unflatten(-1, (3, model.config.n_head, -1))  # (B * beams, 3, n_head, head_dim)

@@ -27,7 +27,7 @@ class NLL(torch.autograd.Function):
         for i in range(0, len(hidden), CHUNK):
             target = targets[i : i + CHUNK, None]
             logits = project(hidden[i : i + CHUNK], wte).float()  # (CHUNK, vocab_size), and padding
-            logp = torch.log_softmax(logits, dim=-1, out=logits)  # in place: another (CHUNK, vocab_size) would cost more time than the sums
+            logp = torch.log_softmax(logits, dim=-1, out=logits)  # in place: to take another such memory is slower
             loss -= logp.gather(1, target).sum()
             if grad is not None:
                 p = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logp.dtype))  # softmax - onehot

@@ -127,7 +127,7 @@ class GPT(nn.Module):
     def hidden(self, ids, packed, slots=None, position_offset=0):
         """ids (N,), a PackedBatch of them -> the last layer's normed activations (N, n_embd).
 
-        slots: Slots of the banks that packed.bank_mask opens. position_offset: the position of each sequence's first token."""
+        slots: Slots of the banks that packed.bank_mask opens. position_offset: of each sequence's first token."""
         n_positions, limit = packed.longest + position_offset, self.config.n_positions
         if n_positions > limit:
             raise UserError(f"{n_positions} positions are more than this model's context of {limit}")

@@ -79,7 +79,8 @@ def remarks(result):
         said.append(f"each answer is the likeliest choice of {len(result.choices)}")
         said.append(f"always answering {label!r} would have accuracy {100 * most / n:.2f}")
     elif n >= LABELS * len(count):
-        said.append(f"{n} references, {len(count)} different: labels? --metrics {result.target}=accuracy scores them as such")
+        score = f"--metrics {result.target}=accuracy scores them as such"
+        said.append(f"{n} references, {len(count)} different: labels? {score}")
     if result.draws:
         said.append(f"prefix minus the median draw (95 % of {RESAMPLES:,} resamples): {difference(result)}")
         tried = ", ".join(f"{form} {value:.1f}" for form, value in result.form_log_p.items()) or "no pair fits"
