@@ -1,7 +1,7 @@
 """Which split a sentence belongs to: a pure function of its text.
 
-The demo's pretraining and every later training or evaluation ask this same function about a row's first text, so what one
-of them holds out is held out by all, whatever file or limit it is met in (but not where columns change places).
+The demo's pretraining and every later training or evaluation ask this function about a row's first text. So a text that
+stands first is held out, or not, wherever it is met: in any file, within any limit.
 """
 
 import hashlib
