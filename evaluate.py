@@ -102,6 +102,8 @@ def main():
     paths = run.data_paths(args.data or cli.data_of(prefixes))
     columns = rows.columns_for(paths, banks.names, args.columns)
     there = {ends: names for ends, names in wanted.items() if {*ends} <= {*columns}}
+    if not there:
+        raise UserError(f"{paths[0]}: no direction to evaluate between its columns {' and '.join(columns)}")
     drawn = {"shots": args.shots, "draws": args.draws, "seed": args.seed}
     plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, **drawn)
     record, files = read_header(prefixes[0])["training"], lambda paths: [Path(path).resolve() for path in paths]
@@ -146,7 +148,7 @@ def directions(args, banks, prefixes):
     names = [name for name in banks.names if name in (args.columns or banks.names)]
     wanted = [(s, t) for t in names for s in names if s != t and args.source in (None, s) and args.target in (None, t)]
     if not wanted:
-        raise UserError(f"there is no direction between {' and '.join(names)} that --from and --to leave")
+        raise UserError(f"no direction is left between {' and '.join(names)}: name two --columns, or another --from or --to")
     trained = set()
     for header in map(read_header, prefixes):
         pairs = header["training"].get("pairs")

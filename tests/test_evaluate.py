@@ -295,8 +295,9 @@ def test_on_a_terminal_each_system_has_a_bar_that_moves_by_batches_to_its_end(pl
     ("tweet-label", ["--choices", "joy"], ["--choices goes with --to"]),
     ("tweet-label", ["--to", "label", "--beam", 2, "--choices", "joy"], ["without --beam"]),
     ("tweet-label", ["--to", "label", "--choices", " "], ["an answer is empty"]),
-    ("tweet-label", ["--columns", "tweet", "tweet"], ["no direction"]),
-    ("tweet-label", ["--from", "label", "--to", "label"], ["no direction between tweet and label"]),
+    ("tweet-label", ["--columns", "tweet", "tweet"], ["no direction is left", "name two --columns"]),
+    ("tweet-label", ["--from", "label", "--to", "label"], ["no direction is left between tweet and label"]),
+    ("en-fr-de", ["--data", "train.csv", "--to", "de"], ["train.csv: no direction to evaluate", "en and fr"]),
     ("tweet-label", ["--to", "tweet", "--choices"], ["12 different texts in column 'tweet', not 1 to 5"]),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(run, place, monkeypatch, name, options, words):
