@@ -186,9 +186,6 @@ def test_pickled_weights_alone_are_an_error_with_a_command_that_converts_them(sh
     assert_loads(tmp_path, weights)
 
 
-FOREIGN = ["model-00002.safetensors", "../model.safetensors", "", 3, "a\0", "\ud800"]
-
-
 def test_a_directory_without_config_weights_or_a_sound_index_of_them_is_an_error(weights, tmp_path):
     (tmp_path / WEIGHTS).unlink()
     assert why_refused(GPT.from_pretrained, tmp_path) == f"neither {WEIGHTS} nor {INDEX} is there"

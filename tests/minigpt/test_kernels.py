@@ -94,7 +94,7 @@ def test_values_and_gradients_equal_float64(case, dtype):
     head_dim=st.sampled_from([16, 20, 32, 64]),
     seed=st.integers(0, 1 << 20),
 )
-@settings(max_examples=12, deadline=None, phases=[Phase.generate])  # shrinking would take minutes here
+@settings(max_examples=8, deadline=None, phases=[Phase.generate])  # shrinking would take minutes here
 def test_any_layout_gives_the_plain_path(lengths, slots, n_head, head_dim, seed):
     args = random_case(lengths, slots, n_head, head_dim, torch.float32, seed)
     ours = results(kernels.triton_attention, *args, n_head)
