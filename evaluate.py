@@ -99,16 +99,13 @@ def main():
     distributed.start(args.device)
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
     wanted = directions(args, banks, prefixes)
-    paths = run.data_paths(args.data or cli.data_of(prefixes))
+    paths, limit = cli.text_of(args, prefixes)
     columns = rows.columns_for(paths, banks.names, args.columns)
     there = {ends: names for ends, names in wanted.items() if {*ends} <= {*columns}}
     if not there:
         raise UserError(f"{paths[0]}: no direction to evaluate between its columns {' and '.join(columns)}")
-    drawn = {"shots": args.shots, "draws": args.draws, "seed": args.seed}
-    plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, **drawn)
-    record, files = read_header(prefixes[0])["training"], lambda paths: [Path(path).resolve() for path in paths]
-    same = files(paths) == files(run.data_paths(record.get("data")))
-    limit = record.get("limit") if same else None  # what training has encoded is not encoded anew
+    drawn = args.shots, args.draws, args.seed
+    plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, *drawn)
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
     corpus = data.load(paths, columns, tokenizer, limit, ANY_LENGTH if args.truncate_source else longest)
     for line in corpus.report:
@@ -127,9 +124,10 @@ def main():
         return
     settings = settings_of(args, prefixes, model) | {"data": paths, "columns": columns}
     print(printable(report.to_text(settings, results)))
-    first = results[0]
-    looked_at = look_at(model, tokenizer, banks, first.sources[0], (first.source, first.target), first.prefix.outputs[0])
-    first.attention = looked_at.tables()
+    if args.json or args.report:
+        first = results[0]
+        direction, text, output = (first.source, first.target), first.sources[0], first.prefix.outputs[0]
+        first.attention = look_at(model, tokenizer, banks, text, direction, output).tables()
     for name, form in FILES.items():
         if path := getattr(args, name):
             with replacing(path) as temporary:  # a path in the settings need not be UTF-8

@@ -28,9 +28,9 @@ def parse_arguments():
     parser = cli.Parser(prog="translate.py", description="Translate with a learned prefix.")
     add_options(parser)
     args = parser.parse_args()
+    sampling = args.top_k > 0 or args.top_p < 1 or bool(args.temperature)
     if args.temperature is None:
-        args.temperature = float(args.top_k > 0 or args.top_p < 1)
-    sampling = args.temperature > 0
+        args.temperature = float(sampling)
     for wrong, message in (
         (not args.text and sys.stdin is None, "no text, and standard input is closed"),
         (args.length_penalty is not None and args.beam == 1, "--length-penalty goes with --beam"),

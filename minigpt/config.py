@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from minigpt.files import UserError, read_object
 
 
-
 def gelu_tanh(x):
     """What GPT-2 was trained with: an approximation of GELU. The exact form would give other logits."""
     return F.gelu(x, approximate="tanh")

@@ -5,7 +5,7 @@ multiplies them, which it would otherwise do again for each product; bfloat16 ha
 rounds float32 weights to 8 bits, a quarter of the bytes, with one scale for each output, and what they are multiplied
 with to 8 bits, too, with one range for each row, so that a sentence does not depend on its neighbours:
 
-    weight[n] = scale[n] * eight_bits[n]                    -127 .. 127     scale[n] = max |weight[n]| / 127
+    weight[n] = scale[n] * eight_bits[n]                    -127 .. 127     scale[n] = max |weight[n]| / 127, see `rounded`
     x[m]      = low[m] + width[m] / 255 * eight_bits[m]        0 .. 255     low[m], width[m]: of the row's range
 
 Their product is a sum of whole numbers, exact in 32 bits. All else stays in float32. Two libraries within torch multiply
@@ -100,11 +100,9 @@ class PackedEmbedding(nn.Module):
 def multiply(x, weight, bias=None, then=NOTHING):
     """x (N, n_in) times packed weights -> (N, n_out). N is rounded up by an eighth at most, with rows of zeros: oneDNN
     compiles a product for each N that it meets, and keeps it."""
-    n, step = len(x), 1 << max(0, len(x).bit_length() - 4)
-    if n % step:
-        x = F.pad(x, (0, 0, 0, -n % step))
-    out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *then)
-    return out[:n] if n % step else out
+    more = -len(x) % (1 << max(0, len(x).bit_length() - 4))
+    rows = F.pad(x, (0, 0, 0, more)) if more else x  # a pad of none would copy x
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *then)[: len(x)]
 
 
 def _packed(weight):

@@ -18,7 +18,7 @@ from minigpt.quantize import fastest_product, multiplies_bf16, prepack, quantize
 from prefix import prefix_file
 from prefix.banks import Banks
 from prefix.distributed import log
-from prefix.run import DEMO_PREFIX, newest_run
+from prefix.run import DEMO_PREFIX, data_paths, newest_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,8 +58,8 @@ def cli_errors():
 
 
 def add_machine_options(parser):
-    option = lambda name, choices, text: group.add_argument(name, choices=["auto", *choices], default="auto", help=text)
     group = parser.add_argument_group("machine")
+    option = lambda name, choices, text: group.add_argument(name, choices=["auto", *choices], default="auto", help=text)
     option("--device", ["cpu", "cuda", "mps"], "where to compute (auto: a GPU if there is one)")
     option("--dtype", DTYPES, "what the frozen model computes in (auto: 16 bits on a GPU, else float32)")
     text = "fused: the fast kernels, or an error; plain: the formula, to compare with (auto)"
@@ -160,6 +160,15 @@ def direction(args, banks):
     if source == target:
         raise UserError(f"--from {source} --to {target}: the same bank twice")
     return source, target
+
+
+def text_of(args, prefixes):
+    """The files that --data names, else those that these prefixes were trained on -> (paths, the rows of them that training
+    read: encoded already). None: all, or others."""
+    record = prefix_file.read_header(prefixes[0])["training"]
+    paths, trained = data_paths(args.data or data_of(prefixes)), data_paths(record.get("data"))
+    same = [*map(os.path.realpath, paths)] == [*map(os.path.realpath, trained)]
+    return paths, record.get("limit") if same else None
 
 
 def data_of(prefixes):

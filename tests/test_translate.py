@@ -200,6 +200,7 @@ def test_other_forms_of_the_weights_translate(run, options):
     (["--choices", "a", "--top-k", "2"], ["--top-k", "not with"]),
     (["--from", "en", "--to", "en"], ["--from en --to en"]),
     (["--beam", "2", "--temperature", "1"], ["--beam", "--temperature"]),
+    (["--beam", "2", "--temperature", "0", "--top-k", "5"], ["--top-k", "not with --beam"]),
     (["--length-penalty", "2"], ["--length-penalty goes with --beam"]),
     (["--beam", "5000"], ["--beam 5,000", "tokens of this model's vocabulary"]),
     (["--top-k", "99999"], ["--top-k 99,999", "tokens of this model's vocabulary"]),

@@ -2,8 +2,8 @@
 
     files -> rows.read_rows -> tokenizer -> <home>/tokens/<key>/ -> Corpus
 
-The key is a hash of all that decides what a cache holds: the files (path, size, time), the tokenizer and
-the options. A cache is written under another name and then renamed. On opening, the sizes of its files are checked.
+The key is a hash of all that decides what a cache holds: the files (path, size, time), the tokenizer and the
+options. A cache is written under another name and then renamed. On opening, the sizes of its files are checked.
 
 The cache of R rows in C columns, whose cell number row * C + column is the text of that row in that column:
 

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from minigpt.attention import Slots
 from minigpt.backends import attend
 from minigpt.files import UserError, escape_control
-from prefix import run
 from prefix.data import corpus as data
 from prefix.data import rows
 from prefix.distributed import log, printable
@@ -33,7 +32,6 @@ from prefix.evaluation import pictures
 from prefix.evaluation.compare import sentences
 from prefix.evaluation.metrics import METRICS
 from prefix.evaluation.report import aligned
-from prefix.prefix_file import read_header
 from prefix.sequences import pack_pairs, pairs_of, separator
 from prefix.translation import translate
 
@@ -215,10 +213,9 @@ def main():
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
     direction = cli.direction(args, banks)
     if args.nearest or args.ablate:
-        paths = run.data_paths(args.data or cli.data_of(prefixes))
+        paths, limit = cli.text_of(args, prefixes)
         columns = rows.columns_for(paths, banks.names)
         longest = min(384, model.config.n_positions - banks.position_offset)
-        limit = None if args.data else read_header(prefixes[0])["training"].get("limit")  # what training has encoded
         corpus = data.load(paths, columns, tokenizer, limit, longest)
     attention = look_at(model, tokenizer, banks, args.text, direction)
     tables, lines = attention.tables(), [f"{' -> '.join(direction)}: {' '.join(attention.tokens)}"]
