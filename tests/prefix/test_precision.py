@@ -11,7 +11,7 @@ from prefix.data import corpus as data
 from prefix.init import random_banks
 from prefix.run import DEMO_CORPUS
 
-STEPS = 5  # a CPU without these types emulates them
+STEPS = 4  # a CPU without these types emulates them
 
 
 @pytest.fixture
