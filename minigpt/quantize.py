@@ -3,10 +3,10 @@
 A step of a small batch takes as long as reading all weights does. `prepack` puts them into the blocks in which oneDNN
 multiplies them, which it would otherwise do again for each product; bfloat16 has half of float32's bytes. `quantize`
 rounds float32 weights to 8 bits, a quarter of the bytes, with one scale for each output, and what they are multiplied
-with to 8 bits, too, with one range for each row, so that a sentence does not depend on its neighbours:
+with to 8 bits, too, with a range for each row, so that a sentence does not depend on its neighbours:
 
-    weight[n] = scale[n] * eight_bits[n]                    -127 .. 127     scale[n] = max |weight[n]| / 127, see `rounded`
-    x[m]      = low[m] + width[m] / 255 * eight_bits[m]        0 .. 255     low[m], width[m]: of the row's range
+    weight[n] = scale[n] * eight_bits[n]               -127 .. 127     scale[n] = max |weight[n]| / 127, see `rounded`
+    x[m]      = step[m] * (eight_bits[m] + zero[m])       0 .. 255     step[m] = (max x[m] - min x[m]) / 255
 
 Their product is a sum of whole numbers, exact in 32 bits. All else stays in float32. Two libraries within torch multiply
 so, and which is the faster depends on the CPU: `fastest_product` measures it.
@@ -14,6 +14,7 @@ so, and which is the faster depends on the CPU: `fastest_product` measures it.
 Both change a model in place, one matrix at a time, and leave it fit for decoding only: there are no gradients.
 """
 
+import math
 import time
 import warnings
 from functools import cache
@@ -29,6 +30,8 @@ GELU = {gelu_tanh: ("gelu", [], "tanh"), F.gelu: ("gelu", [], "none")}
 ROWS = 8  # of the batch for which weights are packed
 PAYS = 0.8  # of the time of a product of weights as they are, at most, for packing them in float32
 TINY = torch.finfo(torch.float32).tiny
+CUBE = torch.tensor(2 * math.sqrt(2 / math.pi)), 2 * math.sqrt(2 / math.pi) * 0.044715  # of gelu_tanh: of x and of x^3
+LEAST = 6.1e-5  # step of a row; it and the range, which holds 0, are those of `one_row`
 
 
 def multiplies_bf16():
@@ -59,6 +62,9 @@ def packing_pays(model):
 
 def quantize(model, product):
     """For a model in float32 on a CPU. product: OneDNN or FBGEMM."""
+    for block in model.h:
+        if block.mlp.activate is gelu_tanh:
+            block.mlp.activate = gelu_sigmoid
     return _replace(model, lambda layer: Int8Linear(layer, product), lambda layer: Int8Embedding(layer, product))
 
 
@@ -114,15 +120,14 @@ def _packed(weight):
 
 
 class OneDNN:
-    """weight (n_out, n_in) int8, scale (n_out,) -> a product of x (N, n_in), numbers from 0 to 1, rounded to 1/255."""
+    """weight (n_out, n_in) int8, scale (n_out,) -> a product of x (N, n_in), rounded to whole numbers from 0 to 255."""
 
     def __init__(self, weight, scale):
         self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
-        self.scale, self.zeros = scale / 255, torch.zeros(len(scale), dtype=torch.int32)
-        self.half = torch.tensor(0.5)
+        self.scale, self.zeros = scale, torch.zeros(len(scale), dtype=torch.int32)
 
     def __call__(self, x):
-        x = torch.add(self.half, x, alpha=255).to(torch.uint8)
+        x = (x + 0.5).clamp_(max=255).to(torch.uint8)
         return torch.ops.onednn.qlinear_pointwise(
             x, 1.0, 0, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, *NOTHING
         )
@@ -140,14 +145,18 @@ class FBGEMM:
         self.weight = torch.ops.quantized.linear_prepack(weight, None)
 
     def __call__(self, x):
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 255, 0, self.weight)
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, 0, self.weight)
+
+    def one_row(self, x):
+        """x (1, n_in), any numbers: its range is found in the call itself. A batch would share one range."""
+        return torch.ops.quantized.linear_dynamic(x, self.weight)
 
 
 @cache
 def saturates(product):
     """Does this CPU add two products that stand side by side in 16 bits? 255 * 127 + 255 * 127 is too much for that."""
     full = torch.full((8, 64), 127, dtype=torch.int8)
-    return not torch.allclose(product(full, torch.ones(8))(torch.ones(1, 64)), torch.tensor(64 * 127.0))
+    return not torch.allclose(product(full, torch.ones(8))(torch.full((1, 64), 255.0)), torch.tensor(64 * 127 * 255.0))
 
 
 def fastest_product(model):
@@ -156,8 +165,8 @@ def fastest_product(model):
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return None
     weight, scale = rounded(model.h[0].mlp.c_fc.weight.T)
-    products, inputs = [OneDNN(weight, scale), FBGEMM(weight, scale)], [torch.ones(n, weight.size(1)) for n in (1, 32)]
-    return type(min(products, key=lambda product: sum(seconds(product, x) for x in inputs)))
+    ways, inputs = [Int8(product, weight, scale) for product in (OneDNN, FBGEMM)], [torch.ones(n, weight.size(1)) for n in (1, 32)]
+    return type(min(ways, key=lambda way: sum(seconds(way, x) for x in inputs)).product)
 
 
 def seconds(run, x):
@@ -182,17 +191,38 @@ def rounded(weight, pairs_fit=False):
     return (weight / scale[:, None]).round().to(torch.int8).contiguous(), scale
 
 
+class Int8:
+    """weight (n_out, n_in) int8, scale (n_out,) -> the product with any x (N, n_in), (N, n_out) in float32."""
+
+    def __init__(self, product, weight, scale):
+        self.product, self.ones = product(weight, scale), scale * weight.sum(dim=1)  # ones: the product with a row of ones
+
+    def __call__(self, x):
+        if len(x) == 1 and hasattr(self.product, "one_row"):
+            return self.product.one_row(x)
+        low = x.amin(dim=-1, keepdim=True).clamp_(max=0)  # aminmax takes eight times as long
+        high = x.amax(dim=-1, keepdim=True).clamp_(min=0)
+        step = ((high - low) / 255).clamp_(min=LEAST)
+        zero = (low / step).round_()
+        return self.product((x / step).sub_(zero)).addcmul_(zero, self.ones).mul_(step)
+
+
+def gelu_sigmoid(x):
+    """gelu_tanh, x (1 + tanh(u)) / 2, as x sigmoid(2u): on a CPU it takes half the time where rows are many."""
+    if len(x) < ROWS:
+        return gelu_tanh(x)
+    twice_u = torch.addcmul(CUBE[0], x, x, value=CUBE[1]).mul_(x)
+    return twice_u.sigmoid_().mul_(x)
+
+
 class Int8Linear(nn.Module):
     def __init__(self, projection, product):
         super().__init__()
-        weight, scale = rounded(projection.weight.T, saturates(product))
-        self.product = product(weight, scale)
+        self.multiply = Int8(product, *rounded(projection.weight.T, saturates(product)))
         self.register_buffer("bias", projection.bias)
-        self.register_buffer("ones", scale * weight.sum(dim=1))  # the product with a row of ones
 
     def forward(self, x):
-        x, low, width = stretched(x)
-        return torch.addcmul(self.bias, low, self.ones).addcmul_(self.product(x), width)
+        return self.multiply(x).add_(self.bias)
 
 
 class Int8Embedding(nn.Module):
@@ -201,21 +231,9 @@ class Int8Embedding(nn.Module):
     def __init__(self, embedding, product):
         super().__init__()
         weight, scale = rounded(embedding.weight, saturates(product))
-        self.product = product(weight, scale)
+        self.logits = Int8(product, weight, scale)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
-        self.register_buffer("ones", scale * weight.sum(dim=1))
 
     def forward(self, ids):
         return F.embedding(ids, self.weight) * self.scale[ids][:, None]
-
-    def logits(self, hidden):
-        x, low, width = stretched(hidden)
-        return self.product(x).mul_(width).addcmul_(low, self.ones)
-
-
-def stretched(x):
-    """x (N, n) -> each row stretched to 0 .. 1, where 0 was (N, 1), and how wide its range was (N, 1)."""
-    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # aminmax takes eight times as long
-    width = (high - low).clamp_(min=TINY)
-    return (x - low).div_(width), low, width
