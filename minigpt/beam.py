@@ -19,17 +19,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minigpt import generate
 from minigpt.attention import to_device
-from minigpt.cache import borrow_cache, decode_one_token
-from minigpt.generate import Generated, Prompt
+from minigpt.generate import Generated, continuous_batch, evict
 
 
 @dataclass
 class BeamState:
     """One sequence's search: the tokens of each beam and their summed log-probabilities, and what has finished."""
 
-    prompt: Prompt
+    max_new: int
     beams: list
     scores: list
     finished: list = field(default_factory=list)  # (score, tokens, ended by a stop token), best first
@@ -41,36 +39,16 @@ def beam_search(model, prompts, stop, slots=None, position_offset=0, beams=5, ba
     """Prompts -> a list of Generated, in the same order: for each the hypothesis of the highest score.
 
     stop: ids that end a sequence. batch_size: rows of the cache, each for a sequence with all its beams."""
-    generate.check_prompts(model, prompts, position_offset)
-    results, waiting = [Generated() for _ in prompts], generate.longest_first(prompts)
-    rows = min(max(1, batch_size), len(waiting))
-    stop, capacity = set(stop), max((len(p.ids) + p.max_new * beams for p in prompts), default=0)
-    running, numbers = [], []  # the BeamState of each row, and its prompt's number
-
-    def advance_rows(logits, first):
-        """logits (B, beams, vocab_size) of the rows from `first` on -> their new beams; what is done leaves its row."""
-        states, device = running[first:], model.device
-        parents = select(states, logits, stop, length_penalty)
-        newest = [[tokens[-1] for tokens in state.beams] for state in states]
-        parents, cache.ids[first : len(running)] = to_device(torch.tensor([parents, newest]), device)
-        row = torch.arange(first, len(running), device=device)[:, None]
-        cache.visible[first : len(running)] = cache.visible[row, parents]
-        for r in reversed(range(first, len(running))):
-            if running[r].done:
-                results[numbers[r]] = Generated(*running[r].finished[0][1:])
-                generate.evict(cache, r, running, numbers)
-
-    with borrow_cache(model, rows, capacity, slots, beams) as cache:
-        while waiting or running:
-            B = len(running)
-            if generate.should_admit(waiting, running, rows):
-                new, logits = generate.admit(model, cache, waiting, prompts, B, position_offset)
-                running += [BeamState(prompts[n], [[]] * beams, [0.0] + [-torch.inf] * (beams - 1)) for n in new]
-                numbers += new
-                advance_rows(logits[:, None].expand(-1, beams, -1), B)  # all beams are the same yet: only the first counts
-            else:
-                advance_rows(decode_one_token(model, cache, B), 0)
-    return results
+    first_counts = [0.0] + [-torch.inf] * (beams - 1)  # all beams are the same yet
+    states, stop = [BeamState(prompt.max_new, [[]] * beams, first_counts) for prompt in prompts], set(stop)
+    for cache, running, first, logits in continuous_batch(model, prompts, slots, position_offset, batch_size, beams):
+        advanced, rows = [states[n] for n in running[first:]], torch.arange(first, len(running), device=model.device)
+        parents = select(advanced, logits, stop, length_penalty)
+        newest = [[tokens[-1] for tokens in state.beams] for state in advanced]
+        parents, cache.ids[first : len(running)] = to_device(torch.tensor([parents, newest]), model.device)
+        cache.visible[first : len(running)] = cache.visible[rows[:, None], parents]
+        evict(cache, running, lambda n: states[n].done)
+    return [Generated(*state.finished[0][1:]) if state.done else Generated() for state in states]
 
 
 def select(states, logits, stop, length_penalty):
@@ -91,7 +69,7 @@ def sort_candidates(state, candidates, stop, length_penalty):
     """Candidates (score, parent beam, token), best first, become finished hypotheses and new beams -> their parents."""
     old, kept, beams = state.beams, [], len(state.beams)
     length = len(old[0]) + 1  # of a hypothesis that ends now, its stop token included
-    last = length == state.prompt.max_new
+    last = length == state.max_new
     for rank, (score, parent, token) in enumerate(candidates):
         stops = token in stop
         if (stops or last) and rank < beams:

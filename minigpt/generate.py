@@ -77,73 +77,57 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
     stop: ids that end a sequence. batch_size: rows of the cache. Raises UserError for an empty prompt, or one that does
     not fit the context."""
     sampler, stop = sampler or Sampler(), set(stop)
-    check_prompts(model, prompts, position_offset)
-    results, waiting = [Generated() for _ in prompts], longest_first(prompts)
-    rows, capacity = min(max(1, batch_size), len(waiting)), max((len(p.ids) + p.max_new for p in prompts), default=0)
-    running, unread = [], deque()  # the prompt's number of each row; of steps: the numbers, and a function: their tokens
+    results, unread = [Generated() for _ in prompts], deque()  # of steps: the prompts' numbers, and a function: their tokens
     late = uses_graphs(model.device)  # a step runs on a GPU while the host reads the tokens of the one before
-
-    with borrow_cache(model, rows, capacity, slots) as cache:
-        while waiting or running:
-            if should_admit(waiting, running, rows):
-                first, (new, logits) = len(running), admit(model, cache, waiting, prompts, len(running), position_offset)
-                running += new
-            else:
-                first, logits = 0, decode_one_token(model, cache, len(running))[:, 0]
-            numbers, ids = running[first:], cache.ids[first : len(running), 0]
-            if sampler.temperature:
-                ids.copy_(sampler(logits, [n if prompts[n].stream is None else prompts[n].stream for n in numbers]))
-            unread.append((numbers, to_host(ids)))
-            while len(unread) > late:
-                numbers, tokens = unread.popleft()
-                for n, token in zip(numbers, tokens().tolist()):
-                    if not ended(results[n], prompts[n]):  # a step late: what an ended sequence got more is dropped
-                        results[n].finished = token in stop
-                        results[n].ids += [token] * (token not in stop)
-                for row in reversed(range(len(running))):
-                    if ended(results[running[row]], prompts[running[row]]):
-                        evict(cache, row, running)
+    for cache, running, first, logits in continuous_batch(model, prompts, slots, position_offset, batch_size):
+        numbers, ids = running[first:], cache.ids[first : len(running), 0]
+        if sampler.temperature:
+            ids.copy_(sampler(logits[:, 0], [n if prompts[n].stream is None else prompts[n].stream for n in numbers]))
+        unread.append((numbers, to_host(ids)))
+        while len(unread) > late:
+            numbers, tokens = unread.popleft()
+            for n, token in zip(numbers, tokens().tolist()):
+                if not ended(results[n], prompts[n]):  # a step late: what an ended sequence got more is dropped
+                    results[n].finished = token in stop
+                    results[n].ids += [token] * (token not in stop)
+            evict(cache, running, lambda n: ended(results[n], prompts[n]))
     return results
 
 
-def longest_first(prompts):
-    """The numbers of the prompts that want tokens, as a queue, longest first: at the end, when rows stay free, little
-    work is left."""
-    wanting = [i for i, prompt in enumerate(prompts) if prompt.max_new > 0]
-    return deque(sorted(wanting, key=lambda i: -len(prompts[i].ids)))
-
-
-def should_admit(waiting, running, rows):
-    """Admit a few prompts at a time: a prefill reads all weights, too."""
-    return waiting and len(running) <= rows * 3 // 4
-
-
-def admit(model, cache, waiting, prompts, first, position_offset):
-    """Waiting prompts take the rows from `first` on -> (their numbers, the logits after each (B, vocab_size))."""
-    new = [waiting.popleft() for _ in range(min(len(waiting), cache.rows - first))]
-    masks = None if cache.slots is None else [prompts[n].bank_mask for n in new]
-    return new, prefill(model, cache, first, [prompts[n].ids for n in new], masks, position_offset)
-
-
-def evict(cache, row, *lists):
-    """A sequence has ended: the last row's takes its row, in the cache and in lists of what belongs to the rows."""
-    cache.evict(row, len(lists[0]) - 1)
-    for things in lists:
-        things[row] = things[-1]
-        things.pop()
-
-
-def check_prompts(model, prompts, position_offset):
-    """Every prompt has a token and fits the context, with what is to follow."""
+def continuous_batch(model, prompts, slots, position_offset, batch_size, beams=1):
+    """Run prompts through the rows of one cache -> after each pass (cache, running, first, logits). running: the
+    prompts' numbers by row. logits (B, beams, vocab_size): what follows in the rows from `first` on. cache.ids has the
+    likeliest tokens: the caller may put others there, and evicts the sequences that have ended."""
     limit = model.config.n_positions - position_offset
-    for number, prompt in enumerate(prompts):
-        if not prompt.ids:
-            raise UserError(f"prompt {number + 1} is empty")
-        if len(prompt.ids) + prompt.max_new > limit:
-            raise UserError(
-                f"prompt {number + 1}: {len(prompt.ids)} tokens and {prompt.max_new} new ones "
-                f"are more than the {limit} that this model's context has room for"
-            )
+    for number, prompt in enumerate(prompts, 1):
+        if not 0 < len(prompt.ids) <= limit - prompt.max_new:
+            news = f"{len(prompt.ids)} tokens and {prompt.max_new} new ones"
+            raise UserError(f"prompt {number}: {news}: not from 1 to {limit}, which this model's context has room for")
+    # Longest first: at the end, when rows stay free, little work is left.
+    waiting = deque(sorted((n for n, p in enumerate(prompts) if p.max_new > 0), key=lambda n: -len(prompts[n].ids)))
+    rows, running = min(max(1, batch_size), len(waiting)), []
+    capacity = max((len(p.ids) + p.max_new * beams for p in prompts), default=0)
+    with borrow_cache(model, rows, capacity, slots, beams) as cache:
+        while waiting or running:
+            first = len(running)
+            if waiting and first <= rows * 3 // 4:  # a few at a time: a prefill reads all weights, too
+                running += [waiting.popleft() for _ in range(min(len(waiting), rows - first))]
+                new = [prompts[n] for n in running[first:]]
+                masks = None if cache.slots is None else [prompt.bank_mask for prompt in new]
+                logits = prefill(model, cache, first, [prompt.ids for prompt in new], masks, position_offset)
+                logits = logits[:, None].expand(-1, beams, -1)
+            else:
+                first, logits = 0, decode_one_token(model, cache, len(running))
+            yield cache, running, first, logits
+
+
+def evict(cache, running, has_ended):
+    """For each sequence that has ended, by its prompt's number, the last row's takes its row."""
+    for row in reversed(range(len(running))):
+        if has_ended(running[row]):
+            cache.evict(row, len(running) - 1)
+            running[row] = running[-1]
+            running.pop()
 
 
 def ended(result, prompt):

@@ -13,19 +13,17 @@ LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=thp:always,dirty_decay_ms:5000,muzzy_dec
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import random
-import signal
-import sys
 import tempfile
 import time
-from collections import deque
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from minigpt import GPT, GPTConfig, Tokenizer, checkpoint
 from minigpt.attention import PackedBatch, to_device
@@ -42,7 +40,6 @@ ALONE = [0.2, 0.2, 0.05]  # the share of a stage's documents that are runs in on
 FACTS = [0.06, 0.06, 0.06]  # and that are facts with a text; all others are translations
 PEAK, BATCH_TOKENS, LOG_EVERY, SEED = 4e-3, 32768, 60, 1  # LOG_EVERY: seconds
 BLOCK, DOCUMENT = 4096, 47  # documents that are sorted by length together; tokens of one, on average
-LOST = 600  # seconds that a block may take: a pool does not tell that one of its processes was killed
 
 
 def main():
@@ -57,13 +54,7 @@ def main():
         build_vocabulary([row for rows, _ in sources for row in rows if len(row) == 2], args.out)
     tokenizer = Tokenizer.from_pretrained(args.out)
     held_out = [f"{a}\n{b}" for pair in held_out for a, b in (pair, pair[::-1])]
-    validation = batches(held_out, tokenizer)
-    linux = sys.platform == "linux"
-    cpus = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-    processes = min(12, max(1, cpus - 1))
-    context = multiprocessing.get_context("fork" if linux else "spawn")  # a fork shares the sources, before CUDA begins
-    with context.Pool(processes, make_blocks_of, (sources, tokenizer)) as pool:
-        train(pool, processes + 1, validation, args)
+    train(Blocks(sources, tokenizer, args.tokens), batches(held_out, tokenizer), args)
 
 
 def prepare(args):
@@ -99,12 +90,12 @@ def build_vocabulary(pairs, directory):
         temporary.write_text(json.dumps(vocab | {END_OF_TEXT: len(vocab)}, ensure_ascii=False), encoding="utf-8")
 
 
-def train(pool, ahead, validation, args):
+def train(blocks, validation, args):
     """From where a run stands to args.tokens; now and then a line of log.jsonl, the state and the weights."""
     parts, at = prepare(args)
     model, *optimizers = parts.values()
     losses, start = [], time.monotonic()
-    for batch in training_batches(pool, ahead, at, args.tokens):
+    for batch in training_batches(blocks, at):
         loss = model.loss(*batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -128,38 +119,33 @@ def train(pool, ahead, validation, args):
             checkpoint.save(model, args.out, torch.float16)
 
 
-def training_batches(pool, ahead, at, tokens):
-    """Yield batches from where `at` stands, and move its block and batch, until `tokens` are done. The pool makes the
-    blocks, so many `ahead`; what is in one follows from its number."""
-
-    def begin(number):
-        share = number * BLOCK * DOCUMENT / tokens  # of the run, which is over at about 1
-        stage = min(int(np.searchsorted(ENDS, share, side="right")), len(ENDS) - 1)
-        return pool.apply_async(make_block, (number, stage))
-
-    waiting = deque(begin(at["block"] + i) for i in range(ahead))
-    while True:
-        for batch in waiting.popleft().get(LOST)[at["batch"] :]:
-            if at["tokens"] >= tokens:
+def training_batches(blocks, at):
+    """Yield batches from where `at` stands, and move its block and batch, until all tokens are done. Processes make the
+    blocks ahead."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = min(12, max(1, cpus - 1))
+    for block in DataLoader(blocks, None, sampler=count(at["block"]), num_workers=processes, collate_fn=list):
+        for batch in block[at["batch"] :]:
+            if at["tokens"] >= blocks.tokens:
                 return
             at["batch"] += 1
             yield batch
         at |= {"block": at["block"] + 1, "batch": 0}
-        waiting.append(begin(at["block"] + ahead - 1))
 
 
-def make_blocks_of(*inputs):
-    """What a process that draws documents begins with: its sources and the tokenizer. Ctrl-C is for the first process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    make_block.inputs = inputs
+class Blocks(Dataset):
+    """The batches of a run, by blocks of BLOCK documents. What is in one follows from its number."""
 
+    def __init__(self, sources, tokenizer, tokens):
+        self.sources, self.tokenizer, self.tokens = sources, tokenizer, tokens
 
-def make_block(number, stage):
-    """The batches of a block, in random order."""
-    (sources, tokenizer), rng = make_block.inputs, random.Random(f"{SEED} {number}")
-    block = batches(draw_documents(sources, BLOCK, ALONE[stage], FACTS[stage], rng), tokenizer)
-    rng.shuffle(block)
-    return block
+    def __getitem__(self, number):
+        """The batches of a block, in random order."""
+        share, rng = number * BLOCK * DOCUMENT / self.tokens, random.Random(f"{SEED} {number}")  # of the run: about 0 to 1
+        stage = min(int(np.searchsorted(ENDS, share, side="right")), len(ENDS) - 1)
+        block = batches(draw_documents(self.sources, BLOCK, ALONE[stage], FACTS[stage], rng), self.tokenizer)
+        rng.shuffle(block)
+        return block
 
 
 def batches(texts, tokenizer):

@@ -1,9 +1,7 @@
 """What the demo's pretraining reads, draws and writes, on a toy of a model."""
 
 import json
-import multiprocessing
 import random
-import signal
 
 import pytest
 import torch
@@ -50,11 +48,6 @@ def test_a_renamed_pair_has_the_same_new_names_on_both_sides():
     assert a.split(" met ")[0] == b.split(" a rencontré ")[0] and a.split(" in ")[1] == b.split(" en ")[1]
 
 
-def test_ctrl_c_is_for_the_first_process_alone():
-    with multiprocessing.get_context("fork").Pool(1, pretrain.make_blocks_of, ([], None)) as pool:
-        assert pool.apply(signal.getsignal, [signal.SIGINT]) == signal.SIG_IGN
-
-
 TOY = GPTConfig(300, n_positions=64, n_embd=32, n_layer=1, n_head=1)
 
 
@@ -85,7 +78,7 @@ def toy(monkeypatch, files, tmp_path):
 def test_documents_are_drawn_on_all_cpus_but_one_of_those_that_may_be_used(toy, monkeypatch):
     processes = []
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
-    monkeypatch.setattr(pretrain, "train", lambda pool, *_: processes.append(pool._processes))
+    monkeypatch.setattr(pretrain, "DataLoader", lambda *_, num_workers, **__: processes.append(num_workers) or [])
     toy("run", 100)
     assert processes == [3]
 
