@@ -24,6 +24,7 @@ from minigpt.attention import PackedBatch, slot_layers, to_device
 from minigpt.backends import KERNELS_FROM, attend
 from minigpt.memory import out_of_memory
 
+AT_ONCE = 1 << 10, 1 << 14  # tokens of a prefill on a CPU, on a GPU: more at once are no faster, and take memory
 KEPT = WeakKeyDictionary()  # of each model on a GPU: its last cache
 FAILED = set()  # what this GPU has not done as it should: "kernel", "graph"
 
@@ -49,8 +50,6 @@ class Cache:
         self.advance = to_device(torch.tensor([[beams], [1]]), device)  # of entry and position, in a step
         self.length = [0] * rows  # on the host: nobody waits for the device to know it
         self.rows, self.capacity = rows, capacity
-        if slots is not None and not len(slots.bank):  # banks of no slots are no banks
-            slots = None
         if uses_graphs(device) and slots is not None:  # a graph reads the same memory in every decoding
             key, value = slots.key.to(model.dtype), slots.value.to(model.dtype)
             slots = replace(slots, key=key.clone(), value=value.clone(), bank=slots.bank.clone())
@@ -69,6 +68,7 @@ class Cache:
     def evict(self, row, last):
         """The sequence in `row` has ended: that of `last`, the last row that is running, takes its place."""
         if row != last:
+            self.clear(slice(row, row + 1))
             n = self.length[row] = self.length[last]
             self.kv[:, :, row, :, :n] = self.kv[:, :, last, :, :n]
             self.ids[row], self.visible[row], self.state[:, row] = self.ids[last], self.visible[last], self.state[:, last]
@@ -92,6 +92,7 @@ def uses_graphs(device):
 def borrow_cache(model, rows, capacity, slots=None, beams=1):
     """A Cache for one decoding. On a GPU it is the model's last one if that fits, so that its graph is recorded once; a
     lone row is as long as the context, so that it fits every line that is typed. After an error it is not kept."""
+    slots = slots if slots is not None and len(slots.bank) else None  # banks of no slots are no banks
     cache, kind = KEPT.pop(model, None), (rows, beams, model.device, model.dtype, model.attention)
     if cache and (cache.kind != kind or cache.capacity < capacity or not cache.take_slots(slots)):
         cache = None  # its memory is free before more is taken
@@ -118,6 +119,12 @@ def greedy(logits):
 def prefill(model, cache, first, prompts, bank_masks=None, position_offset=0):
     """Run whole prompts (lists of ids) into the free rows from `first` on; each row's next token is the likeliest.
     bank_masks: a list of masks for each prompt -> the logits after the last token of each (B, vocab_size)."""
+    n = max(1, AT_ONCE[uses_graphs(model.device)] // max(map(len, prompts)))
+    if n < len(prompts):
+        parts = [slice(i, i + n) for i in range(0, len(prompts), n)]
+        masks = [bank_masks and bank_masks[part] for part in parts]
+        runs = [(first + part.start, prompts[part], mask, position_offset) for part, mask in zip(parts, masks)]
+        return torch.cat([prefill(model, cache, *run) for run in runs])
     lengths, rows, device = [len(ids) for ids in prompts], slice(first, first + len(prompts)), model.device
     cache.clear(rows)
     masks = None if bank_masks is None else torch.tensor([mask for masks in bank_masks for mask in masks])

@@ -47,9 +47,9 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.weight)
 
     def logits(self, hidden):
-        """(..., n_embd) -> (..., n) in float32 or better: the head is the embedding itself, used backwards."""
-        logits = project(hidden.reshape(-1, hidden.size(-1)), self.weight)[:, : len(self.weight)]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).view(*hidden.shape[:-1], -1)
+        """(N, n_embd) -> (N, n) in float32 or better: the head is the embedding itself, used backwards."""
+        logits = project(hidden, self.weight)[:, : len(self.weight)]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class Attention(nn.Module):
@@ -122,7 +122,7 @@ class GPT(nn.Module):
         """Plain GPT-2: ids (B, T) int64 -> logits (B, T, vocab_size)."""
         B, T = ids.shape
         packed = PackedBatch([T] * B, device=ids.device)
-        return self.logits(self.hidden(ids.flatten(), packed)).view(B, T, -1)
+        return self.logits(self.hidden(ids.flatten(), packed).view(B, T, -1))
 
     def hidden(self, ids, packed, slots=None, position_offset=0):
         """ids (N,), a PackedBatch of them -> the last layer's normed activations (N, n_embd).
@@ -153,4 +153,4 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., n_embd) -> (..., vocab_size), float32 or better."""
-        return self.wte.logits(hidden)
+        return self.wte.logits(hidden.reshape(-1, hidden.size(-1))).view(*hidden.shape[:-1], -1)

@@ -88,7 +88,7 @@ class Banks(nn.Module):
         packed = PackedBatch([T] * B, bank_mask, ids.device)
         slots = self.slots() if open else None  # no bank is open: the base, bit for bit
         hidden = model.hidden(ids.flatten(), packed, slots, self.position_offset)  # (B * T, n_embd)
-        return model.logits(hidden).view(B, T, -1)
+        return model.logits(hidden.view(B, T, -1))
 
     def save(self, path, model):
         """Write a prefix file, whole or not at all."""

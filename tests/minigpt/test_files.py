@@ -83,8 +83,9 @@ def test_a_lock_is_for_one_at_a_time_and_changes_nothing_in_its_file(write):
 
 def test_a_file_is_flushed_through_a_handle_that_may_write(tmp_path, monkeypatch):
     """Windows refuses to flush a read-only one."""
-    flags, opened = [], os.open
+    flags, opened, flushed = [], os.open, []
+    monkeypatch.setattr(os, "fsync", flushed.append)
     monkeypatch.setattr(os, "open", lambda path, flag: flags.append(flag) or opened(path, flag))
     with replacing(tmp_path / "a") as path:
         path.write_text("x")
-    assert flags == [os.O_RDWR, os.O_RDONLY]  # the file, its folder
+    assert flags == [os.O_RDWR, os.O_RDONLY] and len(flushed) == 2  # the file, its folder

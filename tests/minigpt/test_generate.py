@@ -1,10 +1,13 @@
 """Decoding: the cache equals the full forward pass, and a sentence's neighbours do not change it."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
 from conftest import random_model
 
+import minigpt.cache
 from minigpt import GPTConfig, UserError, checkpoint
 from minigpt.attention import PackedBatch
 from minigpt.beam import beam_search
@@ -34,7 +37,7 @@ def random_prompts(n, longest=20, banks=True):
 
 
 @pytest.mark.parametrize("banks", [True, False])
-def test_each_sentence_gets_the_tokens_that_it_gets_alone_without_a_cache(model, banks):
+def test_each_sentence_gets_the_tokens_that_it_gets_alone_without_a_cache(model, banks, monkeypatch):
     slots = random_banks(CONFIG, ["en", "fr"], 5).slots() if banks else None
     prompts, expected = random_prompts(19, banks=banks), []
     for prompt in prompts:  # the whole text through the model for every new token
@@ -46,7 +49,8 @@ def test_each_sentence_gets_the_tokens_that_it_gets_alone_without_a_cache(model,
                 break
             ids, bank_mask, new = [*ids, token], [*bank_mask, bank_mask[-1]], [*new, token]
         expected.append(new)
-    for batch_size in (1, 2, 17):
+    for batch_size, at_once in ((1, 1024), (2, 1024), (17, 1024), (17, 45)):
+        monkeypatch.setattr(minigpt.cache, "AT_ONCE", (at_once,))
         assert [r.ids for r in generate(model, prompts, [STOP], slots, batch_size=batch_size)] == expected
 
 
@@ -120,13 +124,22 @@ def test_beams_see_their_own_sentences_banks(model):
     assert [r.ids for r in beam_search(model, prompts, [STOP], slots, beams=1)] == [r.ids for r in greedy]
 
 
-def test_what_a_sentence_leaves_in_its_seat_cannot_hurt_the_next(model):
-    """In float16, where numbers can overflow."""
-    model = model.half()
-    cache = Cache(model, 2, 30)
+def test_a_prompt_does_not_read_what_overflowed_in_its_row(model):
+    cache = Cache(model.half(), 2, 30)
     cache.kv[:] = torch.nan
     prefill(model, cache, 0, [[1, 2], [3] * 20])
     assert decode_one_token(model, cache, 2).isfinite().all()
+
+
+@pytest.mark.parametrize("decode", [generate, partial(beam_search, beams=2)])
+def test_a_sentence_that_overflows_float16_does_not_hurt_those_that_take_its_row(model, decode):
+    model.wte.weight[51, 0] = 65000
+    model.h[0].mlp.c_proj.bias[0] = 1000
+    model.ln_f.weight[0] = model.ln_f.bias[0] = 0
+    overflows, prompts = Prompt([51] * 30, 2), [Prompt(torch.randint(51, (n,)).tolist(), 12) for n in (25, 3, 4)]
+    alone = [decode(model.half(), [prompt], [])[0].ids for prompt in prompts]
+    together = decode(model, [overflows, *prompts], [], batch_size=3)
+    assert [result.ids for result in together[1:]] == alone
 
 
 def test_beams_share_the_cache_by_index(model, monkeypatch):
