@@ -26,11 +26,7 @@ FILES = ["config.json", "model*.safetensors*", "vocab.json", "merges.txt", "*tok
 HEAD, EMBEDDING = "lm_head.weight", "wte.weight"  # one matrix, used twice
 OWN = re.compile(r"(transformer|h|wte|wpe|ln_f|lm_head)\.")  # other names are heads of other tasks
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # buffers of the causal mask, which some checkpoints hold
-CONVERT = (
-    "import glob, torch, safetensors.torch as s; "
-    f"w = dict(item for f in glob.glob('{PICKLES}') for item in torch.load(f, weights_only=True).items()); "
-    f"s.save_file({{n: t.clone() for n, t in w.items()}}, '{WEIGHTS}', {{'format': 'pt'}})"
-)
+CONVERT = "from transformers import GPT2LMHeadModel as M; M.from_pretrained('.').save_pretrained('.')"
 
 
 def find(name):
@@ -44,7 +40,10 @@ def find(name):
         raise UserError(f"--model {name}: no such directory, and not one of demo, {', '.join(PUBLISHED)}")
     if directory := on_disk(known) or _from_hub(known, download=True):
         return directory
-    raise UserError(f"{known} is not on this machine. To fetch it: {_command(known)}")
+    raise UserError(
+        f"{known} is not on this machine. To fetch it: pip install huggingface_hub && hf download {repository(known)} "
+        f"config.json {WEIGHTS} vocab.json merges.txt --local-dir {shlex.quote(str(home() / known))}"
+    )
 
 
 def published(name):
@@ -62,15 +61,14 @@ def default(tell):
 
 def on_disk(name):
     """The directory of a published checkpoint if it can be had without the network, else None."""
-    if _has_weights(directory := home() / name):
+    if _has_weights(directory := home() / name) or _has_weights(directory := _from_hub(name, download=False)):
         return directory
-    directory = _from_hub(name, download=False)
-    return directory if directory and _has_weights(directory) else None
 
 
 def _has_weights(directory):
     """False after a download that was cut short, or if only the tokenizer was ever asked for."""
-    return (directory / "config.json").exists() and any((directory / file).exists() for file in (WEIGHTS, INDEX))
+    files = set(os.listdir(directory)) if directory and directory.is_dir() else set()
+    return "config.json" in files and not files.isdisjoint([WEIGHTS, INDEX])
 
 
 def home():
@@ -82,25 +80,18 @@ def repository(name):
     return f"distilbert/{name}" if name == "distilgpt2" else f"openai-community/{name}"
 
 
-def _command(name):
-    """The shell command that puts a published checkpoint where `find` looks first."""
-    download = f"hf download {repository(name)} config.json {WEIGHTS} vocab.json merges.txt"
-    return f"pip install huggingface_hub && {download} --local-dir {shlex.quote(str(home() / name))}"
-
-
 def _from_hub(name, download):
+    """The directory in huggingface_hub's cache, or None where that package, or on its disk the checkpoint, is missing."""
     try:
-        import huggingface_hub
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repository(name), allow_patterns=FILES, local_files_only=not download))
     except ImportError:
         return None
-    try:
-        path = huggingface_hub.snapshot_download(repository(name), allow_patterns=FILES, local_files_only=not download)
     except Exception as error:  # the library's own errors and those of the network below it are many
         if download:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"{name}: huggingface_hub could not download it: {reason}") from error
-        return None
-    return Path(path)
 
 
 @torch.no_grad()
@@ -179,9 +170,8 @@ def _match(files, wanted, directory):
     if missing := sorted(set(wanted) - set(sources)):
         raise UserError(f"{directory}: {len(missing)} of {len(wanted)} tensors missing, the first {missing[0]}")
     if passed_over:
-        names = ", ".join([*passed_over[:5], "..."][: len(passed_over)])
-        told = escape_control(f"{directory}: passed over, no part of the language model: {names}")
-        logging.getLogger(__name__).warning(told)
+        told = f"{directory}: passed over, no part of the language model: {', '.join(passed_over):.300}"
+        logging.getLogger(__name__).warning(escape_control(told))
     return sources
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,26 +26,6 @@ TEXTS = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 SLOW = settings(deadline=None)
 
 
-@pytest.fixture(scope="module", params=[REAL, checkpoint.DEMO], ids=["gpt2", "demo"])
-def vocabulary(request, tmp_path_factory):
-    """A directory with a published vocab.json and merges.txt."""
-    if not request.param.is_dir():
-        pytest.skip(f"gpt2's own vocabulary is not at {REAL}")
-    directory = tmp_path_factory.mktemp("vocabulary")
-    copy_tokenizer(request.param, directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def ours(vocabulary):
-    return Tokenizer.from_pretrained(vocabulary)
-
-
-@pytest.fixture(scope="module")
-def theirs(vocabulary):
-    return transformers_tokenizer(vocabulary)
-
-
 def transformers_tokenizer(directory):
     from transformers import AutoTokenizer  # takes seconds: only for those who ask
 
@@ -64,6 +45,15 @@ def assert_same_ids(directory, texts):
 # Published vocabularies.
 
 
+@pytest.fixture(scope="module", params=[REAL, checkpoint.DEMO], ids=["gpt2", "demo"])
+def both(request, tmp_path_factory):
+    """Our tokenizer and transformers' of a published vocab.json and merges.txt."""
+    if not request.param.is_dir():
+        pytest.skip(f"gpt2's own vocabulary is not at {REAL}")
+    copy_tokenizer(request.param, folder := tmp_path_factory.mktemp("vocabulary"))
+    return Tokenizer.from_pretrained(folder), transformers_tokenizer(folder)
+
+
 @settings(SLOW, max_examples=300)
 @given(text=TEXTS)
 @example(text=f"a{END_OF_TEXT}b {END_OF_TEXT}{END_OF_TEXT}\n")  # ordinary characters
@@ -71,7 +61,8 @@ def assert_same_ids(directory, texts):
 @example(text=" " * 4_999 + "x")
 @example(text=" \n" * 2_500 + "x")
 @example(text="👩‍" * 2_500 + "x")
-def test_ids_of_any_text_equal_transformers(ours, theirs, text):
+def test_ids_of_any_text_equal_transformers(both, text):
+    ours, theirs = both
     ids = ours.encode(text)
     assert ids == theirs.encode(text, split_special_tokens=True)
     assert ours.decode(ids) == text and ours.eot not in ids
@@ -79,10 +70,47 @@ def test_ids_of_any_text_equal_transformers(ours, theirs, text):
 
 @SLOW
 @given(data=st.data())
-def test_the_text_of_any_ids_equals_transformers(ours, theirs, data):
+def test_the_text_of_any_ids_equals_transformers(both, data):
+    ours, theirs = both
     ids = data.draw(st.lists(st.integers(0, ours.n_vocab + 3)))  # a padded model has ids of no token
     assert ours.decode(ids) == theirs.decode(ids)
     assert ours.decode(ours.encode("a\ud800b\udcff")) == "a\ufffdb\ufffd"  # lone surrogates
+
+
+# A vocabulary of four merges.
+
+MERGES = ["h e", "l l", "he ll", "hell o"]
+TOKENS = [*BYTE, "he", "ll", "hell", "hello", END_OF_TEXT]
+VOCAB = {token: (7 * i + 3) % len(TOKENS) for i, token in enumerate(TOKENS)}  # ids in no order
+
+
+def write(directory, merges=MERGES, vocab=VOCAB):
+    (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def test_ids_are_those_of_vocab_json_in_whatever_order_it_has_them(tmp_path):
+    write(tmp_path)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("hello hell") == [VOCAB["hello"], VOCAB["Ġ"], VOCAB["hell"]]
+    assert tokenizer.decode([VOCAB["hello"], VOCAB["Ġ"], VOCAB["he"]]) == "hello he"
+    assert tokenizer.eot == VOCAB[END_OF_TEXT]
+    (tmp_path / "merges.txt").write_bytes("\r\n".join(MERGES).encode())  # Windows' line ends, and no version line
+    assert Tokenizer.from_pretrained(tmp_path).encode("hello") == [VOCAB["hello"]]
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_with_any_merges_ids_equal_transformers_or_the_merge_is_named(tmp_path, number):
+    """tiktoken joins by the rank of the result, tokenizers by the rank of the pair: not the same for all merges."""
+    rng, merges = random.Random(torch.initial_seed()), {}
+    for _ in range(rng.randint(1, 12)):
+        left, right = rng.choices(["a", "b", "c", *merges], k=2)
+        merges.setdefault(left + right, f"{left} {right}")
+    write(tmp_path, merges.values(), {token: i for i, token in enumerate([*BYTE, *merges, END_OF_TEXT])})
+    try:
+        assert_same_ids(tmp_path, ["".join(rng.choices("abc ", k=rng.randint(0, 30))) for _ in range(100)])
+    except UserError as error:
+        assert "is not a pair that the merges before it leave" in str(error)
 
 
 # Vocabularies that transformers and tokenizers saved.
@@ -101,34 +129,18 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", range(12))
-def test_with_any_merges_ids_equal_transformers_or_the_merge_is_named(tmp_path, number):
-    """tiktoken joins by the rank of the result, tokenizers by the rank of the pair: not the same for all merges."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    rng, merges = random.Random(torch.initial_seed()), {}
-    for _ in range(rng.randint(1, 12)):
-        left, right = rng.choices(["a", "b", "c", *merges], k=2)
-        merges.setdefault(left + right, (left, right))
-    vocab = {token: i for i, token in enumerate([*BYTE, *merges, END_OF_TEXT])}
-    backend = Backend(models.BPE(vocab=vocab, merges=list(merges.values())))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT).save_pretrained(tmp_path)
-    try:
-        assert_same_ids(tmp_path, ["".join(rng.choices("abc ", k=rng.randint(0, 30))) for _ in range(100)])
-    except UserError as error:
-        assert "is not a pair that the merges before it leave" in str(error)
+@pytest.fixture(scope="module")
+def saved_once(trained, tmp_path_factory):
+    tokenizer = transformers_tokenizer(trained)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": ["<x>"]})
+    tokenizer.save_pretrained(folder := tmp_path_factory.mktemp("saved"))
+    return folder
 
 
 @pytest.fixture
-def saved(trained, tmp_path):
+def saved(saved_once, tmp_path):
     """A folder that transformers saved, with two special tokens added, and a function: one of its JSON files, a path of
     names in it and the new value, or a function of the old one."""
-    tokenizer = transformers_tokenizer(trained)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": ["<x>"]})
-    tokenizer.save_pretrained(tmp_path)
 
     def edit(file, name, value):
         def change(holder):
@@ -139,7 +151,7 @@ def saved(trained, tmp_path):
 
         edit_json(tmp_path / file, change)
 
-    tmp_path.joinpath("config.json").write_text('{"model_type": "gpt2"}')
+    shutil.copytree(saved_once, tmp_path, dirs_exist_ok=True)
     return tmp_path, edit
 
 
@@ -224,8 +236,7 @@ def test_whatever_changes_ids_changes_the_fingerprint(saved, trained):
 def test_tokens_added_by_an_old_transformers_are_refused(trained, tmp_path):
     copy_tokenizer(trained, tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<x>": SIZE}))
-    told = "added_tokens.json is not read: save the tokenizer by transformers 5"
-    assert why_refused(Tokenizer.from_pretrained, tmp_path) == told
+    assert "added_tokens.json is not read" in why_refused(Tokenizer.from_pretrained, tmp_path)
 
 
 def test_special_tokens_in_vocab_json_are_never_made_of_text(trained, tmp_path):
@@ -237,58 +248,32 @@ def test_special_tokens_in_vocab_json_are_never_made_of_text(trained, tmp_path):
     assert ours.decode([0, vocab["the"], 1000]) == "<s>the[MASK]" and ours.n_vocab == SIZE + 2
 
 
-# A vocabulary of four merges, and what can be wrong with one.
-
-MERGES = ["h e", "l l", "he ll", "hell o"]
-TOKENS = [*BYTE, "he", "ll", "hell", "hello", END_OF_TEXT]
-VOCAB = {token: (7 * i + 3) % len(TOKENS) for i, token in enumerate(TOKENS)}  # ids in no order
-
-
-def write(directory, merges=MERGES, vocab=VOCAB):
-    (directory / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-
-
-BPE = "merges.txt: not a byte-level BPE: "
-
-
-def test_ids_are_those_of_vocab_json_in_whatever_order_it_has_them(tmp_path):
-    write(tmp_path)
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.encode("hello hell") == [VOCAB["hello"], VOCAB["Ġ"], VOCAB["hell"]]
-    assert tokenizer.decode([VOCAB["hello"], VOCAB["Ġ"], VOCAB["he"]]) == "hello he"
-    assert tokenizer.eot == VOCAB[END_OF_TEXT]
-    (tmp_path / "merges.txt").write_bytes("\r\n".join(MERGES).encode())  # Windows' line ends, and no version line
-    assert Tokenizer.from_pretrained(tmp_path).encode("hello") == [VOCAB["hello"]]
+# What can be wrong with a vocabulary.
 
 
 @pytest.mark.parametrize("line", ["hello", "he l l", "hel lo", "he €", "h e", "h ell", "l lo"])
 def test_a_merge_of_other_than_two_tokens_that_bpe_leaves_is_an_error_that_names_it(line, tmp_path):
     write(tmp_path, [*MERGES[:2], line, *MERGES[2:]])
-    told = f"{BPE}merge 3: {line!r} is not a pair that the merges before it leave"
-    assert why_refused(Tokenizer.from_pretrained, tmp_path) == told
+    assert f"merge 3: {line!r} is not a pair" in why_refused(Tokenizer.from_pretrained, tmp_path)
 
 
 SPELLED_BY_MERGES = [f"{END_OF_TEXT[:i]} {END_OF_TEXT[i]}" for i in range(1, len(END_OF_TEXT))]
 
 
 @pytest.mark.parametrize("merges, vocab, why", [
-    (MERGES, {token: i for token, i in VOCAB.items() if token != "A"}, "'A' is missing"),
-    (MERGES, {token: i for token, i in VOCAB.items() if token != "hell"}, "'hell' is missing"),
-    (MERGES, {token: i for token, i in VOCAB.items() if token != END_OF_TEXT}, f"'{END_OF_TEXT}' is missing"),
+    *((MERGES, {t: i for t, i in VOCAB.items() if t != gone}, f"'{gone}' is missing") for gone in ("A", "hell", END_OF_TEXT)),
     (SPELLED_BY_MERGES, VOCAB, f"merges make its end-of-text token '{END_OF_TEXT}'"),
     *((MERGES, VOCAB | {"hello": i}, "") for i in [-1, 5, "0", True, None, []]),
 ], ids=str)  # fmt: skip
 def test_a_vocabulary_that_lacks_a_token_or_has_bad_ids_is_an_error(merges, vocab, why, tmp_path):
     write(tmp_path, merges, vocab)
-    assert why_refused(Tokenizer.from_pretrained, tmp_path).startswith(BPE + why)
+    assert why_refused(Tokenizer.from_pretrained, tmp_path).startswith(f"merges.txt: not a byte-level BPE: {why}")
 
 
 @pytest.mark.parametrize("file", ["vocab.json", "merges.txt", J, C])
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"<!DOCTYPE html>", b"[" * 100_000], ids=["binary", "html", "deep"])
-def test_a_file_that_is_something_else_is_an_error_that_names_it(content, file, tmp_path):
+def test_a_file_that_is_something_else_is_an_error_that_names_it(file, tmp_path):
     write(tmp_path)
-    (tmp_path / file).write_bytes(content)
+    (tmp_path / file).write_bytes(b"\xff\xfe")
     assert why_refused(Tokenizer.from_pretrained, tmp_path).startswith(f"{file}: ")
 
 
