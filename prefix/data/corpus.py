@@ -77,25 +77,22 @@ def _sizes(directory):
 
 
 def _checksum(directory, columns):
-    """A hash of the columns and of all rows. Reads the files through, a megabyte at a time."""
+    """A hash of the columns and of all rows."""
     checksum = hashlib.sha256(json.dumps(columns).encode())
     for name in FILES:
-        with open(directory / name, "rb") as file:
-            while part := file.read(1 << 20):
-                checksum.update(part)
+        checksum.update(_mapped(directory / name, np.uint8))
     return checksum.hexdigest()[:16]
 
 
 def _build(directory, paths, columns, tokenizer, limit, max_tokens):
     """Write a cache's files, row by row. Returns a list: a line for each thing that there is to report."""
-    skipped, n_rows, n_tokens, is_ascii = Skipped(), 0, 0, True
+    skipped, n_rows, n_tokens = Skipped(), 0, 0
     directions, kind = list(itertools.permutations(range(len(columns)), 2)), _dtype(tokenizer).char
     bar = tqdm(total=limit, unit=" rows", desc="encoding", disable=not sys.stderr.isatty(), file=sys.stderr)
     with ExitStack() as stack, bar:
         tokens, index, *splits = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
         index.write(array("q", [0]))
         for line, texts in read_rows(paths, columns, skipped):
-            is_ascii = is_ascii and all(map(str.isascii, texts))
             ids = [tokenizer.encode(text) for text in texts]
             if sum(sorted(map(len, ids))[-2:]) + 1 > max_tokens:  # the row's longest pair, with its separator
                 skipped.add(f"too long (over {max_tokens} tokens)", line)
@@ -111,15 +108,15 @@ def _build(directory, paths, columns, tokenizer, limit, max_tokens):
             bar.update()
             if n_rows == limit:
                 break
-    return _report(" ".join(map(str, paths)), skipped, n_rows, is_ascii)
+    return _report(" ".join(map(str, paths)), skipped, n_rows)
 
 
-def _report(where, skipped, n_rows, is_ascii):
+def _report(where, skipped, n_rows):
     """What there is to report of so many usable rows. Raises UserError where there are none, or the file is in another
-    encoding, of which only the ASCII rows can be read."""
+    encoding: of it only the rows without a mark can be read."""
     n_skipped, (n_damaged, line) = sum(n for n, _ in skipped.counts.values()), skipped.counts.get(NOT_UTF8, (0, 0))
     n = n_rows + n_skipped
-    if n_damaged > n * (0.1 if is_ascii else 0.5):
+    if n_damaged > 0.1 * n:
         raise UserError(f"{where}: {n_damaged:,} of {n:,} rows are not UTF-8 (first at line {line}): {TO_UTF8}")
     if not n_rows:
         raise UserError(f"{where}: no row that can be used: {'; '.join(skipped.report()) or 'there is none at all'}")

@@ -97,13 +97,13 @@ class Table:
 
     def _renamed(self, columns):
         """`columns` as names for all that is there, or for a table's first columns that hold texts; "" for the others."""
-        n, places = len(self.names), range(len(self.names))
-        if len(columns) < n and len(self.paths) == 1:
-            places = [place for place, sample in enumerate(self._samples()) if not _no_text("", sample)]
-        if len(columns) > len(places) or (len(columns) < n and len(self.paths) > 1):
+        places = range(len(self.names))
+        if len(columns) < len(places) and len(self.paths) == 1:
+            places = [place for place, fault in enumerate(self._no_texts()) if not fault][: len(columns)]
+        if len(columns) != len(places):
             raise self._error(f"{len(columns)} columns, but {len(places)} texts: {_listed(self.names)}")
         named = dict(zip(places, columns))
-        return [named.get(place, "") for place in range(n)]
+        return [named.get(place, "") for place in range(len(self.names))]
 
     def _default(self):
         """The columns to read where nobody named them."""
@@ -112,22 +112,22 @@ class Table:
         if not self.has_header:
             told = "--columns en fr names them, in order, and reads line 1 as a row; if that is a header, name its columns"
             raise self._error(f"line 1 seems to hold texts, not the names of columns: {_listed(self.names)}; {told}")
-        samples, names = zip(self.names, self._samples()), [name for name in self.names if name]
-        faults = {name: fault for name, sample in samples if name and (fault := _no_text(name, sample))}
-        if len(names) > 2:
-            names = [name for name in names if is_language(name) and name not in faults][:2]
+        faults = {name: fault for name, fault in zip(self.names, self._no_texts()) if name}
+        if len(faults) > 2:
+            names = [name for name, fault in faults.items() if is_language(name) and not fault][:2]
             if len(names) < 2:
                 raise self._error(f"which columns? Name two or more by --columns; there are {_listed(self.names)}")
-        elif faults:
-            told = " and ".join(f"{name!r} {fault}" for name, fault in faults.items())
+            return names
+        if told := " and ".join(f"{name!r} {fault}" for name, fault in faults.items() if fault):
             raise self._error(f"the column {told}: name the columns to read by --columns, it too if it is meant")
-        return names
+        return list(faults)
 
-    def _samples(self):
-        """Of each column of a table, its first texts that are not empty."""
+    def _no_texts(self):
+        """Why each column of a table holds no texts to train on, by its first rows; None if it may hold some."""
         n, first = len(self.names), islice(tables.records(self.paths), 1, 1 + FIRST_ROWS)
         rows = [values for _, values in first if isinstance(values, list) and len(values) == n]
-        return [list(filter(None, map(_text, column))) for column in zip(*rows)] or [[]] * n
+        samples = [list(filter(None, map(_text, column))) for column in zip(*rows)] or [[]] * n
+        return list(map(_no_text, self.names if self.has_header else [""] * n, samples))
 
 
 def columns_for(paths, names, columns=None):
@@ -148,7 +148,7 @@ def is_language(name):
 
 
 def _no_text(name, sample):
-    """Why a column holds no texts to train on, by its first ones; None if it may hold some."""
+    """Why a column whose first texts are these, but for empty ones, is none to train on; None if it may be one."""
     is_id = name.casefold().endswith("id")
     if sample and all(NO_TEXT.fullmatch(text) or is_id and " " not in text for text in sample):
         return f"holds only numbers, ids or addresses ({sample[0]:.80} ...)"

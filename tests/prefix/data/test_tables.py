@@ -4,7 +4,6 @@ import csv
 import gzip
 import io
 import json
-import tracemalloc
 import zipfile
 
 import pytest
@@ -24,16 +23,6 @@ def read(*paths, columns=None):
 
 def skips(n, reason, line):
     return [f"{n:,} row{'s' * (n != 1)} skipped: {reason} (first at line {line})"]
-
-
-def peak_of(work):
-    """The most memory, in bytes, that Python takes for work()."""
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def table_of(mark="\t", rows=(COLUMNS, *PAIRS), **options):
@@ -190,15 +179,3 @@ def test_a_quote_that_never_closes_costs_one_row(write):
     rows, report = read(write("a.csv", "\n".join(["en,fr", '"never,closed', *good, '"nor,this'])))
     assert [",".join(texts) for _, texts in rows] == good and rows[0][0] == 3
     assert report == skips(2, "quotes do not match", 2)
-
-
-LONG = "x" * 5_000
-ROWS = {"a.csv": ("en,fr\n", f"{LONG},un\n"), "a.tsv": ("en\tfr\n", f"{LONG}\tun\n")}
-ROWS["a.jsonl"] = "", f'{{"en": "{LONG}", "fr": "un"}}\n'
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_rows_go_through_one_by_one(write, name):
-    header, row = ROWS[name]
-    path = write(name, header + row * 1500)
-    assert peak_of(lambda: [1 for _ in read_rows([path], COLUMNS, Skipped())]) < 2_500_000 < path.stat().st_size / 2

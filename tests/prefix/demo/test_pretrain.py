@@ -83,14 +83,6 @@ def test_documents_are_drawn_on_all_cpus_but_one_of_those_that_may_be_used(toy, 
     assert processes == [3]
 
 
-def test_it_writes_a_checkpoint_that_loads_and_a_loss_that_falls(toy):
-    folder = toy("run", 15_000)
-    lines = [json.loads(line) for line in open(folder / "log.jsonl")]
-    assert lines[-1]["tokens"] >= 15_000 and lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.5
-    model, tokenizer = GPT.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-    assert tokenizer.eot == 299 and model(torch.tensor([tokenizer.encode("Le chat")])).isfinite().all()
-
-
 @pytest.fixture
 def killed(toy, monkeypatch):
     """A run of as many tokens that an error ends in a step, after the state of the one before was written."""
@@ -104,10 +96,14 @@ def killed(toy, monkeypatch):
     return run
 
 
-def test_a_killed_run_goes_on_exactly(toy, killed):
-    whole = toy("whole", 6000)
-    killed(6000)
-    folder = toy("killed", 6000)
+def test_a_run_writes_a_checkpoint_that_loads_and_a_loss_that_falls_and_one_that_is_killed_goes_on_exactly(toy, killed):
+    whole = toy("whole", 15_000)
+    lines = [json.loads(line) for line in open(whole / "log.jsonl")]
+    assert lines[-1]["tokens"] >= 15_000 and lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.5
+    model, tokenizer = GPT.from_pretrained(whole), Tokenizer.from_pretrained(whole)
+    assert tokenizer.eot == 299 and model(torch.tensor([tokenizer.encode("Le chat")])).isfinite().all()
+    killed(15_000)
+    folder = toy("killed", 15_000)
     for name in ("model.safetensors", "vocab.json", "merges.txt"):
         assert (whole / name).read_bytes() == (folder / name).read_bytes()
 
