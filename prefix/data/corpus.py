@@ -116,7 +116,7 @@ def _report(where, skipped, n_rows):
     encoding: of it only the rows without a mark can be read."""
     n_skipped, (n_damaged, line) = sum(n for n, _ in skipped.counts.values()), skipped.counts.get(NOT_UTF8, (0, 0))
     n = n_rows + n_skipped
-    if n_damaged > 0.1 * n:
+    if n_damaged > 0.1 * (n_rows + n_damaged):
         raise UserError(f"{where}: {n_damaged:,} of {n:,} rows are not UTF-8 (first at line {line}): {TO_UTF8}")
     if not n_rows:
         raise UserError(f"{where}: no row that can be used: {'; '.join(skipped.report()) or 'there is none at all'}")

@@ -72,11 +72,11 @@ class Table:
     def places(self, columns=None):
         """{column: its place in a record}, of the columns to read, in their order.
 
-        columns: those asked for. Where there is no header they may be new names for what is there. None: all text files,
+        columns: those asked for. Where no header has any of them, they are new names for what is there. None: all text files,
         both columns of a table that has two, the first two languages of one that has more. Raises UserError where that
         does not say which, or where they are not there."""
         names = self.names
-        if columns and not self.has_header and not set(columns) <= set(names):
+        if columns and not self.has_header and set(columns).isdisjoint(names):
             names = self._renamed(columns)
         columns = columns or self._default()
         if not 2 <= len(set(columns)) == len(columns) <= MAX_BANKS or not all(columns) or damage(columns):
@@ -90,7 +90,8 @@ class Table:
         for name in columns:
             if names.count(name) != 1:
                 fault = f"has the column {name!r} twice" if name in names else f"has no column {name!r}"
-                raise self._error(f"{fault}; its columns are {_listed(names)}")
+                remedy = "" if self.has_header else "; --columns names them anew, all of them in order"
+                raise self._error(f"{fault}; its columns are {_listed(names)}{remedy}")
 
     def _error(self, fault):
         return UserError(f"{' '.join(map(str, self.paths))}: {fault}")
@@ -132,11 +133,11 @@ class Table:
 
 def columns_for(paths, names, columns=None):
     """Those of the `names` that these files have, in that order: a row's split goes by its first text, so that columns
-    must stand as they stood in training. columns: some that must be there; new names, in order, for what has none."""
+    must stand as they stood in training. columns: some that must be there, or new names, as of Table.places."""
     table = Table(paths)
     found = [name for name in names if name in table.names]
-    if len(found) < 2 and not table.has_header:
-        return list(table.places(columns or names))
+    if not found and not table.has_header and (columns or len(paths) == 1):
+        return list(table.places(columns))
     table.require(columns or (found if len(found) > 1 else names))
     return found
 

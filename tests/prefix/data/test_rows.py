@@ -107,7 +107,8 @@ def test_a_table_without_a_header_is_told_and_read_when_its_columns_are_named(wr
     assert found == list(enumerate(pairs, 1)) and "without a header: line 1 is a row" in note
     assert read(path, columns=pairs[0]) == (found[1:], [])  # line 1 is the header to whoever says so
     assert re.search("4 columns, but [123] texts", refusal(Table([path]).places, ["en", "fr", "de", "it"]))
-    assert columns_for([path], ["en", "fr"], ["fr", "en"]) == ["fr", "en"] and columns_for([path], ["a", "b"]) == ["a", "b"]
+    assert columns_for([path], ["en", "fr"], ["fr", "en"]) == ["fr", "en"]
+    assert re.search(told, refusal(columns_for, [path], ["en", "fr"]))
 
 
 # Mistakes
@@ -116,7 +117,9 @@ def test_a_table_without_a_header_is_told_and_read_when_its_columns_are_named(wr
 @pytest.mark.parametrize("names, content, columns, message", [
     ("a.txt b.txt", "a", None, "different names"),
     ("a.txt b.txt", "a", ["en", "fr", "de"], "3 columns, but 2 texts"),
-    ("a.en b.fr c.de", "a", ["en", "it"], "2 columns, but 3 texts"),
+    ("a.eng b.fr c.de", "a", ["en", "it"], "2 columns, but 3 texts"),
+    ("a.fr b.eng", "a", ["en", "fr"], "has no column 'en'; its columns are 'fr', 'eng'; --columns names them anew"),
+    ("a.csv", "Question?,Answer\na,b\n", ["Question?", "Answr"], "has no column 'Answr'; its columns are 'Question"),
     ("a.csv b.fr", "en,fr\na,b\n", None, "expected one table"),
     ("a.csv", "en,fr\na,b\n", ["en", "de"], "a.csv: has no column 'de'; its columns are 'en', 'fr'"),
     ("a.jsonl", '{"en": 1, "fr": 2}', ["en", "de"], "a.jsonl: has no column 'de'; its columns are 'en', 'fr'"),

@@ -39,13 +39,14 @@ def saved(place, workplace):
 @pytest.mark.parametrize("files, columns, expected", [
     (["x.de", "x.en"], None, ["en", "de"]),
     (["a.txt", "b.txt"], ["de", "en"], ["de", "en"]),
-    (["a.txt", "b.txt", "c.txt"], None, ["en", "fr", "de"]),
+    (["a.txt", "b.txt", "c.txt"], ["fr", "en", "de"], ["fr", "en", "de"]),
     (["x.en", "x.fr", "x.de"], ["de", "fr"], ["en", "fr", "de"]),
     (["t.csv"], None, ["en", "fr"]),
     (["t.csv"], ["fr", "en"], ["en", "fr"]),
     (["t.csv"], ["fr", "de"], "t.csv: has no column 'de'"),
     (["none.csv"], None, "none.csv: has no column 'en'"),
-    (["a.txt", "b.txt"], None, "3 columns, but 2 texts"),
+    (["a.txt", "b.txt"], None, "has no column 'en'; its columns are 'txt', 'txt'; --columns names them"),
+    (["x.en", "x.it"], None, "has no column 'fr'; its columns are 'en', 'it'"),
     (["x.de", "x.en"], ["fr"], "has no column 'fr'"),
 ])  # fmt: skip
 def test_columns_are_read_in_the_order_that_they_had_in_training(tmp_path, monkeypatch, files, columns, expected):
