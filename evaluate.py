@@ -26,7 +26,7 @@ from prefix.decoding import Decoding
 from prefix.distributed import log, printable
 from prefix.evaluation import report
 from prefix.evaluation.attention_maps import look_at
-from prefix.evaluation.compare import Plan, compare
+from prefix.evaluation.compare import Comparison
 from prefix.evaluation.metrics import ACCURACY, NAMES
 from prefix.prefix_file import read_header
 
@@ -104,8 +104,6 @@ def main():
     there = {ends: names for ends, names in wanted.items() if {*ends} <= {*columns}}
     if not there:
         raise UserError(f"{paths[0]}: no direction to evaluate between its columns {' and '.join(columns)}")
-    drawn = args.shots, args.draws, args.seed
-    plan = Plan(there, args.split, args.limit, args.references == "all", args.truncate_source, *drawn)
     longest = min(args.max_tokens, model.config.n_positions - banks.position_offset)
     corpus = data.load(paths, columns, tokenizer, limit, ANY_LENGTH if args.truncate_source else longest)
     for line in corpus.report:
@@ -117,7 +115,8 @@ def main():
         training = data.load(paths, columns, tokenizer, limit, longest)
     most = args.max_new_tokens or (model.config.n_positions // 4 if args.truncate_source else None)
     decoding = Decoding(most, beams=args.beam, batch_size=args.batch_size, choices=args.choices)
-    results = compare(model, tokenizer, banks, corpus, training, plan, decoding)
+    chosen = args.split, args.limit, args.references == "all", args.truncate_source, args.shots, args.draws, args.seed
+    results = Comparison(model, tokenizer, banks, corpus, training, decoding, *chosen).results(there)
     speaks = distributed.rank() == 0
     distributed.finish()
     if not speaks:

@@ -29,20 +29,6 @@ BATCHES = 4  # decoded in one step of the progress bar
 
 
 @dataclass
-class Plan:
-    """What to evaluate."""
-
-    directions: dict  # {(source, target) columns: names of metrics}
-    split: str  # one of SPLITS, or "all"
-    limit: int  # sentences in each direction
-    all_references: bool  # rows with the same source are one sentence with several references
-    truncate_source: bool  # cut sources that do not fit the context
-    shots: int
-    draws: int
-    seed: int
-
-
-@dataclass
 class System:
     """What one system wrote."""
 
@@ -83,7 +69,8 @@ class Result:
 
 
 def sentences(corpus, split, limit, source, target, all_references=False):
-    """-> (at most `limit` texts to translate, a list of references for each). split, all_references: as in Plan."""
+    """-> (at most `limit` texts to translate, a list of references for each). split: one of SPLITS, or "all".
+    all_references: rows with the same source are one sentence with several references."""
     s, t = map(corpus.columns.index, (source, target))
     examples = [in_directions(corpus.examples(name), [(s, t)]) for name in SPLITS if split in (name, "all")]
     groups = {}  # of rows that are one sentence
@@ -106,72 +93,72 @@ def labels_of(corpus, name):
 # The comparison
 
 
-def compare(model, tokenizer, banks, corpus, training, plan, decoding):
-    """Evaluate on the sentences of a corpus -> a list of Result, one for each direction that has some. training: the
-    Corpus whose training split gives examples, and labels where a target has the metric accuracy and decoding no choices."""
-    results = []
-    for (source, target), names in plan.directions.items():
-        sources, references = sentences(corpus, plan.split, plan.limit, source, target, plan.all_references)
-        if not sources:
-            continue
-        result = Result(source, target, sources, references)
-        if metrics.ACCURACY in names:
-            result.choices = decoding.choices or labels_of(training, target)
-            result.classes = sorted({*result.choices, *(refs[0] for refs in references)})
-        scored = metrics.named(names, result.classes)
-        result.signatures = {metric.label: metric.signature(references) for metric in scored}
-        comparison = Comparison(model, tokenizer, plan, replace(decoding, choices=result.choices), scored, result)
-        comparison.run_prefix(banks)
-        if plan.draws:
-            comparison.run_few_shot(training)
-        results.append(result)
-    if not results:
-        raise UserError(f"none of the {len(corpus)} usable pairs falls into the {plan.split} split: give more data")
-    return results
-
-
 @dataclass
 class Comparison:
-    """Fills in a Result: the prefix, then k-shot prompting, on the same sentences. scored: a list of Metric."""
+    """What is compared, and how."""
 
     model: object
     tokenizer: object
-    plan: Plan
+    banks: object
+    corpus: object  # the Corpus that has the sentences
+    training: object  # the Corpus whose training split has the examples, and the labels where decoding has no choices
     decoding: Decoding
-    scored: list
-    result: Result
+    split: str  # as the next two in `sentences`
+    limit: int
+    all_references: bool
+    truncate_source: bool  # cut sources that do not fit the context
+    shots: int
+    draws: int
+    seed: int
 
-    def run_prefix(self, banks):
-        direction = self.result.source, self.result.target
-        answer = lambda texts: translate(self.model, self.tokenizer, banks, texts, direction, self.decoding)
-        length = lambda text: banks.position_offset + self.n_tokens(text) + 1
-        self.result.prefix = self.measure("prefix", answer, length)
+    def results(self, directions):
+        """{(source, target) columns: names of metrics} -> a list of Result, one for each direction that has sentences."""
+        results = [self.result(*ends, names) for ends, names in directions.items()]
+        if not any(results):
+            raise UserError(f"none of the {len(self.corpus)} usable pairs falls into the {self.split} split: give more data")
+        return list(filter(None, results))
 
-    def run_few_shot(self, training):
-        plan, result = self.plan, self.result
-        direction, avoid = (result.source, result.target), {*result.sources}
-        drawn = [draw_shots(training, *direction, plan.shots, plan.seed + i, avoid) for i in range(plan.draws)]
+    def result(self, source, target, names):
+        result = Result(source, target, *sentences(self.corpus, self.split, self.limit, source, target, self.all_references))
+        if not result.sources:
+            return None
+        if metrics.ACCURACY in names:
+            result.choices = self.decoding.choices or labels_of(self.training, target)
+            result.classes = sorted({*result.choices, *(refs[0] for refs in result.references)})
+        scored = metrics.named(names, result.classes)
+        result.signatures = {metric.label: metric.signature(result.references) for metric in scored}
+        decoding = replace(self.decoding, choices=result.choices)
+        answer = lambda texts: translate(self.model, self.tokenizer, self.banks, texts, (source, target), decoding)
+        length = lambda text: self.banks.position_offset + self.n_tokens(text) + 1
+        result.prefix = self.measure(result, scored, "prefix", answer, length)
+        if self.draws:
+            self.prompt(result, scored, decoding)
+        return result
+
+    def prompt(self, result, scored, decoding):
+        """Adds k-shot prompting, and how the prefix differs from its median draw."""
+        ends, avoid = (result.source, result.target), {*result.sources}
+        drawn = [draw_shots(self.training, *ends, self.shots, self.seed + i, avoid) for i in range(self.draws)]
         result.form_log_p = form_log_p(self.model, self.tokenizer, *drawn[0])
         result.form = max(result.form_log_p, key=result.form_log_p.get, default=FORMS[0])
-        result.draws = [self.run_draw(replace(shots, form=result.form)) for shots, _ in drawn]
-        by_score = sorted(range(plan.draws), key=lambda i: result.draws[i].scores[self.scored[0].label])
-        result.median = by_score[plan.draws // 2]  # of an even number, the better of the two in the middle
+        for shots, _ in drawn:
+            shots.form = result.form
+            answer = lambda texts: few_shot(self.model, self.tokenizer, shots, texts, decoding)
+            length = lambda text: self.n_tokens(shots.text) + self.n_tokens(shots.question(text))
+            result.draws.append(self.measure(result, scored, f"{self.shots}-shot", answer, length, shots.text))
+        by_score = sorted(range(self.draws), key=lambda i: result.draws[i].scores[scored[0].label])
+        result.median = by_score[self.draws // 2]  # of an even number, the better of the two in the middle
         outputs = [system.outputs for system in result.systems]
-        compared = lambda metric: metrics.paired_bootstrap(metric, *outputs, result.references)
-        result.difference = {metric.label: compared(metric) for metric in self.scored}
-
-    def run_draw(self, shots):
-        answer = lambda texts: few_shot(self.model, self.tokenizer, shots, texts, self.decoding)
-        length = lambda text: self.n_tokens(shots.text) + self.n_tokens(shots.question(text))
-        return self.measure(f"{len(shots.pairs)}-shot", answer, length, shots.text)
+        for metric in scored:
+            result.difference[metric.label] = metrics.paired_bootstrap(metric, *outputs, result.references)
 
     def n_tokens(self, text):
         return len(self.tokenizer.encode(text))
 
-    def measure(self, name, answer, length, prompt=None):
+    def measure(self, result, scored, name, answer, length, prompt=None):
         """answer(texts) -> list of Translation; length(text): tokens of its whole prompt. -> System."""
-        result, step = self.result, BATCHES * self.decoding.batch_size
-        texts = self.cut_sources(length) if self.plan.truncate_source else result.sources
+        step = BATCHES * self.decoding.batch_size
+        texts = self.cut_sources(result, length) if self.truncate_source else result.sources
         began, bar = time.monotonic(), f"{result.source} -> {result.target} {name}"
         starts = tqdm(range(0, len(texts), step), desc=bar, disable=distributed.rank() > 0 or not sys.stderr.isatty())
         answers = [one for i in starts for one in answer(texts[i : i + step])]
@@ -184,15 +171,15 @@ class Comparison:
         }
         if counts["sources cut"]:
             log(f"{name}: {counts['sources cut']} of {len(texts)} sources were cut at their end to fit the context")
-        scores = {metric.label: metric(outputs, result.references) for metric in self.scored}
+        scores = {metric.label: metric(outputs, result.references) for metric in scored}
         confusion = metrics.confusion(outputs, result.references, result.classes) if result.classes else None
         return System(name, outputs, scores, counts, confusion, prompt)
 
-    def cut_sources(self, length):
+    def cut_sources(self, result, length):
         """The sources, cut at their end where the longest answer would not fit behind them."""
-        choices = [self.n_tokens(choice) + 2 for choice in self.decoding.choices or []]
+        choices = [self.n_tokens(choice) + 2 for choice in result.choices or []]
         room, texts = self.model.config.n_positions - max(choices, default=self.decoding.max_new), []
-        for text in self.result.sources:
+        for text in result.sources:
             ids = self.tokenizer.encode(text)
             while ids and (excess := length(text) - room) > 0:
                 ids = ids[:-excess]

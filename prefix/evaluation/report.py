@@ -18,12 +18,10 @@ import numpy as np
 from prefix.evaluation.metrics import RESAMPLES
 
 ENOUGH = 100  # sentences for a verdict
-LABELS = 5  # sentences to one reference, from which on they seem to be labels
 REFERENCES_SHOWN = 3  # of a sentence
 CLASSES_SHOWN = 12  # a larger confusion matrix is for JSON and the page
 FORMS = {"names": "lines that begin with the columns' names", "lines": "bare lines"}
 PIECES = re.compile(r"\w+['’]?|\s+|[^\w\s]+")  # words, spaces, runs of punctuation
-BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 SHADE = 0.65  # opacity of the darkest cell: light enough to read its number, by day and by night
 PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -57,30 +55,29 @@ def tables(result):
 
 def score_lines(result):
     """Each score and count: its name, the prefix, the mean of the draws, the ratio of scores where these are many."""
-    lines, draws = [["", *(system.name for system in result.systems), *["ratio"] * bool(result.draws)]], result.draws
-    enough = len(result.sources) >= ENOUGH
+    lines = [["", *(system.name for system in result.systems), *["ratio"] * bool(result.draws)]]
     for name, value in (result.prefix.scores | result.prefix.counts).items():
-        values = [(draw.scores | draw.counts)[name] for draw in draws] or [0]
-        scored, mean, digits = name in result.signatures, np.mean(values), 0 if isinstance(value, int) else 2
-        line = [name, f"{value:.{digits}f}"]
-        if draws:
-            line.append(f"{mean:.{digits}f}" + (f" ± {np.std(values):.1f}" if scored else ""))
-            line.append("" if not scored or mean < 0.1 else f"{value / mean:.1f}x" if enough else "-")
-        if name != "sources cut" or value or mean:
+        values = [(draw.scores | draw.counts)[name] for draw in result.draws]
+        number = lambda x: f"{x:.{0 if isinstance(value, int) else 2}f}"
+        line = [name, number(value)]
+        if values:
+            mean = np.mean(values)
+            line += [number(mean), ""]
+            if name in result.signatures:
+                line[2] += f" ± {np.std(values):.1f}"
+                line[3] = "" if mean < 0.1 else f"{value / mean:.1f}x" if len(result.sources) >= ENOUGH else "-"
+        if name != "sources cut" or any([value, *values]):
             lines.append(line)
     return lines
 
 
 def remarks(result):
     """The rest that there is to say of one direction, in sentences."""
-    said, n, count = [], len(result.references), Counter(refs[0] for refs in result.references)
+    said = []
     if result.classes:
-        label, most = count.most_common(1)[0]
+        label, most = Counter(refs[0] for refs in result.references).most_common(1)[0]
         said.append(f"each answer is the likeliest choice of {len(result.choices)}")
-        said.append(f"always answering {label!r} would have accuracy {100 * most / n:.2f}")
-    elif n >= LABELS * len(count):
-        score = f"--metrics {result.target}=accuracy scores them as such"
-        said.append(f"{n} references, {len(count)} different: labels? {score}")
+        said.append(f"always answering {label!r} would have accuracy {100 * most / len(result.references):.2f}")
     if result.draws:
         said.append(f"prefix minus the median draw (95 % of {RESAMPLES:,} resamples): {difference(result)}")
         tried = ", ".join(f"{form} {value:.1f}" for form, value in result.form_log_p.items()) or "no pair fits"
@@ -147,13 +144,13 @@ def to_json(settings, results):
 
 def to_tsv(settings, results):
     """Source, reference, prefix and the median k-shot draw of every sentence, one a line, then the direction's ends.
-    Tabs and line breaks within a text are spaces; several references are joined by " ||| "."""
+    Tabs within a text are spaces; several references are joined by " ||| "."""
     lines = [["source", "reference", "prefix", "k-shot", "from", "to"]]
     for result in results:
         prefix, shots, *_ = [system.outputs for system in result.systems] + [[""] * len(result.sources)]
         for source, references, *outputs in zip(result.sources, result.references, prefix, shots):
             lines.append([source, " ||| ".join(references), *outputs, result.source, result.target])
-    return "".join("\t".join(BREAKS.sub(" ", cell) for cell in line) + "\n" for line in lines)
+    return "".join("\t".join(cell.replace("\t", " ") for cell in line) + "\n" for line in lines)
 
 
 def to_html(settings, results):
