@@ -99,8 +99,8 @@ def main():
     distributed.start(args.device)
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
     wanted = directions(args, banks, prefixes)
-    paths, limit = cli.text_of(args, prefixes)
-    columns = rows.columns_for(paths, banks.names, args.columns)
+    paths, columns, limit = cli.text_of(args, prefixes)
+    columns = rows.columns_for(paths, banks.names, args.columns or columns)
     there = {ends: names for ends, names in wanted.items() if {*ends} <= {*columns}}
     if not there:
         raise UserError(f"{paths[0]}: no direction to evaluate between its columns {' and '.join(columns)}")

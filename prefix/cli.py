@@ -163,12 +163,12 @@ def direction(args, banks):
 
 
 def text_of(args, prefixes):
-    """The files that --data names, else those that these prefixes were trained on -> (paths, the rows of them that training
-    read: encoded already). None: all, or others."""
+    """The files that --data names, else those that these prefixes were trained on -> (paths, columns, rows): of the
+    training's own files the columns and the number of rows that it read; of others None, None."""
     record = prefix_file.read_header(prefixes[0])["training"]
     paths, trained = data_paths(args.data or data_of(prefixes)), data_paths(record.get("data"))
     same = [*map(os.path.realpath, paths)] == [*map(os.path.realpath, trained)]
-    return paths, record.get("limit") if same else None
+    return paths, *(record.get(name) if same else None for name in ("columns", "limit"))
 
 
 def data_of(prefixes):

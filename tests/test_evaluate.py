@@ -206,6 +206,17 @@ def test_a_source_is_cut_at_its_end_only_if_asked_and_the_cuts_are_counted(place
     assert direction["prefix"]["outputs"][-1] == expected.text and expected.pieces == 1
 
 
+def test_the_text_of_the_training_has_the_columns_of_the_training(place, run):
+    banks, rows = loaded(place)[2], rows_of(place, "en-fr", 19)
+    for name, lines in zip(("a.txt", "b.txt"), zip(*rows)):
+        Path(name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    banks.training_record["data"] = [str(Path(name).resolve()) for name in ("a.txt", "b.txt")]
+    banks.save("p.safetensors", GPT.from_pretrained(place / "base"))
+    code, _, err = run(evaluate, "--prefix", "p.safetensors", "--draws", 0, "--json", "result.json")
+    first = json.loads(Path("result.json").read_text(encoding="utf-8"))["directions"][0]
+    assert code == 0 and (first["source"], first["sources"]) == ("fr", [fr for _, fr in rows[-5:]]), err
+
+
 def test_of_all_rows_none_is_an_example_but_what_the_prefix_was_trained_on(place, evaluated):
     table = write_table("new.csv", [["tweet", "label"], *([random_text(), "unheard of"] for _ in range(4))])
     options = ["--from", "tweet", "--to", "label", "--choices", "--split", "all"]

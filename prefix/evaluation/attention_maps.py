@@ -213,8 +213,8 @@ def main():
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
     direction = cli.direction(args, banks)
     if args.nearest or args.ablate:
-        paths, limit = cli.text_of(args, prefixes)
-        columns = rows.columns_for(paths, banks.names)
+        paths, columns, limit = cli.text_of(args, prefixes)
+        columns = rows.columns_for(paths, banks.names, columns)
         longest = min(384, model.config.n_positions - banks.position_offset)
         corpus = data.load(paths, columns, tokenizer, limit, longest)
     attention = look_at(model, tokenizer, banks, args.text, direction)

@@ -18,6 +18,7 @@ import numpy as np
 from prefix.evaluation.metrics import RESAMPLES
 
 ENOUGH = 100  # sentences for a verdict
+LABELS = 5  # sentences to one reference, from which on they seem to be labels
 REFERENCES_SHOWN = 3  # of a sentence
 CLASSES_SHOWN = 12  # a larger confusion matrix is for JSON and the page
 FORMS = {"names": "lines that begin with the columns' names", "lines": "bare lines"}
@@ -73,11 +74,14 @@ def score_lines(result):
 
 def remarks(result):
     """The rest that there is to say of one direction, in sentences."""
-    said = []
+    said, n, count = [], len(result.references), Counter(refs[0] for refs in result.references)
     if result.classes:
-        label, most = Counter(refs[0] for refs in result.references).most_common(1)[0]
+        label, most = count.most_common(1)[0]
         said.append(f"each answer is the likeliest choice of {len(result.choices)}")
-        said.append(f"always answering {label!r} would have accuracy {100 * most / len(result.references):.2f}")
+        said.append(f"always answering {label!r} would have accuracy {100 * most / n:.2f}")
+    elif n >= LABELS * len(count):
+        score = f"--metrics {result.target}=accuracy scores them as such"
+        said.append(f"{n} references, {len(count)} different: labels? {score}")
     if result.draws:
         said.append(f"prefix minus the median draw (95 % of {RESAMPLES:,} resamples): {difference(result)}")
         tried = ", ".join(f"{form} {value:.1f}" for form, value in result.form_log_p.items()) or "no pair fits"

@@ -101,6 +101,12 @@ def test_labels_have_a_confusion_matrix_and_the_share_of_the_commonest(monkeypat
     assert "rage  " not in report.to_text(SETTINGS, [labelled()]) and ">rage</th>" in report.to_html(SETTINGS, [labelled()])
 
 
+def test_few_different_references_are_said_to_look_like_labels():
+    assert not any("labels?" in said for said in report.remarks(result(references=[["a"]] * 3)))
+    some = result(12, references=[["a"]] * 12)
+    assert "12 references, 1 different: labels? --metrics en=accuracy scores them as such" in report.remarks(some)
+
+
 def test_three_references_of_a_sentence_are_shown():
     (shown,) = report.side_by_side(result(references=[["a", "b", "c", "d"]] * 3), 1)
     assert shown == [("fr", "le chat 0"), *(("reference", x) for x in "abc"), ("1-shot", "shot 0"), ("prefix", "prefixed 0")]
