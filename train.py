@@ -4,6 +4,7 @@ python train.py --prefix-len 10                                     the demo che
 python train.py --prefix-len 10 --model gpt2-xl --data en-fr.csv    full size, one GPU
 """
 
+import argparse
 import shlex
 import signal
 import sys
@@ -145,7 +146,8 @@ def parse_arguments():
     if args.reparam and (args.train_banks or args.from_prefix):
         parser.error("--reparam moves all banks from a start of its own: not with --from-prefix or --train-banks")
     if args.resume:
-        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args)))))  # None: not given
+        given = [name for name, value in given.items() if value is not None]
         fixed = [f"--{name.replace('_', '-')}" for name in given if name not in ("resume", *run.FREE, *run.MACHINE)]
         if fixed:
             parser.error(f"--resume goes on with the run's own settings: {', '.join(fixed)} cannot be new")

@@ -126,8 +126,8 @@ def flush(path):
 
 
 def remove_leftovers(folder):
-    """Remove the temporary files of programs that were killed inside `replacing`."""
-    for path in Path(folder).glob(f".*{TEMPORARY}"):
+    """Remove the temporary files, there and in the folders there, of programs that were killed inside `replacing`."""
+    for path in Path(folder).rglob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
 

@@ -9,6 +9,7 @@ Where a tenth is too short to tell, a trial is longer: twice the warm-up, in whi
 import math
 import shutil
 
+from minigpt.files import UserError
 from prefix import distributed
 from prefix.distributed import log
 
@@ -21,22 +22,24 @@ def try_rates(rates, make_trainer, out):
     -> a Trainer at its start, with validation pairs."""
     losses = {}
     for rate in rates:
-        trial = make_trainer(rate, out / f"lr-{rate:g}")
+        trial = make_trainer(rate, out / f"lr-{rate}")
         end = trial_steps(trial.settings)
         if distributed.rank() == 0:
             trial.out.mkdir(exist_ok=True)
         trial.resume()
+        if trial.progress.step > end:
+            raise UserError(f"{trial.out}: {trial.progress.step} steps were tried already: --steps cannot be fewer now")
         trial.run(end)
         if trial.stopped:
             return trial
         loss = trial.validation_loss()
         losses[rate] = loss if math.isfinite(loss) else math.inf
-        log(f"--lr {rate:g}: validation loss {loss:.4f} after {end:,} of {trial.settings.steps:,} steps")
+        log(f"--lr {rate}: validation loss {loss:.4f} after {end:,} of {trial.settings.steps:,} steps")
     best = min(losses, key=losses.get)
-    log(f"Going on with --lr {best:g}")
+    log(f"Going on with --lr {best}")
     trainer = make_trainer(best, out)
     if distributed.rank() == 0:  # if it is killed here, the next call does it again
-        shutil.copytree(out / f"lr-{best:g}", out, dirs_exist_ok=True)
+        shutil.copytree(out / f"lr-{best}", out, dirs_exist_ok=True)
     trainer.resume()
     trainer.save()  # on the disk, which a copy need not be yet
     return trainer

@@ -138,8 +138,7 @@ def directory(new, old=None):
     with locked(out / METRICS):
         if not old:
             check_unused(out)  # again: another run may have been faster
-        for folder in (out, out / "last"):
-            remove_leftovers(folder)
+        remove_leftovers(out)
         yield distributed.broadcast(out)
 
 

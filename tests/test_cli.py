@@ -92,7 +92,7 @@ def test_pairs_longer_than_the_context_are_left_out_and_counted(run, on):
 def test_a_run_may_not_go_on_otherwise_than_it_began(run, place):
     shutil.copytree(place / "run", "run")
     before = content_of_all("run")
-    assert_refused(run(train, "--resume", "run", "--lr", "1"), "--lr cannot be new")
+    assert_refused(run(train, "--resume", "run", "--lr", "1", "--seed", 0), "--lr, --seed cannot be new")
     assert_refused(run(train, "--resume", "run", "--steps", 2), "3 steps are done already", "--steps 2")
     told = "run is finished, all 3 steps are done; to go on: python train.py --resume run --steps N\n"
     assert run(train, "--resume", "run") == (0, "", told) and content_of_all("run") == before

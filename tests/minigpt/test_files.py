@@ -66,11 +66,13 @@ def test_a_pipe_or_a_device_is_written_to_and_stays_what_it_is(tmp_path):
 
 def test_what_a_killed_program_left_half_written_is_removed_and_nothing_else(write, tmp_path):
     kept = {write(name, "stays") for name in ("a.txt", ".hidden", "mine.tmp")}
-    with pytest.raises(SystemExit), replacing(tmp_path / "a.txt") as temporary:
-        raise SystemExit
-    temporary.write_text("half a n")  # as if it had not been removed
+    (tmp_path / "in").mkdir()
+    for path in (tmp_path / "a.txt", tmp_path / "in" / "a.txt"):
+        with pytest.raises(SystemExit), replacing(path) as temporary:
+            raise SystemExit
+        temporary.write_text("half a n")  # as if it had not been removed
     remove_leftovers(tmp_path)
-    assert set(tmp_path.iterdir()) == kept
+    assert set(tmp_path.rglob("*")) == kept | {tmp_path / "in"}
 
 
 def test_a_lock_is_for_one_at_a_time_and_changes_nothing_in_its_file(write):
