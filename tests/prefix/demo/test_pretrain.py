@@ -97,13 +97,13 @@ def killed(toy, monkeypatch):
 
 
 def test_a_run_writes_a_checkpoint_that_loads_and_a_loss_that_falls_and_one_that_is_killed_goes_on_exactly(toy, killed):
-    whole = toy("whole", 15_000)
+    whole = toy("whole", 8000)
     lines = [json.loads(line) for line in open(whole / "log.jsonl")]
-    assert lines[-1]["tokens"] >= 15_000 and lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.5
+    assert lines[-1]["tokens"] >= 8000 and lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.5
     model, tokenizer = GPT.from_pretrained(whole), Tokenizer.from_pretrained(whole)
     assert tokenizer.eot == 299 and model(torch.tensor([tokenizer.encode("Le chat")])).isfinite().all()
-    killed(15_000)
-    folder = toy("killed", 15_000)
+    killed(8000)
+    folder = toy("killed", 8000)
     for name in ("model.safetensors", "vocab.json", "merges.txt"):
         assert (whole / name).read_bytes() == (folder / name).read_bytes()
 
