@@ -57,7 +57,7 @@ def banks_by_init(config, model, tokenizer, corpus, units):
         return text
     noise = random_banks(model.config, names, prefix_len - n_text, seed, (units[0], 0.0), QUIET_NOISE)
     margin, pairs = QUIET_MARGIN + math.log(sum(noise.prefix_len)), first_pairs(model, tokenizer, corpus)
-    quiet = quiet_keys(model, pairs, margin, units[0], config["position_offset"])[:, :, None]  # (n_layer, n_head, 1, head_dim)
+    quiet = quiet_keys(model, pairs, margin, units[0], config["position_offset"])  # (n_layer, n_head, 1, head_dim)
     banks = {}
     for name, (text_key, text_value), (key, value) in zip(names, text.key_values(), noise.key_values()):
         banks[name] = torch.cat([text_key, quiet + key], dim=2), torch.cat([text_value, value], dim=2)
@@ -94,7 +94,7 @@ def from_text(model, ids, prefix_len):
 
 @torch.no_grad()
 def quiet_keys(model, batch, margin, unit, position_offset):
-    """One quiet key for each layer and head -> (n_layer, n_head, head_dim), float32. unit: (n_layer, n_head, 1, 1).
+    """One quiet key for each layer and head -> (n_layer, n_head, 1, head_dim), float32. unit: (n_layer, n_head, 1, 1).
 
     A slot takes attention by exp(its score), the text by the sum of exp(score) over its tokens. The log of that sum less
     `margin` is a query's ceiling: a key is quiet if each query of `batch` scores it below its ceiling. smallest_below
@@ -109,7 +109,7 @@ def quiet_keys(model, batch, margin, unit, position_offset):
             T = one_q.size(1)
             scores = (one_q @ one_k.transpose(-2, -1)).masked_fill(future[:T, :T], -torch.inf)  # (n_head, T, T)
             text.append(scores.logsumexp(dim=-1))
-        keys.append(unit[i, :, 0] * smallest_below(unit[i] * q, torch.cat(text, 1) - margin))
+        keys.append(unit[i] * smallest_below(unit[i] * q, torch.cat(text, 1) - margin))
         return attend(qkv, n_head, packed, backend=model.attention)
 
     model.blocks(model.embed(batch.ids, packed.position + position_offset), attn_fn)
@@ -117,7 +117,7 @@ def quiet_keys(model, batch, margin, unit, position_offset):
 
 
 def smallest_below(q, ceiling, steps=20):
-    """q (n_head, N, head_dim), ceiling (n_head, N) -> k (n_head, head_dim), which minimises
+    """q (n_head, N, head_dim), ceiling (n_head, N) -> k (n_head, 1, head_dim), which minimises
 
         sum over queries of max(0, q . k - ceiling)^2 + |k|^2
 
@@ -129,7 +129,7 @@ def smallest_below(q, ceiling, steps=20):
         a = (q * missed[..., None]).transpose(-2, -1)  # (n_head, head_dim, N)
         k = torch.linalg.solve(a @ q + eye, a @ ceiling[..., None])  # (n_head, head_dim, 1)
         missed = ((q @ k)[..., 0] > ceiling).float()
-    return k[..., 0]
+    return k.transpose(-2, -1)
 
 
 def first_pairs(model, tokenizer, corpus):
