@@ -20,7 +20,7 @@ def files(tmp_path):
         (f"The {a} {i} sees the {b}.", f"Le {a} {i} voit le {b}.") for i in range(40) for a, b in zip(WORDS, WORDS[1:])
     ]
     (tmp_path / "pairs.tsv").write_text("en\tfr\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
-    (tmp_path / "alone.txt").write_text("".join(f"{b}\n" for _, b in rows))
+    (tmp_path / "alone.txt").write_text("".join(f"{b}\n" for _, b in rows[::2]))
     return [f"{tmp_path}/pairs.tsv:1", f"{tmp_path}/alone.txt:0.5"]
 
 
