@@ -48,6 +48,14 @@ def test_a_renamed_pair_has_the_same_new_names_on_both_sides():
     assert a.split(" met ")[0] == b.split(" a rencontré ")[0] and a.split(" in ")[1] == b.split(" en ")[1]
 
 
+def test_each_token_is_to_predict_the_next_one_of_its_document(tokenizer):
+    texts = ["Le chat.", "Le chat dort là-bas."]
+    short, long = ([*tokenizer.encode(text), tokenizer.eot] for text in texts)
+    ((ids, targets, lengths),) = pretrain.batches(texts[::-1], tokenizer)
+    assert ids.tolist() == [*short, *long] and lengths == [len(short), len(long)]
+    assert targets.tolist() == [*short[1:], -100, *long[1:], -100]
+
+
 TOY = GPTConfig(300, n_positions=64, n_embd=32, n_layer=1, n_head=1)
 
 
