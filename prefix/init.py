@@ -19,7 +19,9 @@ from prefix.sequences import n_tokens, pack_pairs, pairs_of, separator
 
 INITS = ("text", "random", "zero-effect")
 NOISE, QUIET_NOISE = 0.5, 0.15  # standard deviations of the noise of random and zero-effect, in units
-QUIET_MARGIN = 6.0  # exp(QUIET_MARGIN): how many times more attention text gets than all slots together
+# exp(QUIET_MARGIN): how many times more attention text gets than all slots together. A wider margin would change less, but
+# learn more slowly: at 10, gradients sink below AdamW's epsilon.
+QUIET_MARGIN = 6.0
 QUERY_TOKENS = 8192  # that zero-effect reads
 UNIT_TOKENS = 512  # that units are measured on
 # Slots of text share the attention with the text that the base is to read: the more there are, the worse it starts
@@ -54,10 +56,11 @@ def banks_by_init(config, model, tokenizer, corpus, units):
     if n_text == prefix_len:
         return text
     noise = random_banks(model.config, names, prefix_len - n_text, seed, (units[0], 0.0), QUIET_NOISE)
-    quiet = zero_effect(model, first_pairs(model, tokenizer, corpus), noise, units[0], config["position_offset"])
+    margin, pairs = QUIET_MARGIN + math.log(sum(noise.prefix_len)), first_pairs(model, tokenizer, corpus)
+    quiet = quiet_keys(model, pairs, margin, units[0], config["position_offset"])  # (n_layer, n_head, 1, head_dim)
     banks = {}
-    for name, (text_key, text_value), (key, value) in zip(names, text.key_values(), quiet.key_values()):
-        banks[name] = torch.cat([text_key, key], dim=2), torch.cat([text_value, value], dim=2)
+    for name, (text_key, text_value), (key, value) in zip(names, text.key_values(), noise.key_values()):
+        banks[name] = torch.cat([text_key, quiet + key], dim=2), torch.cat([text_value, value], dim=2)
     return Banks(banks)
 
 
@@ -89,18 +92,9 @@ def from_text(model, ids, prefix_len):
     return Banks(banks)
 
 
-def zero_effect(model, batch, noise, unit, position_offset):
-    """Banks that hardly change the model: values of zero, and keys with low scores for the queries of `batch` (a
-    MicroBatch). noise: Banks whose keys tell the slots apart, and whose values are zero. unit: of the keys. A wider margin
-    would change less, but learn more slowly: at 10, gradients sink below AdamW's epsilon."""
-    margin = QUIET_MARGIN + math.log(sum(noise.prefix_len))
-    quiet = quiet_keys(model, batch, margin, unit, position_offset)[:, :, None]  # (n_layer, n_head, 1, head_dim)
-    return Banks({name: (quiet + key, value) for name, (key, value) in zip(noise.names, noise.key_values())})
-
-
 @torch.no_grad()
 def quiet_keys(model, batch, margin, unit, position_offset):
-    """One quiet key for each layer and head -> (n_layer, n_head, head_dim), float32. unit: (n_layer, n_head, 1, 1).
+    """One quiet key for each layer and head -> (n_layer, n_head, 1, head_dim), float32. unit: (n_layer, n_head, 1, 1).
 
     A slot takes attention by exp(its score), the text by the sum of exp(score) over its tokens. The log of that sum less
     `margin` is a query's ceiling: a key is quiet if each query of `batch` scores it below its ceiling. smallest_below
@@ -115,7 +109,7 @@ def quiet_keys(model, batch, margin, unit, position_offset):
             T = one_q.size(1)
             scores = (one_q @ one_k.transpose(-2, -1)).masked_fill(future[:T, :T], -torch.inf)  # (n_head, T, T)
             text.append(scores.logsumexp(dim=-1))
-        keys.append(unit[i, :, 0] * smallest_below(unit[i] * q, torch.cat(text, 1) - margin))
+        keys.append(unit[i] * smallest_below(unit[i] * q, torch.cat(text, 1) - margin))
         return attend(qkv, n_head, packed, backend=model.attention)
 
     model.blocks(model.embed(batch.ids, packed.position + position_offset), attn_fn)
@@ -123,7 +117,7 @@ def quiet_keys(model, batch, margin, unit, position_offset):
 
 
 def smallest_below(q, ceiling, steps=20):
-    """q (n_head, N, head_dim), ceiling (n_head, N) -> k (n_head, head_dim), which minimises
+    """q (n_head, N, head_dim), ceiling (n_head, N) -> k (n_head, 1, head_dim), which minimises
 
         sum over queries of max(0, q . k - ceiling)^2 + |k|^2
 
@@ -135,7 +129,7 @@ def smallest_below(q, ceiling, steps=20):
         a = (q * missed[..., None]).transpose(-2, -1)  # (n_head, head_dim, N)
         k = torch.linalg.solve(a @ q + eye, a @ ceiling[..., None])  # (n_head, head_dim, 1)
         missed = ((q @ k)[..., 0] > ceiling).float()
-    return k[..., 0]
+    return k.transpose(-2, -1)
 
 
 def first_pairs(model, tokenizer, corpus):

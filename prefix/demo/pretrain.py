@@ -34,10 +34,9 @@ from prefix.demo.documents import draw_documents, read_sources
 
 # "gelu" is three times as fast as GPT-2's "gelu_new" in bfloat16 on a CPU, and nearly the same function.
 CONFIG = GPTConfig(4096, n_positions=256, n_embd=256, n_layer=6, n_head=4, activation_function="gelu")
-ENDS = [0.02, 0.5, 1.0]  # of the stages of a run, as shares of all tokens
-RATES = [1.0, 1.0, 0.0]  # the learning rate there, as a share of PEAK; in between it is linear
-ALONE = [0.2, 0.2, 0.05]  # the share of a stage's documents that are runs in one language
-FACTS = [0.06, 0.06, 0.06]  # and that are facts with a text; all others are translations
+AT, RATES = [0, 0.02, 0.5, 1], [0, 1, 1, 0]  # shares of all tokens, and the rate there as a share of PEAK; linear in between
+ALONE = 0.2, 0.05  # the share of documents that are runs in one language, in the first half of a run and in the second
+FACTS = 0.06  # and that are facts with a text; all others are translations
 PEAK, BATCH_TOKENS, LOG_EVERY, SEED = 4e-3, 32768, 60, 1  # LOG_EVERY: seconds
 BLOCK, DOCUMENT = 4096, 47  # documents that are sorted by length together; tokens of one, on average
 
@@ -99,7 +98,7 @@ def train(blocks, validation, args):
         loss = model.loss(*batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = float(np.interp(at["tokens"] / args.tokens, [0, *ENDS], [0, *RATES]))
+        rate = float(np.interp(at["tokens"] / args.tokens, AT, RATES))
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = PEAK * rate
             optimizer.step()
@@ -141,9 +140,8 @@ class Blocks(Dataset):
 
     def __getitem__(self, number):
         """The batches of a block, in random order."""
-        share, rng = number * BLOCK * DOCUMENT / self.tokens, random.Random(f"{SEED} {number}")  # of the run: about 0 to 1
-        stage = min(int(np.searchsorted(ENDS, share, side="right")), len(ENDS) - 1)
-        block = batches(draw_documents(self.sources, BLOCK, ALONE[stage], FACTS[stage], rng), self.tokenizer)
+        alone, rng = ALONE[number * BLOCK * DOCUMENT >= self.tokens / 2], random.Random(f"{SEED} {number}")
+        block = batches(draw_documents(self.sources, BLOCK, alone, FACTS, rng), self.tokenizer)
         rng.shuffle(block)
         return block
 

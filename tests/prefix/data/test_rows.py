@@ -1,13 +1,12 @@
 """Which columns are read is said or plain; every row is read or counted, whatever is in the files."""
 
-import json
 import re
 
 import pytest
 from conftest import refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_tables import read, skips, table_of
+from test_tables import read, table_of
 
 from minigpt import UserError
 from prefix.data import rows, tables
@@ -133,17 +132,6 @@ def test_a_mistake_about_columns_is_told_in_one_line(write, names, content, colu
 
 
 # What holds for any file
-
-
-def test_with_three_columns_a_row_may_lack_one(write):
-    rows = [("one", "un", "eins"), ("two", "", "zwei"), ("three", "", ""), ("", "quatre", "vier")]
-    objects = [{name: text for name, text in zip(("en", "fr", "de"), row) if text} for row in rows]
-    for path, first in (
-        (write("a.csv", table_of(",", [("en", "fr", "de"), *rows])), 2),
-        (write("a.jsonl", "".join(json.dumps(one) + "\n" for one in objects)), 1),
-    ):
-        found, report = read(path, columns=["en", "fr", "de"])
-        assert [texts for _, texts in found] == [rows[0], rows[1], rows[3]] and report == skips(1, "empty side", first + 2)
 
 
 PIECES = [

@@ -20,7 +20,7 @@ def files(tmp_path):
         (f"The {a} {i} sees the {b}.", f"Le {a} {i} voit le {b}.") for i in range(40) for a, b in zip(WORDS, WORDS[1:])
     ]
     (tmp_path / "pairs.tsv").write_text("en\tfr\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
-    (tmp_path / "alone.txt").write_text("".join(f"{b}\n" for _, b in rows))
+    (tmp_path / "alone.txt").write_text("".join(f"{b}\n" for _, b in rows[::2]))
     return [f"{tmp_path}/pairs.tsv:1", f"{tmp_path}/alone.txt:0.5"]
 
 
@@ -46,6 +46,14 @@ def test_a_renamed_pair_has_the_same_new_names_on_both_sides():
     a, b = documents.rename("Tom met Mary in 1995.", "Tom a rencontré Mary en 1995.", random.Random(1))
     assert "Tom" not in a and "1995" not in a
     assert a.split(" met ")[0] == b.split(" a rencontré ")[0] and a.split(" in ")[1] == b.split(" en ")[1]
+
+
+def test_each_token_is_to_predict_the_next_one_of_its_document(tokenizer):
+    texts = ["Le chat.", "Le chat dort là-bas."]
+    short, long = ([*tokenizer.encode(text), tokenizer.eot] for text in texts)
+    ((ids, targets, lengths),) = pretrain.batches(texts[::-1], tokenizer)
+    assert ids.tolist() == [*short, *long] and lengths == [len(short), len(long)]
+    assert targets.tolist() == [*short[1:], -100, *long[1:], -100]
 
 
 TOY = GPTConfig(300, n_positions=64, n_embd=32, n_layer=1, n_head=1)
@@ -97,13 +105,13 @@ def killed(toy, monkeypatch):
 
 
 def test_a_run_writes_a_checkpoint_that_loads_and_a_loss_that_falls_and_one_that_is_killed_goes_on_exactly(toy, killed):
-    whole = toy("whole", 15_000)
+    whole = toy("whole", 8000)
     lines = [json.loads(line) for line in open(whole / "log.jsonl")]
-    assert lines[-1]["tokens"] >= 15_000 and lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.5
+    assert lines[-1]["tokens"] >= 8000 and lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.5
     model, tokenizer = GPT.from_pretrained(whole), Tokenizer.from_pretrained(whole)
     assert tokenizer.eot == 299 and model(torch.tensor([tokenizer.encode("Le chat")])).isfinite().all()
-    killed(15_000)
-    folder = toy("killed", 15_000)
+    killed(8000)
+    folder = toy("killed", 8000)
     for name in ("model.safetensors", "vocab.json", "merges.txt"):
         assert (whole / name).read_bytes() == (folder / name).read_bytes()
 
