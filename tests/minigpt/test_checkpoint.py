@@ -234,12 +234,13 @@ def test_a_published_name_that_is_not_here_is_an_error_with_the_commands_that_fe
     )
 
 
-def test_a_hub_cache_without_weights_is_completed(home, hub):
-    cache = place(home / "cache", "config.json", "vocab.json")
+@pytest.mark.parametrize("here", ["config.json", WEIGHTS])
+def test_a_hub_cache_that_is_cut_short_is_completed(here, home, hub):
+    cache = place(home / "cache", here)
 
     def snapshot_download(repository, allow_patterns, local_files_only):
         if not local_files_only:
-            place(cache, WEIGHTS)
+            place(cache, "config.json", WEIGHTS)
         return str(cache)
 
     hub(snapshot_download)

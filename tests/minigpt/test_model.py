@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minigpt import GPT, GPTConfig, Tokenizer, UserError
+from minigpt import GPT, Tokenizer, UserError
 from minigpt.checkpoint import DEMO
 from minigpt.config import ACTIVATIONS, PUBLISHED
 
@@ -20,11 +20,6 @@ PARAMETERS = {  # as published (gpt2's 117 M in the paper is a miscount)
 def test_every_published_size_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(PUBLISHED[name]).parameters()) == PARAMETERS[name]
-
-
-def test_the_default_config_is_gpt2s():
-    assert GPTConfig() == PUBLISHED["gpt2"]
-    assert GPTConfig().head_dim == 64 and GPTConfig().mlp_dim == 3072
 
 
 @pytest.mark.parametrize("settings", [
