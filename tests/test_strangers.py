@@ -159,7 +159,7 @@ def test_control_characters_are_spelled_out_on_a_terminal_and_untouched_in_a_pip
 SLOTS = torch.ones(1, 2, 3, 2)  # as en.key should be
 BAD_SLOTS = [
     *(("fr.value", SLOTS * bad, "tensor fr.value has numbers that are not finite") for bad in (math.nan, math.inf)),
-    *(("en.key", torch.ones(shape), str(shape)) for shape in ([1, 2, 4, 2], [2, 2, 3, 2], [1, 2, 3, 1], [12], [1, 2, 3, 2, 1])),
+    *(("en.key", torch.ones(shape), str(shape)) for shape in ([1, 2, 4, 2], [2, 2, 3, 2], [1, 2, 3, 1], [12])),
     *(("en.key", SLOTS.to(d), "expected one of F32, F16, BF16") for d in (torch.float64, torch.bool, torch.float8_e5m2)),
     ("de.key", SLOTS, "unexpected tensor de.key"),
     ("fr.key", None, "no tensor fr.key"),

@@ -1,4 +1,4 @@
-"""The decode kernel against the plain path in float64. Without a GPU it runs in Triton's interpreter, as in test_kernels.py."""
+"""The decode kernel against the plain path in float64. Without a GPU it runs in Triton's interpreter."""
 
 from types import SimpleNamespace
 

@@ -60,6 +60,6 @@ def test_the_demo_writes_what_transformers_writes():
     ids = ours = torch.tensor([tokenizer.encode("Où est née l'œuvre ? Ça alors 🙂 !\nWhere was it")])
     for _ in range(20):
         ours = torch.cat([ours, model(ours)[:, -1:].argmax(dim=-1)], dim=1)
-    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert torch.equal(ours, GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float32).generate(ids, **settings))
     assert tokenizer.decode(ours[0].tolist()) == AutoTokenizer.from_pretrained(DEMO).decode(ours[0])
