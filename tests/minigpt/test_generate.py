@@ -74,9 +74,9 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass_also_in_a_row
 def test_a_prompt_may_fill_the_context_to_the_last_token_and_one_that_leaves_no_room_is_an_error(model):
     prompt = torch.randint(CONFIG.vocab_size, (60,)).tolist()
     assert len(generate(model, [Prompt(prompt, 4)], [])[0].ids) == 4
-    for wrong in (Prompt(prompt, 5), Prompt([], 1)):
+    for wrong, offset in ((Prompt(prompt, 5), 0), (Prompt(prompt, 4), 1), (Prompt([], 1), 0)):
         with pytest.raises(UserError, match=f"prompt 2: {len(wrong.ids)} tokens"):
-            generate(model, [Prompt([1], 4), wrong], [])
+            generate(model, [Prompt([1], 4), wrong], [], position_offset=offset)
 
 
 def test_a_sentence_that_stops_is_finished_and_one_at_its_limit_is_cut(model):
@@ -95,6 +95,7 @@ def test_sampling_follows_the_softmax_cut_by_top_k_and_top_p():
     assert set(draw(top_k=2)) == {1, 3}
     assert set(draw(top_p=0.65)) == {1, 3}
     assert set(draw(top_p=0.75)) == {1, 2, 3}
+    assert set(draw(top_k=2, top_p=0.5)) == {1}  # 0.4 of the 0.7 that top_k left
 
 
 @pytest.mark.parametrize("beams, length_penalty", [(2, 1.0), (3, 0.5), (5, 1.0), (5, 2.0)])
