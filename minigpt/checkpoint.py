@@ -26,7 +26,11 @@ FILES = ["config.json", "model*.safetensors*", "vocab.json", "merges.txt", "*tok
 HEAD, EMBEDDING = "lm_head.weight", "wte.weight"  # one matrix, used twice
 OWN = re.compile(r"(transformer|h|wte|wpe|ln_f|lm_head)\.")  # other names are heads of other tasks
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # buffers of the causal mask, which some checkpoints hold
-CONVERT = "from transformers import GPT2LMHeadModel as M; M.from_pretrained('.').save_pretrained('.')"
+CONVERT = (
+    "import glob, torch, safetensors.torch as s; "
+    f"w = dict(item for f in glob.glob('{PICKLES}') for item in torch.load(f, weights_only=True).items()); "
+    f"s.save_file({{n: t.clone() for n, t in w.items()}}, '{WEIGHTS}', {{'format': 'pt'}})"
+)
 
 
 def find(name):
@@ -148,7 +152,7 @@ def _weight_files(directory):
         raise UserError(f"{directory}: neither {WEIGHTS} nor {INDEX} is there")
     with reading(index, "an index of shards"):
         shards = sorted(set(read_object(index)["weight_map"].values()))
-        if not all(Path(shard).name == shard and os.path.isfile(directory / shard) for shard in shards):
+        if not all(os.path.isfile(directory / shard) for shard in shards):
             raise ValueError(f"it names {shards!r:.200}, not all of them files beside it")
         return [directory / shard for shard in shards]
 

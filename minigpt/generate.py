@@ -38,8 +38,8 @@ class Generated:
 
 class Sampler:
     """Chooses next tokens: the likeliest (temperature 0), or one drawn from softmax(logits / temperature), cut to the
-    top_k likeliest, then to the smallest set that holds top_p of the probability that is left. Each sequence draws from a random
-    stream of its own, so its neighbours do not change it."""
+    top_k likeliest, then to the smallest set that holds top_p of the probability that is left. Each sequence draws from
+    a random stream of its own, so its neighbours do not change it."""
 
     def __init__(self, temperature=0.0, top_k=0, top_p=1.0, seed=0):
         tiny = torch.finfo(torch.float32).tiny  # a smaller number is 0 on some devices
@@ -77,6 +77,7 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
     stop: ids that end a sequence. batch_size: rows of the cache. Raises UserError for an empty prompt, or one that does
     not fit the context."""
     sampler, stop = sampler or Sampler(), set(stop)
+    has_ended = lambda n: results[n].finished or len(results[n].ids) == prompts[n].max_new
     results, unread = [Generated() for _ in prompts], deque()  # of steps: the prompts' numbers, and a function: their tokens
     late = uses_graphs(model.device)  # a step runs on a GPU while the host reads the tokens of the one before
     for cache, running, first, logits in continuous_batch(model, prompts, slots, position_offset, batch_size):
@@ -87,10 +88,10 @@ def generate(model, prompts, stop, slots=None, position_offset=0, batch_size=32,
         while len(unread) > late:
             numbers, tokens = unread.popleft()
             for n, token in zip(numbers, tokens().tolist()):
-                if not ended(results[n], prompts[n]):  # a step late: what an ended sequence got more is dropped
+                if not has_ended(n):  # a step late: what an ended sequence got more is dropped
                     results[n].finished = token in stop
                     results[n].ids += [token] * (token not in stop)
-            evict(cache, running, lambda n: ended(results[n], prompts[n]))
+            evict(cache, running, has_ended)
     return results
 
 
@@ -101,8 +102,8 @@ def continuous_batch(model, prompts, slots, position_offset, batch_size, beams=1
     limit = model.config.n_positions - position_offset
     for number, prompt in enumerate(prompts, 1):
         if not 0 < len(prompt.ids) <= limit - prompt.max_new:
-            news = f"{len(prompt.ids)} tokens and {prompt.max_new} new ones"
-            raise UserError(f"prompt {number}: {news}: not from 1 to {limit}, which this model's context has room for")
+            length = f"{len(prompt.ids)} tokens and {prompt.max_new} new ones"
+            raise UserError(f"prompt {number}: {length}: this model's context has room for 1 to {limit}")
     # Longest first: at the end, when rows stay free, little work is left.
     waiting = deque(sorted((n for n, p in enumerate(prompts) if p.max_new > 0), key=lambda n: -len(prompts[n].ids)))
     rows, running = min(max(1, batch_size), len(waiting)), []
@@ -128,10 +129,6 @@ def evict(cache, running, has_ended):
             cache.evict(row, len(running) - 1)
             running[row] = running[-1]
             running.pop()
-
-
-def ended(result, prompt):
-    return result.finished or len(result.ids) == prompt.max_new
 
 
 def to_host(x):

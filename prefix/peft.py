@@ -83,6 +83,8 @@ def import_bank(directory, bank, model):
     with reading(path.with_name(CONFIG), expected):
         for name, ours in {"peft_type": "PREFIX_TUNING", **shape}.items():
             check(adapter.get(name) == ours, f"{name} is {adapter.get(name)!r}, expected {ours!r}")
+    if not path.exists() and (pickle := path.with_suffix(".bin")).exists():
+        raise UserError(f"{pickle} is a pickle, which could run code: save it as safetensors from peft")
     with open_tensors(path) as file, reading(path, expected):
         check(TENSOR in file.keys(), f"expected {TENSOR}, found {', '.join(file.keys()) or 'nothing'}")
         info, width = file.get_slice(TENSOR), 2 * c.n_layer * c.n_embd

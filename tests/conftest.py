@@ -149,7 +149,9 @@ def refusal(read, *arguments):
 
 def why_refused(read, path, *more):
     """The message of that UserError, less the path that it begins with."""
-    return refusal(read, path, *more).removeprefix(str(path)).lstrip("/: ")
+    message = refusal(read, path, *more)
+    assert message.startswith(str(path))
+    return message.removeprefix(str(path)).lstrip("/: ")
 
 
 def edit_json(path, change):

@@ -1,7 +1,5 @@
 """What the READMEs name is there: files, folders and headings, modules, and the options of the commands."""
 
-import contextlib
-import io
 import re
 from pathlib import Path
 
@@ -30,17 +28,16 @@ every_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(p
 
 
 @pytest.fixture
-def options(monkeypatch):
+def options(monkeypatch, capsys):
     """{command: the names of its options}, as its --help lists them."""
     monkeypatch.setenv("COLUMNS", "500")  # no name is cut at its hyphen
-
-    def listed(module):
-        monkeypatch.setattr("sys.argv", ["command", "--help"])
-        with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
+    monkeypatch.setattr("sys.argv", ["command", "--help"])
+    listed = {}
+    for name, module in COMMANDS.items():
+        with pytest.raises(SystemExit):
             module.parse_arguments()
-        return set(re.findall(r"^ +(?:-h, )?(--[\w-]+)", output.getvalue(), re.MULTILINE))
-
-    return {name: listed(module) for name, module in COMMANDS.items()}
+        listed[name] = set(re.findall(r"^ +(?:-h, )?(--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    return listed
 
 
 def commands(text):

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from conftest import refusal
+from conftest import refusal, why_refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,22 +13,20 @@ from minigpt.config import ALIASES
 from minigpt.files import escape_control
 
 
+def put(write, content):
+    return write("config.json", content if isinstance(content, bytes) else json.dumps(content))
+
+
 @pytest.fixture
-def read(tmp_path):
+def read(write):
     """A function: the content of a config.json -> GPTConfig."""
-
-    def read(content):
-        path = tmp_path / "config.json"
-        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-        return GPTConfig.from_file(path)
-
-    return read
+    return lambda content: GPTConfig.from_file(put(write, content))
 
 
 @pytest.fixture
-def why_refused(read, tmp_path):
+def why(write):
     """A function: the content of a config.json -> why it is refused, less the path."""
-    return lambda content: refusal(read, content).removeprefix(f"{tmp_path}/config.json: ")
+    return lambda content: why_refused(GPTConfig.from_file, put(write, content))
 
 
 def test_what_is_written_is_read_back(read):
@@ -43,13 +41,13 @@ def test_settings_that_do_not_change_the_function_are_passed_over(read):
     assert read(settings) == GPTConfig()
 
 
-def test_transformers_other_names_of_a_setting_are_read(read, why_refused):
+def test_transformers_other_names_of_a_setting_are_read(read, why):
     from transformers import GPT2Config
 
     assert ALIASES == GPT2Config.attribute_map
     for alias, name in ALIASES.items():
         assert read({alias: 24}) == read({name: 24, alias: 24}) == GPTConfig(**{name: 24})
-        assert why_refused({name: 24, alias: 48}) == f"{name} is 24 but {alias}, its other name, is 48"
+        assert why({name: 24, alias: 48}) == f"{name} is 24 but {alias}, its other name, is 48"
 
 
 NOT_IMPLEMENTED = {
@@ -63,33 +61,33 @@ NOT_IMPLEMENTED = {
 
 
 @pytest.mark.parametrize("name", NOT_IMPLEMENTED)
-def test_a_setting_that_is_not_implemented_is_an_error_that_names_it(name, why_refused):
+def test_a_setting_that_is_not_implemented_is_an_error_that_names_it(name, why):
     value = NOT_IMPLEMENTED[name]
-    assert why_refused({name: value}).startswith(f"{name} = {value!r} is not implemented: only ")
+    assert why({name: value}).startswith(f"{name} = {value!r} is not implemented: only ")
 
 
 SIZES = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"]
 
 
-@pytest.mark.parametrize("name, value, why", [
+@pytest.mark.parametrize("name, value, told", [
     *((name, v, "must be a whole number from 1 on, not ") for name in SIZES for v in (0, "12")),
     *(("n_embd", v, "must be a whole number from 1 on") for v in (-12, 12.0, True, None, 10**30)),
     *(("activation_function", v, f"{v!r} is none of gelu_new, ") for v in ("quick_gelu", None, 3)),
     *(("layer_norm_epsilon", v, "must be a number, not ") for v in ("1e-5", None, 10**400)),
 ])  # fmt: skip
-def test_a_value_that_makes_no_sense_is_an_error_that_names_the_setting(name, value, why, why_refused):
-    assert f"{name} {why}" in why_refused({name: value})
-    assert why_refused({"n_embd": 1600, "n_head": 12}) == "n_embd 1600 is not a multiple of n_head 12"
+def test_a_value_that_makes_no_sense_is_an_error_that_names_the_setting(name, value, told, why):
+    assert f"{name} {told}" in why({name: value})
+    assert why({"n_embd": 1600, "n_head": 12}) == "n_embd 1600 is not a multiple of n_head 12"
 
 
-@pytest.mark.parametrize("content, why", [
+@pytest.mark.parametrize("content, told", [
     (b"[1]", "expected a JSON object, found [1]"),
     *((content, "not JSON: ") for content in (b"", b'{"n_head": 12', b"[" * 100_000, "\ufeff{}".encode())),
     (b'{"n_head": "\xff"}', "not UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 12"),
     (b"<!DOCTYPE html>\n<html>", "not JSON: Expecting value: line 1 column 1 (char 0) (a web page in place of the"),
 ], ids=lambda content: str(content)[:20])  # fmt: skip
-def test_a_file_that_is_something_else_is_an_error_that_says_what(content, why, why_refused):
-    assert why in why_refused(content)
+def test_a_file_that_is_something_else_is_an_error_that_says_what(content, told, why):
+    assert told in why(content)
 
 
 def test_a_config_that_is_a_pipe_or_missing_is_an_error(tmp_path):
@@ -99,8 +97,8 @@ def test_a_config_that_is_a_pipe_or_missing_is_an_error(tmp_path):
     assert refusal(GPTConfig.from_file, path) == f"{path}: not a regular file"
 
 
-def test_what_a_message_quotes_from_a_file_is_harmless_and_short(why_refused):
-    reason = why_refused({"model_type": "\x1b[2J\u202e\n" + "x" * 100_000})
+def test_what_a_message_quotes_from_a_file_is_harmless_and_short(why):
+    reason = why({"model_type": "\x1b[2J\u202e\n" + "x" * 100_000})
     assert reason.startswith(r"model_type = '\x1b[2J\u202e\nxxx")
     assert reason.endswith("is not implemented: only 'gpt2' is")
 

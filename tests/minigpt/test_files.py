@@ -6,7 +6,7 @@ import pytest
 from conftest import refusal
 from safetensors import SafetensorError
 
-from minigpt import UserError, files
+from minigpt import UserError
 from minigpt.files import locked, remove_leftovers, replacing
 
 
@@ -19,10 +19,12 @@ def replace(path, text="new", error=None):
 
 
 def test_a_new_file_is_on_the_disk_before_it_takes_the_place_of_the_old(write, tmp_path, monkeypatch):
-    path, seen = write("a.txt", "old"), []
-    monkeypatch.setattr(files, "flush", lambda which: seen.append((which.suffix, path.read_text())))
+    path, flags, flushed, os_open = write("a.txt", "old"), [], [], os.open
+    monkeypatch.setattr(os, "open", lambda path, flag: flags.append(flag) or os_open(path, flag))
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(path.read_text()))
     replace(path)
-    assert seen == [(files.TEMPORARY, "old"), ("", "new")]  # the file, then its folder
+    assert flushed == ["old", "new"]  # at the flush of the file, and of its folder
+    assert flags == [os.O_RDWR, os.O_RDONLY]  # Windows does not flush through a handle that may only read
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -31,7 +31,8 @@ def random_prompts(n, longest=20, banks=True):
     prompts = []
     for i, length in enumerate(torch.randint(1, longest + 1, (n,)).tolist()):
         bank_mask = [1 + i % 2] * (length - 1) + [3]
-        ids, most = torch.randint(CONFIG.vocab_size, (length,)).tolist(), 1 + 5 * i % 12  # rows end at different steps and move
+        ids = torch.randint(CONFIG.vocab_size, (length,)).tolist()
+        most = 1 + 5 * i % 12  # rows end at different steps and move
         prompts.append(Prompt(ids, most, bank_mask if banks else None))
     return prompts
 
@@ -77,8 +78,9 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass_also_in_a_row
 def test_a_prompt_may_fill_the_context_to_the_last_token_and_one_that_leaves_no_room_is_an_error(model):
     prompt = torch.randint(CONFIG.vocab_size, (60,)).tolist()
     assert len(generate(model, [Prompt(prompt, 4)], [])[0].ids) == 4
-    with pytest.raises(UserError, match="prompt 2: 60 tokens"):
-        generate(model, [Prompt([1], 4), Prompt(prompt, 5)], [])
+    for wrong, offset in ((Prompt(prompt, 5), 0), (Prompt(prompt, 4), 1), (Prompt([], 1), 0)):
+        with pytest.raises(UserError, match=f"prompt 2: {len(wrong.ids)} tokens"):
+            generate(model, [Prompt([1], 4), wrong], [], position_offset=offset)
 
 
 def test_a_sentence_that_stops_is_finished_and_one_at_its_limit_is_cut(model):
@@ -90,13 +92,14 @@ def test_a_sentence_that_stops_is_finished_and_one_at_its_limit_is_cut(model):
 
 
 def test_sampling_follows_the_softmax_cut_by_top_k_and_top_p():
-    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
-    draw = lambda **cut: [int(Sampler(1.0, seed=0, **cut)(logits, [i])) for i in range(2000)]
+    logits = 0.5 * torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    draw = lambda **cut: [int(Sampler(0.5, seed=0, **cut)(logits, [i])) for i in range(2000)]
     shares = torch.bincount(torch.tensor(draw()), minlength=4) / 2000
     torch.testing.assert_close(shares, torch.tensor([0.1, 0.4, 0.2, 0.3]), atol=0.04, rtol=0)
     assert set(draw(top_k=2)) == {1, 3}
     assert set(draw(top_p=0.65)) == {1, 3}
     assert set(draw(top_p=0.75)) == {1, 2, 3}
+    assert set(draw(top_k=2, top_p=0.5)) == {1}  # 0.4 of the 0.7 that top_k left
 
 
 @pytest.mark.parametrize("beams, length_penalty", [(2, 1.0), (3, 0.5), (5, 1.0), (5, 2.0)])

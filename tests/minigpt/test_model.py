@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minigpt import GPT, GPTConfig, Tokenizer, UserError
+from minigpt import GPT, Tokenizer, UserError
 from minigpt.checkpoint import DEMO
 from minigpt.config import ACTIVATIONS, PUBLISHED
 
@@ -20,11 +20,6 @@ PARAMETERS = {  # as published (gpt2's 117 M in the paper is a miscount)
 def test_every_published_size_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(PUBLISHED[name]).parameters()) == PARAMETERS[name]
-
-
-def test_the_default_config_is_gpt2s():
-    assert GPTConfig() == PUBLISHED["gpt2"]
-    assert GPTConfig().head_dim == 64 and GPTConfig().mlp_dim == 3072
 
 
 @pytest.mark.parametrize("settings", [
@@ -65,6 +60,6 @@ def test_the_demo_writes_what_transformers_writes():
     ids = ours = torch.tensor([tokenizer.encode("Où est née l'œuvre ? Ça alors 🙂 !\nWhere was it")])
     for _ in range(20):
         ours = torch.cat([ours, model(ours)[:, -1:].argmax(dim=-1)], dim=1)
-    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert torch.equal(ours, GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float32).generate(ids, **settings))
     assert tokenizer.decode(ours[0].tolist()) == AutoTokenizer.from_pretrained(DEMO).decode(ours[0])

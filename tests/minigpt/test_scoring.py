@@ -43,11 +43,6 @@ def test_an_answer_scores_the_probability_of_its_tokens_and_of_its_end(model):
         assert all(result.finished for result in chosen)
 
 
-def test_the_probabilities_of_all_answers_of_one_token_sum_to_one(model):
-    scores = log_p(model, [(Prompt([1, 2, 3], 5), [token]) for token in range(61)])
-    torch.testing.assert_close(scores.exp().sum(), torch.tensor(1.0))
-
-
 @pytest.mark.parametrize("left, tokens", [(1, 0), (2, 3), (9, 3)])
 def test_the_last_token_of_the_longest_answer_needs_no_room(left, tokens):
     assert max_new_tokens([[1], [1, 2, 3]], left) == tokens

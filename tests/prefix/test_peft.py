@@ -153,6 +153,8 @@ def test_what_is_no_adapter_for_this_model_is_told_in_one_line(base, tmp_path):
     for change, name, words in TENSORS:
         save_file({name: change(rows).contiguous()}, folder / WEIGHTS)
         assert words in told()
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    assert "bin is a pickle, which could" in told()
     edit_json(folder / CONFIG, lambda config: config.update(peft_type="LORA"))
     assert "peft_type is 'LORA', expected 'PREFIX_TUNING'" in told()
     (folder / CONFIG).write_text("{")
