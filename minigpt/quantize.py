@@ -31,7 +31,7 @@ ROWS = 8  # of the batch for which weights are packed
 PAYS = 0.8  # of the time of a product of weights as they are, at most, for packing them in float32
 TINY = torch.finfo(torch.float32).tiny
 CUBE = torch.tensor(2 * math.sqrt(2 / math.pi)), 2 * math.sqrt(2 / math.pi) * 0.044715  # of gelu_tanh: of x and of x^3
-LEAST = 6.1e-5  # step of a row; it and the range, which holds 0, are those of `one_row`
+LEAST = 6.1e-5  # step of a row, as in `one_row`; so is the rest for rows with numbers on both sides of 0
 
 
 def multiplies_bf16():
@@ -200,8 +200,7 @@ class Int8:
     def __call__(self, x):
         if len(x) == 1 and hasattr(self.product, "one_row"):
             return self.product.one_row(x)
-        low = x.amin(dim=-1, keepdim=True).clamp_(max=0)  # aminmax takes eight times as long
-        high = x.amax(dim=-1, keepdim=True).clamp_(min=0)
+        low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # aminmax takes eight times as long
         step = ((high - low) / 255).clamp_(min=LEAST)
         zero = (low / step).round_()
         return self.product((x / step).sub_(zero)).addcmul_(zero, self.ones).mul_(step)

@@ -77,7 +77,7 @@ def test_the_product_of_eight_bits_is_exact(product, n_in, rows):
 
 
 @eight_bits
-@pytest.mark.parametrize("low, high", [(-1, 1), (-0.2, 9), (5, 6), (-6, -5), (-1e-4, 1e-4)])
+@pytest.mark.parametrize("low, high", [(-1, 1), (-2, 9), (-6, 1), (-1e-4, 1e-4)])
 def test_a_row_does_not_depend_on_its_neighbours(product, low, high):
     multiply, x = Int8(product, *rounded(torch.randn(50, 96), saturates(product))), low + (high - low) * torch.rand(20, 96)
     together = multiply(torch.cat([x, 1000 * torch.randn(9, 96)]))[:20]
