@@ -5,7 +5,6 @@ memory, on its device and in its dtype; there is never a second copy of the mode
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -118,7 +117,8 @@ def load_weights(model, directory, device, dtype):
         parameters[name].copy_(tensor)
         ends.append(torch.stack([parameters[name].min(), parameters[name].max()]))  # NaN where there is one
     wrong = (~torch.stack(ends).isfinite()).any(dim=1).tolist()  # the one wait for the device
-    for path, stored in itertools.compress(sources.values(), wrong):
+    if any(wrong):
+        path, stored = list(sources.values())[wrong.index(True)]
         check_finite(path, stored, files[path].get_tensor(stored))
         raise UserError(f"{path}: tensor {stored} has numbers too large for {dtype}: use --dtype float32")
     model.fingerprint = fingerprint(samples)
