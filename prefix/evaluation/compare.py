@@ -21,7 +21,7 @@ from prefix.data.splits import SPLITS
 from prefix.decoding import Decoding
 from prefix.distributed import log
 from prefix.evaluation import metrics
-from prefix.evaluation.few_shot import FORMS, draw_shots, few_shot, form_log_p
+from prefix.evaluation.few_shot import draw_shots, few_shot, form_log_p
 from prefix.translation import translate
 
 MAX_CHOICES = 1000  # texts of a column among which an answer can be chosen
@@ -54,7 +54,7 @@ class Result:
     prefix: System | None = None
     draws: list = field(default_factory=list)
     median: int = 0  # the draw of the median score by the first metric: the one that the prefix is compared with
-    form: str = FORMS[0]
+    form: str = "names"  # one of few_shot.FORMS
     form_log_p: dict = field(default_factory=dict)  # decided the form of the prompts
     difference: dict = field(default_factory=dict)  # {metric: metrics.paired_bootstrap of prefix and median draw}
     attention: list = field(default_factory=list)  # tables of one sentence, from attention_maps
@@ -140,7 +140,7 @@ class Comparison:
         ends, avoid = (result.source, result.target), {*result.sources}
         drawn = [draw_shots(self.training, *ends, self.shots, self.seed + i, avoid) for i in range(self.draws)]
         result.form_log_p = form_log_p(self.model, self.tokenizer, *drawn[0])
-        result.form = max(result.form_log_p, key=result.form_log_p.get, default=FORMS[0])
+        result.form = max(result.form_log_p, key=result.form_log_p.get, default=result.form)
         for shots, _ in drawn:
             shots.form = result.form
             answer = lambda texts: few_shot(self.model, self.tokenizer, shots, texts, decoding)
