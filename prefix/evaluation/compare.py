@@ -119,6 +119,7 @@ class Comparison:
         return list(filter(None, results))
 
     def result(self, source, target, names):
+        """One direction, or None where it has no sentences. names: of metrics."""
         result = Result(source, target, *sentences(self.corpus, self.split, self.limit, source, target, self.all_references))
         if not result.sources:
             return None
@@ -132,11 +133,11 @@ class Comparison:
         length = lambda text: self.banks.position_offset + self.n_tokens(text) + 1
         result.prefix = self.measure(result, scored, "prefix", answer, length)
         if self.draws:
-            self.prompt(result, scored, decoding)
+            self.add_few_shot(result, scored, decoding)
         return result
 
-    def prompt(self, result, scored, decoding):
-        """Adds k-shot prompting, and how the prefix differs from its median draw."""
+    def add_few_shot(self, result, scored, decoding):
+        """Fill in the draws, and how the prefix differs from the median one."""
         ends, avoid = (result.source, result.target), {*result.sources}
         drawn = [draw_shots(self.training, *ends, self.shots, self.seed + i, avoid) for i in range(self.draws)]
         result.form_log_p = form_log_p(self.model, self.tokenizer, *drawn[0])
