@@ -213,8 +213,6 @@ class Mode(TorchFunctionMode):
                 return getattr(first.here, name)(*args[1:])
         if is_cuda(kwargs.get("device")):
             del kwargs["device"]
-            if isinstance(first, Pretended):
-                return func(*args, **kwargs)
             if name in ("tensor", "as_tensor"):
                 current.note(f"pageable copy: {name}")
             current.launches[name] += name not in ("empty", "tensor", "as_tensor")
@@ -232,9 +230,7 @@ def is_cuda(device):
 def move(func, x, *args, device=None, dtype=None, non_blocking=False, copy=False):
     """Tensor.to, whose arguments may come in many ways."""
     for a in args:
-        if isinstance(a, torch.Tensor):
-            device, dtype = a.device, a.dtype
-        elif isinstance(a, bool):
+        if isinstance(a, bool):
             non_blocking = a
         elif isinstance(a, torch.dtype):
             dtype = a

@@ -39,17 +39,13 @@ def test_prompt_embeddings_that_are_those_of_tokens_are_these_tokens(model, toke
 
 def test_fine_tuning_reads_the_prompt_that_decoding_asks_with(tokenizer, cats, examples):
     batch = FineTuning("demo", tokenizer, cats).pack(examples)
-    firsts = [0, batch.packed.lengths[0]]  # the first token of each sentence, and the first that counts
-    counts = [
-        batch.target_index.tolist().index(min(at for at in batch.target_index.tolist() if at >= first)) for first in firsts
-    ]
-    prompts = [batch.ids[first : batch.target_index[count] + 1] for first, count in zip(firsts, counts)]
     asked = ["en: The cat number 3 sleeps.\nfr:", f"fr: {tokenizer.decode(examples[1][0])}\nen:"]
-    assert [tokenizer.decode(prompt) for prompt in prompts] == asked
     answers = [" Le chat numéro 3 dort.", " The cat number 12 sleeps."]
+    assert tokenizer.decode(batch.ids) == asked[0] + answers[0] + asked[1] + answers[1]
     assert tokenizer.decode(batch.targets) == "".join(f"{answer}<|endoftext|>" for answer in answers)
-    within = batch.target_index[batch.targets != tokenizer.eot]
-    assert torch.equal(batch.ids[within + 1], batch.targets[batch.targets != tokenizer.eot])
+    ends = batch.targets == tokenizer.eot
+    assert torch.equal(batch.ids[batch.target_index[~ends] + 1], batch.targets[~ends])
+    assert (batch.target_index[ends] + 1).tolist() == [batch.packed.lengths[0], len(batch.ids)]
 
 
 def test_lora_merged_into_our_weights_gives_the_logits_that_peft_gives(tokenizer, cats, examples, model):

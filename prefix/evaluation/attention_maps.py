@@ -168,20 +168,19 @@ def without(banks, bank=None, layer=None):
 
 
 def ablate(model, tokenizer, banks, texts, references, direction, attention):
-    """Translate `texts` with nothing closed, without each bank of `direction`, without each layer's slots -> (a table of
-    the BLEU of all texts but the first and, for layers, of the share of `attention` on their slots; {name: output of the
-    first text})."""
+    """Translate `texts` with nothing closed, without each bank of `direction`, without each layer's slots -> a table: the
+    BLEU of all texts but the first; for layers, the share of `attention` on their slots; the output of the first text."""
     parts = {"nothing": banks} | {f"bank {name}": without(banks, bank=name) for name in direction}
     parts |= {f"layer {i}": without(banks, layer=i) for i in range(model.config.n_layer)}
     on_slots = 100 * (1 - attention.mass[..., -1]).mean(dim=(1, 2))  # (n_layer,)
     shares = {f"layer {i}": f"{share:.1f}" for i, share in enumerate(on_slots.tolist())}
-    table, firsts, whole = [["closed", "BLEU", "change", "% on slots"]], {}, None
+    table, whole = [["closed", "BLEU", "change", "% on slots", ""]], None
     for name, part in tqdm(parts.items(), desc="closing", disable=not sys.stderr.isatty()):
-        firsts[name], *outputs = (result.text for result in translate(model, tokenizer, part, texts, direction))
+        first, *outputs = (result.text for result in translate(model, tokenizer, part, texts, direction))
         bleu = METRICS["bleu"](outputs, references)
         whole = bleu if whole is None else whole
-        table.append([name, f"{bleu:.2f}", f"{bleu - whole:+.2f}", shares.get(name, "")])
-    return table, firsts
+        table.append([name, f"{bleu:.2f}", f"{bleu - whole:+.2f}", shares.get(name, ""), first])
+    return table
 
 
 def parse_arguments():
@@ -228,9 +227,8 @@ def main():
         sources, references = sentences(corpus, "test", SENTENCES, *direction) if there else ([], [])
         if not sources:
             raise UserError(f"{paths[0]}: no test sentences from {' to '.join(direction)}: name some text with --data")
-        table, outputs = ablate(model, tokenizer, banks, [args.text, *sources], references, direction, attention)
-        lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(table), ""]
-        lines += [f"  {name:10}  {output}" for name, output in outputs.items()]
+        table = ablate(model, tokenizer, banks, [args.text, *sources], references, direction, attention)
+        lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(table)]
     print(printable("\n".join(lines)))
     if args.out and not find_spec("matplotlib"):
         log(f"{args.out}: not drawn: that takes matplotlib (pip install matplotlib)")

@@ -21,7 +21,7 @@ from prefix.data.splits import SPLITS
 from prefix.decoding import Decoding
 from prefix.distributed import log
 from prefix.evaluation import metrics
-from prefix.evaluation.few_shot import FORMS, draw_shots, few_shot, form_log_p
+from prefix.evaluation.few_shot import draw_shots, few_shot, form_log_p
 from prefix.translation import translate
 
 MAX_CHOICES = 1000  # texts of a column among which an answer can be chosen
@@ -54,7 +54,7 @@ class Result:
     prefix: System | None = None
     draws: list = field(default_factory=list)
     median: int = 0  # the draw of the median score by the first metric: the one that the prefix is compared with
-    form: str = FORMS[0]
+    form: str = "names"  # one of few_shot.FORMS
     form_log_p: dict = field(default_factory=dict)  # decided the form of the prompts
     difference: dict = field(default_factory=dict)  # {metric: metrics.paired_bootstrap of prefix and median draw}
     attention: list = field(default_factory=list)  # tables of one sentence, from attention_maps
@@ -119,6 +119,7 @@ class Comparison:
         return list(filter(None, results))
 
     def result(self, source, target, names):
+        """One direction, or None where it has no sentences. names: of metrics."""
         result = Result(source, target, *sentences(self.corpus, self.split, self.limit, source, target, self.all_references))
         if not result.sources:
             return None
@@ -132,15 +133,15 @@ class Comparison:
         length = lambda text: self.banks.position_offset + self.n_tokens(text) + 1
         result.prefix = self.measure(result, scored, "prefix", answer, length)
         if self.draws:
-            self.prompt(result, scored, decoding)
+            self.add_few_shot(result, scored, decoding)
         return result
 
-    def prompt(self, result, scored, decoding):
-        """Adds k-shot prompting, and how the prefix differs from its median draw."""
+    def add_few_shot(self, result, scored, decoding):
+        """Fill in the draws, and how the prefix differs from the median one."""
         ends, avoid = (result.source, result.target), {*result.sources}
         drawn = [draw_shots(self.training, *ends, self.shots, self.seed + i, avoid) for i in range(self.draws)]
         result.form_log_p = form_log_p(self.model, self.tokenizer, *drawn[0])
-        result.form = max(result.form_log_p, key=result.form_log_p.get, default=FORMS[0])
+        result.form = max(result.form_log_p, key=result.form_log_p.get, default=result.form)
         for shots, _ in drawn:
             shots.form = result.form
             answer = lambda texts: few_shot(self.model, self.tokenizer, shots, texts, decoding)

@@ -28,7 +28,7 @@ from prefix.data.rows import clean
 from prefix.decoding import Decoding, decode
 from prefix.translation import Translation, answered
 
-FORMS = ("names", "lines")
+FORMS = {"names": "lines that begin with the columns' names", "lines": "bare lines"}
 TRIALS = 12  # training pairs on which the two forms are compared
 
 
@@ -39,7 +39,7 @@ class Shots:
     pairs: list  # (source text, target text)
     source: str  # the names of their columns
     target: str
-    form: str = FORMS[0]
+    form: str = "names"  # one of FORMS
 
     @property
     def text(self):

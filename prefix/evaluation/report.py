@@ -15,13 +15,13 @@ from string import Template
 
 import numpy as np
 
+from prefix.evaluation.few_shot import FORMS
 from prefix.evaluation.metrics import RESAMPLES
 
 ENOUGH = 100  # sentences for a verdict
 LABELS = 5  # sentences to one reference, from which on they seem to be labels
 REFERENCES_SHOWN = 3  # of a sentence
 CLASSES_SHOWN = 12  # a larger confusion matrix is for JSON and the page
-FORMS = {"names": "lines that begin with the columns' names", "lines": "bare lines"}
 PIECES = re.compile(r"\w+['’]?|\s+|[^\w\s]+")  # words, spaces, runs of punctuation
 SHADE = 0.65  # opacity of the darkest cell: light enough to read its number, by day and by night
 PAGE = Template("""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">

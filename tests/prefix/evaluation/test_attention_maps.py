@@ -92,12 +92,8 @@ def test_a_token_counts_once_where_it_is_nearest(model, banks):
     assert all(set(tokens.flatten().tolist()) <= {7, 9} for _, tokens in alone)
 
 
-def test_what_all_keys_have_in_common_changes_neither_the_mass_nor_the_nearest_tokens(model, banks, ids):
-    packed = PackedBatch([7], torch.tensor(MASKS))
-    look = lambda: (
-        attention_maps.attention_mass(model, banks, ids, packed),
-        *(cosine for cosine, _ in attention_maps.nearest_tokens(model, banks, ids, PackedBatch([7]), n=3)),
-    )
+def test_what_all_keys_have_in_common_does_not_change_the_nearest_tokens(model, banks, ids):
+    look = lambda: [cosine for cosine, _ in attention_maps.nearest_tokens(model, banks, ids, PackedBatch([7]), n=3)]
     before, common = look(), torch.randn(3, 2, 1, 12)
     for i, block in enumerate(model.h):
         block.attn.c_attn.bias[24:48] += common[i].flatten()
@@ -209,18 +205,18 @@ def test_closing_says_what_becomes_of_the_sentence_and_of_bleu(run, demo):
         out = looked(run, "Il pleut.", "--nearest", 0, "--ablate", "--data", table, "--out", "bars.svg")
     ((figure, path),) = figures
     heights = [bar.get_height() for bar in figure.axes[0].patches]
-    head, _, *lines = out.split("what closing does: ")[1].splitlines()
+    title, _, *lines = out.split("what closing does: ")[1].splitlines()
     model, tokenizer, banks = demo
     closed = {"nothing": banks, "bank fr": without(banks, bank="fr"), "bank en": without(banks, bank="en")}
     closed |= {f"layer {i}": without(banks, layer=i) for i in range(6)}
     mass = attention_maps.look_at(model, tokenizer, banks, "Il pleut.", ("fr", "en")).mass
     scores = []
-    for row, line, (name, part) in zip(lines[:9], lines[10:], closed.items(), strict=True):
+    for line, (name, part) in zip(lines, closed.items(), strict=True):
         texts = ["Il pleut.", *(fr for _, fr in pairs)]
         output, *outputs = (result.text for result in translate(model, tokenizer, part, texts, ("fr", "en")))
         scores.append(METRICS["bleu"](outputs, [[en] for en, _ in pairs]))
         share = [f"{100 * (1 - mass[int(name[-1]), ..., -1].mean()):.1f}"] if "layer" in name else []
-        assert row.split() == [*name.split(), f"{scores[-1]:.2f}", f"{scores[-1] - scores[0]:+.2f}", *share]
-        assert line.split() == [*name.split(), *output.split()]
-    assert head.startswith("BLEU on 6 sentences") and len({*scores}) > 3
+        numbers = [f"{scores[-1]:.2f}", f"{scores[-1] - scores[0]:+.2f}", *share]
+        assert line.split() == [*name.split(), *numbers, *output.split()]
+    assert title.startswith("BLEU on 6 sentences") and len({*scores}) > 3
     assert heights == pytest.approx(scores, abs=0.005) and str(path) == "bars.svg"

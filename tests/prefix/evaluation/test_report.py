@@ -36,13 +36,6 @@ def result(n=3, cut=0, **fields):
     return Result(**found | fields)
 
 
-def labelled():
-    """A classifier of three classes, one of them no choice."""
-    one = System("prefix", ["fear", "joy", "joy", "joy"], {"accuracy": 50.0}, {}, confusion=[[1, 0, 0], [0, 1, 0], [2, 0, 0]])
-    references, classes = [["joy"], ["fear"], ["rage"], ["rage"]], ["fear", "joy", "rage"]
-    return Result("text", "label", ["a", "b", "c", "d"], references, classes[:2], classes, {"accuracy": "nrefs:1"}, one)
-
-
 class Page(HTMLParser):
     """The elements of a page, in order, and its text; asserts that every element is closed where it must be."""
 
@@ -90,7 +83,10 @@ def test_from_a_hundred_sentences_on_there_is_a_ratio_and_a_verdict_at_five_per_
 
 
 def test_labels_have_a_confusion_matrix_and_the_share_of_the_commonest(monkeypatch):
-    text, page = report.to_text(SETTINGS, [labelled()]), Page(report.to_html(SETTINGS, [labelled()])).text
+    classes = ["fear", "joy", "rage"]  # the last one is no choice
+    some = result(4, references=[["joy"], ["fear"], ["rage"], ["rage"]], choices=classes[:2], classes=classes)
+    some.prefix.confusion = [[1, 0, 0], [0, 1, 0], [2, 0, 0]]
+    text, page = report.to_text(SETTINGS, [some]), Page(report.to_html(SETTINGS, [some])).text
     for shown in (text, page):
         assert "always answering 'rage' would have accuracy 50.00" in shown
     matrix = text.split("prefix: labels (rows) and answers (columns)\n")[1].splitlines()[:4]
@@ -98,7 +94,7 @@ def test_labels_have_a_confusion_matrix_and_the_share_of_the_commonest(monkeypat
         ["fear", "joy", "rage"], ["fear", "1", "0", "0"], ["joy", "0", "1", "0"], ["rage", "2", "0", "0"],
     ]  # fmt: skip
     monkeypatch.setattr(report, "CLASSES_SHOWN", 2)  # a larger matrix is left to the page and JSON
-    assert "rage  " not in report.to_text(SETTINGS, [labelled()]) and ">rage</th>" in report.to_html(SETTINGS, [labelled()])
+    assert "rage  " not in report.to_text(SETTINGS, [some]) and ">rage</th>" in report.to_html(SETTINGS, [some])
 
 
 def test_few_different_references_are_said_to_look_like_labels():
