@@ -30,8 +30,7 @@ GELU = {gelu_tanh: ("gelu", [], "tanh"), F.gelu: ("gelu", [], "none")}
 ROWS = 8  # of the batch for which weights are packed
 PAYS = 0.8  # of the time of a product of weights as they are, at most, for packing them in float32
 TINY = torch.finfo(torch.float32).tiny
-CUBE = torch.tensor(2 * math.sqrt(2 / math.pi)), 2 * math.sqrt(2 / math.pi) * 0.044715  # of gelu_tanh: of x and of x^3
-LEAST = 6.1e-5  # step of a row, as in `one_row`; so is the rest for rows with numbers on both sides of 0
+LEAST = 6.1e-5  # step of a row, as in `one_row`, which rounds by the same rule where a row's range holds 0
 
 
 def multiplies_bf16():
@@ -165,7 +164,8 @@ def fastest_product(model):
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return None
     weight, scale = rounded(model.h[0].mlp.c_fc.weight.T)
-    ways, inputs = [Int8(product, weight, scale) for product in (OneDNN, FBGEMM)], [torch.ones(n, weight.size(1)) for n in (1, 32)]
+    ways = [Int8(product, weight, scale) for product in (OneDNN, FBGEMM)]
+    inputs = [torch.ones(n, weight.size(1)) for n in (1, 32)]
     return type(min(ways, key=lambda way: sum(seconds(way, x) for x in inputs)).product)
 
 
@@ -210,8 +210,8 @@ def gelu_sigmoid(x):
     """gelu_tanh, x (1 + tanh(u)) / 2, as x sigmoid(2u): on a CPU it takes half the time where rows are many."""
     if len(x) < ROWS:
         return gelu_tanh(x)
-    twice_u = torch.addcmul(CUBE[0], x, x, value=CUBE[1]).mul_(x)
-    return twice_u.sigmoid_().mul_(x)
+    a = 2 * math.sqrt(2 / math.pi)  # 2u = a (x + 0.044715 x^3)
+    return torch.addcmul(x.new_tensor(a), x, x, value=0.044715 * a).mul_(x).sigmoid_().mul_(x)
 
 
 class Int8Linear(nn.Module):
