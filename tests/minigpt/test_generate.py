@@ -107,7 +107,7 @@ def test_beam_search_equals_transformers(model, tmp_path, beams, length_penalty)
     checkpoint.save(model, tmp_path)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
     theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = STOP
-    prompts = random_prompts(6, banks=False)
+    prompts = random_prompts(12, banks=False)
     found = beam_search(model, prompts, [STOP], beams=beams, length_penalty=length_penalty, batch_size=4)
     for prompt, ours in zip(prompts, found):
         options = dict(num_beams=beams, max_new_tokens=prompt.max_new, do_sample=False, length_penalty=length_penalty)
