@@ -6,6 +6,8 @@ from itertools import permutations
 
 import torch
 
+from prefix import distributed
+
 
 def dry_run(trainer, directions):
     """Print what a run would train and take, from one micro-batch of its first step. Writes no file."""
@@ -17,7 +19,10 @@ def dry_run(trainer, directions):
         float(trainer.forward_backward([largest]))
         per_token = (time.monotonic() - began) / len(largest.ids)
     rounds = -(-s.steps // s.eval_every) + 1 if s.eval_every else 0  # the first also measures the base
+    per_token /= distributed.world_size()
     seconds = per_token * (s.steps * batch.n_tokens + rounds * validation.n_tokens / 2)  # validation: forward alone
+    if distributed.rank() > 0:
+        return
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
