@@ -170,12 +170,14 @@ def test_the_direction_is_second_bank_to_first_unless_told_otherwise(place, monk
             assert not direction or " ".join(cli.direction(translate.parse_arguments(), these)) == direction
 
 
-def test_samples_follow_from_the_seed_whatever_the_batch_size_and_the_chunks(small):
+def test_samples_follow_from_the_seed_whatever_the_batch_size_and_the_chunks(small, monkeypatch):
     texts = [random_text() for _ in range(7)]
-    draw = lambda *options: small("--temperature", 1.5, *options, *texts)[1]
-    first = draw("--seed", 3, "--batch-size", 1)
-    assert draw("--seed", 3, "--batch-size", 5) == draw("--seed", 3) == first
-    assert draw("--seed", 4) != first and small("--top-k", 50, *texts)[1] != small(*texts)[1]
+    draw = lambda *options, **stdin: small("--temperature", 1.5, *options, **stdin)[1]
+    first = draw("--seed", 3, *texts)
+    monkeypatch.setattr(translate, "LINES_AT_A_TIME", 2)
+    assert draw("--seed", 3, "--batch-size", 1, stdin="\n".join(texts).encode()) == first
+    assert draw("--seed", 3, "--batch-size", 5, *texts) == first
+    assert draw("--seed", 4, *texts) != first and small("--top-k", 50, *texts)[1] != small(*texts)[1]
 
 
 def test_decoding_is_what_the_options_ask_for(run, small, demo, expected):

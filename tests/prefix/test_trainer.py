@@ -216,28 +216,20 @@ def test_three_columns_are_three_banks_and_six_directions_unless_fewer_are_named
 # What is written down
 
 
-def test_metrics_have_a_line_for_each_step_and_for_each_validation(trainer):
-    t = trainer(steps=5, eval_every=2)
-    t.run()
-    steps, validations = metrics(t.out)
-    assert [(line["step"], *line) for line in steps] == [(i, "step", "loss", "lr", "grad_norm", "tokens") for i in range(1, 6)]
-    assert [(line["step"], *line)[:3] for line in validations] == [(i, "step", "val_loss") for i in (2, 4, 5)]
-
-
-def test_the_validation_loss_is_the_mean_over_all_targets_and_the_bases_is_told_once(model, tokenizer, corpus, trainer):
-    t, examples = trainer(steps=2, eval_every=1, micro=30), [*sentences(corpus, tokenizer, "validation")]
-    t.banks.position_offset = 3
-    first = t.validation_loss()
-    t.banks.position_offset = 0
+def test_metrics_have_a_line_a_step_and_one_a_validation_the_first_with_the_loss_of_the_base(model, tokenizer, corpus, trainer):
+    """A validation loss is the mean over all targets."""
+    t, examples = trainer(steps=5, eval_every=2, micro=30), [*sentences(corpus, tokenizer, "validation")]
     t.run()
     ours, base = (mean_loss(model, tokenizer, slots, examples).item() for slots in (t.banks.slots(), None))
-    lines = metrics(t.out)[1]
-    assert lines[1] == {"step": 2, "val_loss": pytest.approx(ours, rel=1e-5)} and first != lines[0]["val_loss"]
-    assert lines[0]["base_loss"] == pytest.approx(base, rel=1e-5)
+    steps, validations = metrics(t.out)
+    assert [(line["step"], *line) for line in steps] == [(i, "step", "loss", "lr", "grad_norm", "tokens") for i in range(1, 6)]
+    assert [line["step"] for line in validations] == [2, 4, 5]
+    assert validations[2] == {"step": 5, "val_loss": pytest.approx(ours, rel=1e-5)}
+    assert validations[0]["base_loss"] == pytest.approx(base, rel=1e-5)
     record = Banks.load(t.out / "prefix.safetensors", model).training_record
-    assert record["base_loss"] == lines[0]["base_loss"]
+    assert record["base_loss"] == validations[0]["base_loss"]
     t.banks.position_offset = 3  # the base reads text where it was trained to
-    assert t.validation_loss(base=True) == lines[0]["base_loss"]
+    assert t.validation_loss(base=True) == validations[0]["base_loss"] and t.validation_loss() != validations[2]["val_loss"]
 
 
 def test_the_prefix_file_has_the_slots_of_the_best_validation_also_of_a_run_that_goes_on(trainer):
