@@ -34,7 +34,7 @@ def parse_arguments():
         args.temperature = float(sampling)
     for wrong, message in (
         (not args.text and sys.stdin is None, "no text, and standard input is closed"),
-        (args.length_penalty is not None and args.beam == 1, "--length-penalty goes with --beam"),
+        (args.length_penalty != 1 and args.beam == 1, "--length-penalty goes with --beam"),
         (args.choices and args.beam > 1, "--choices does not go with --beam"),
         (sampling and (args.choices or args.beam > 1), "--temperature, --top-k, --top-p: not with --beam or --choices"),
         (not all(choice.strip() for choice in args.choices or []), "--choices: an answer is empty"),
@@ -55,7 +55,7 @@ def add_options(parser):
     n = lambda least, most=None: {"type": int_at_least(least, most), "metavar": "N"}
     x = lambda least, most, **more: {"type": float_range(least, most, **more), "metavar": "X"}
     add("--beam", **n(1), default=1, help="beam search with N beams (1: none)")
-    add("--length-penalty", **x(-10, 10), help="beams are ranked by log p / length ** X (1.0)")
+    add("--length-penalty", **x(-10, 10), default=1.0, help="beams are ranked by log p / length ** X (1.0)")
     add("--temperature", **x(0, 100), help="of samples (0: the likeliest; 1 with --top-k or --top-p)")
     add("--top-k", **n(0), default=0, help="sample among the N likeliest (0: all)")
     add("--top-p", **x(0, 1, open_low=True), default=1.0, help="sample in this part of all probability (1.0)")
@@ -74,8 +74,7 @@ def main():
     model, tokenizer, banks, _ = cli.load_with_base(args)
     source, target = cli.direction(args, banks)
     sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
-    penalty = 1.0 if args.length_penalty is None else args.length_penalty
-    decoding = Decoding(args.max_new_tokens, sampler, args.beam, penalty, args.batch_size, args.choices)
+    decoding = Decoding(args.max_new_tokens, sampler, args.beam, args.length_penalty, args.batch_size, args.choices)
     decoding.check(model.config)
     log(f"Translating {source} to {target}" + ("" if args.text else ", line by line from standard input"))
     chunks = iter([[os.fsencode(text) for text in args.text]]) if args.text else lines_as_they_come(args.batch_size)
