@@ -17,9 +17,8 @@ def dry_run(trainer, directions):
     for _ in range(2):  # the first time, libraries are loaded and kernels compiled
         began = time.monotonic()
         float(trainer.forward_backward([largest]))
-        per_token = (time.monotonic() - began) / len(largest.ids)
+        per_token = (time.monotonic() - began) / len(largest.ids) / distributed.world_size()
     rounds = -(-s.steps // s.eval_every) + 1 if s.eval_every else 0  # the first also measures the base
-    per_token /= distributed.world_size()
     seconds = per_token * (s.steps * batch.n_tokens + rounds * validation.n_tokens / 2)  # validation: forward alone
     if distributed.rank() > 0:
         return

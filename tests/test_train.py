@@ -101,6 +101,7 @@ def test_of_several_rates_the_best_trains_as_if_alone_also_where_trials_and_choi
     code, _, said = run(train, "--resume", "stopped")
     assert code == 0 and "Going on with --lr 0.2\n" in said
     assert all(f"--lr {rate:g}: validation loss {loss:.4f} after 20 of 21 steps\n" in said for rate, loss in losses.items())
+    assert all(len(metrics(f"stopped/lr-{rate:g}")[0]) == 20 for rate in losses)
     assert json.loads(Path("stopped/config.json").read_text())["settings"]["lr"] == 0.2
     assert run(train, *options, 0.2, "--out", "alone")[0] == 0
     stopped, alone = (load_file(f"{name}/last/state.safetensors") for name in ("stopped", "alone"))

@@ -17,7 +17,7 @@ from minigpt import UserError
 from prefix import distributed
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = "--prefix-len 2 --batch-size 7 --micro-batch-tokens 200 --lr 0.1 --steps 4 --save-every 2 --eval-every 2 --device cpu"
+OPTIONS = "--prefix-len 2 --batch-size 7 --micro-batch-tokens 200 --lr 0.1 --steps 4 --eval-every 2 --device cpu"
 
 PROGRAM = """
 import contextlib, os, signal, sys, torch
@@ -58,12 +58,12 @@ def test_processes_on_machines_without_a_common_disk_train_as_one_and_go_on_as_o
     Path("program.py").write_text(PROGRAM)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": found.getsockname()[1], "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": 3}
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": found.getsockname()[1], "WORLD_SIZE": 3}
 
     def process(rank, local_rank, machine):
         Path(machine).mkdir(exist_ok=True)
-        mine = group | {"RANK": rank, "LOCAL_RANK": local_rank, "MINIGPT_HOME": tmp_path / machine / "home"}
-        environment = os.environ | {name: str(value) for name, value in mine.items()}
+        mine = {"RANK": rank, "LOCAL_RANK": local_rank, "MINIGPT_HOME": tmp_path / machine / "home", "GLOO_SOCKET_IFNAME": "lo"}
+        environment = os.environ | {name: str(value) for name, value in (group | mine).items()}
         words = list(map(str, [sys.executable, "../program.py", ROOT, *options, "run"]))
         return subprocess.Popen(words, cwd=machine, env=environment, stderr=subprocess.PIPE, text=True)
 

@@ -153,7 +153,7 @@ def short_of_memory(trainer, is_too_much, error=OUT_OF_MEMORY[0]):
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_where_memory_runs_out_micro_batches_are_halved_until_they_fit_and_stay_so_when_a_run_goes_on(trainer, error, capsys):
+def test_where_memory_runs_out_micro_batches_are_halved_until_they_fit_and_stay_so_when_resumed(trainer, error, capsys):
     """Nothing of a failed attempt counts: all is as if they had been so small from the start."""
     start = slots_of(trainer())
     t, quartered = (trainer(out, start, batch_size=20, micro=200) for out in ("t", "quartered"))
@@ -216,7 +216,7 @@ def test_three_columns_are_three_banks_and_six_directions_unless_fewer_are_named
 # What is written down
 
 
-def test_metrics_have_a_line_a_step_and_one_a_validation_the_first_with_the_loss_of_the_base(model, tokenizer, corpus, trainer):
+def test_metrics_have_a_line_a_step_and_one_a_validation_the_first_with_the_bases_loss(model, tokenizer, corpus, trainer):
     """A validation loss is the mean over all targets."""
     t, examples = trainer(steps=5, eval_every=2, micro=30), [*sentences(corpus, tokenizer, "validation")]
     t.run()
