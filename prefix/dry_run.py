@@ -6,6 +6,8 @@ from itertools import permutations
 
 import torch
 
+from prefix import distributed
+
 
 def dry_run(trainer, directions):
     """Print what a run would train and take, from one micro-batch of its first step. Writes no file."""
@@ -15,9 +17,11 @@ def dry_run(trainer, directions):
     for _ in range(2):  # the first time, libraries are loaded and kernels compiled
         began = time.monotonic()
         float(trainer.forward_backward([largest]))
-        per_token = (time.monotonic() - began) / len(largest.ids)
+        per_token = (time.monotonic() - began) / len(largest.ids) / distributed.world_size()
     rounds = -(-s.steps // s.eval_every) + 1 if s.eval_every else 0  # the first also measures the base
     seconds = per_token * (s.steps * batch.n_tokens + rounds * validation.n_tokens / 2)  # validation: forward alone
+    if distributed.rank() > 0:
+        return
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:

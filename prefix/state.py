@@ -47,8 +47,7 @@ def save(out, progress, banks, optimizer, identity):
     for i, adam in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{name}": value for name, value in adam.items()}
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-    if not progress.step:
-        state_file(out).parent.mkdir(exist_ok=True)
+    state_file(out).parent.mkdir(exist_ok=True)
     with replacing(state_file(out)) as temporary:
         if progress.step:
             flush(out / METRICS)  # a state is never newer than the lines of its steps

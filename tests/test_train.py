@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import metrics, random_rows, write_table
+from conftest import metrics, random_rows, same, write_table
+from safetensors.torch import load_file
 
 import train
 from minigpt import GPT
+from prefix import distributed
 from prefix.banks import Banks
 
 
@@ -52,13 +55,15 @@ def test_only_the_pairs_that_are_named_are_trained_and_both_files_say_so(run):
     assert Banks.load("some", GPT.from_pretrained("base")).training_record["pairs"] == ["en:fr", "fr:de"]
 
 
-def test_a_dry_run_says_what_a_run_would_take_and_writes_no_run(run):
+def test_a_dry_run_says_what_a_run_would_take_and_writes_no_run(run, monkeypatch):
     code, out, _ = run(train, *OPTIONS, "--dry-run", "--out", "new", "--steps", 1500)
     assert code == 0 and "Banks en, fr; directions en -> fr, fr -> en\n" in out
     assert "Rows: 19; examples: 24, and 4 to validate on\nA step: 4 examples, about" in out
     assert "micro-batches: 1\nSteps: 1,500; each example comes 250 times\n" in out
     assert "Memory: about" in out and "Time: about" in out
     assert sorted(path.name for path in Path().iterdir()) == ["base", "t.csv"]
+    monkeypatch.setattr(distributed, "rank", lambda: 1)  # of several processes one prints
+    assert run(train, *OPTIONS, "--dry-run") == (0, "", "")
 
 
 def test_a_run_that_went_wrong_says_so_at_its_end_and_what_to_try(run, monkeypatch):
@@ -73,8 +78,9 @@ def test_a_run_that_went_wrong_says_so_at_its_end_and_what_to_try(run, monkeypat
     assert "Warning: a slot moved by " in said and "Try a third of --lr" in said
 
 
-def test_of_several_rates_the_best_trains_the_prefix_also_where_trials_and_choice_were_interrupted(run, monkeypatch):
-    steps, step = itertools.count(1), train.Trainer.optimizer_step
+def test_of_several_rates_the_best_trains_as_if_alone_also_where_trials_and_choice_were_interrupted(run, monkeypatch):
+    losses, steps, step = {1e-4: math.nan, 0.3: 2.5, 0.2: 2.0}, itertools.count(1), train.Trainer.optimizer_step
+    monkeypatch.setattr(train.Trainer, "validation_loss", lambda trainer, base=False: losses[trainer.settings.lr])
 
     def signalled(trainer, batch):
         if next(steps) == 23:  # in the second trial
@@ -86,16 +92,20 @@ def test_of_several_rates_the_best_trains_the_prefix_also_where_trials_and_choic
         os.truncate(target / "last/state.safetensors", 1000)
         sys.exit(9)
 
-    several = [*OPTIONS, "--steps", 21, "--prefix-len", 2, "--columns", "en", "fr", "--lr", 1e-4, 0.2]
+    options = [*OPTIONS, "--steps", 21, "--prefix-len", 2, "--columns", "en", "fr", "--lr"]
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "optimizer_step", signalled)
-        assert run(train, *several, "--out", "stopped")[0] == 130
+        assert run(train, *options, *losses, "--out", "stopped")[0] == 130
         patch.setattr("prefix.rates.shutil", SimpleNamespace(copytree=killed))
         assert run(train, "--resume", "stopped")[0] == 9
     code, _, said = run(train, "--resume", "stopped")
-    assert code == 0 and "Going on with --lr" in said and said.count("after 20 of 21 steps") == 2
-    best = json.loads(Path("stopped/config.json").read_text())["settings"]["lr"]
-    assert run(train, *several, "--lr", best, "--out", "alone")[0] == 0
+    assert code == 0 and "Going on with --lr 0.2\n" in said
+    assert all(f"--lr {rate:g}: validation loss {loss:.4f} after 20 of 21 steps\n" in said for rate, loss in losses.items())
+    assert all(len(metrics(f"stopped/lr-{rate:g}")[0]) == 20 for rate in losses)
+    assert json.loads(Path("stopped/config.json").read_text())["settings"]["lr"] == 0.2
+    assert run(train, *options, 0.2, "--out", "alone")[0] == 0
+    stopped, alone = (load_file(f"{name}/last/state.safetensors") for name in ("stopped", "alone"))
+    assert same(stopped, alone) and metrics("stopped") == metrics("alone")
     stopped, alone = (Banks.load(name, GPT.from_pretrained("base")) for name in ("stopped", "alone"))
-    assert stopped.training_record["settings"]["lr"] == best in (1e-4, 0.2)
-    assert all(map(torch.equal, stopped.parameters(), alone.parameters())) and metrics("stopped") == metrics("alone")
+    assert stopped.training_record == alone.training_record
+    assert all(map(torch.equal, stopped.parameters(), alone.parameters()))

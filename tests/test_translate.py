@@ -12,7 +12,7 @@ from conftest import CONTEXT, assert_refused, random_text
 
 import translate
 from minigpt import GPT, Tokenizer
-from prefix import cli, lines
+from prefix import cli
 from prefix.banks import Banks
 from prefix.run import DEMO_PREFIX
 from prefix.translation import Decoding
@@ -104,11 +104,11 @@ def test_a_long_text_gets_what_its_sentences_get_alone(run, demo):
 def test_lines_are_what_stands_between_newlines_whatever_blocks_they_come_in(monkeypatch, tmp_path):
     texts = ["", "été", "x" * 1_200_000, "", "fin"]
     (tmp_path / "lines").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(text.encode() for text in texts))
-    monkeypatch.setattr(lines, "LINES_AT_A_TIME", 3)
+    monkeypatch.setattr(translate, "LINES_AT_A_TIME", 3)
     with open(tmp_path / "lines") as file:
         monkeypatch.setattr(sys, "stdin", file)
-        chunks = list(lines.lines_as_they_come(1))
-    assert [lines.decode_line(line) for chunk in chunks for line in chunk] == [(text, None) for text in texts]
+        chunks = list(translate.lines_as_they_come(1))
+    assert [translate.decode_line(line) for chunk in chunks for line in chunk] == [(text, None) for text in texts]
     assert all(0 < len(chunk) <= 3 for chunk in chunks)
 
 
@@ -170,12 +170,14 @@ def test_the_direction_is_second_bank_to_first_unless_told_otherwise(place, monk
             assert not direction or " ".join(cli.direction(translate.parse_arguments(), these)) == direction
 
 
-def test_samples_follow_from_the_seed_whatever_the_batch_size_and_the_chunks(small):
+def test_samples_follow_from_the_seed_whatever_the_batch_size_and_the_chunks(small, monkeypatch):
     texts = [random_text() for _ in range(7)]
-    draw = lambda *options: small("--temperature", 1.5, *options, *texts)[1]
-    first = draw("--seed", 3, "--batch-size", 1)
-    assert draw("--seed", 3, "--batch-size", 5) == draw("--seed", 3) == first
-    assert draw("--seed", 4) != first and small("--top-k", 50, *texts)[1] != small(*texts)[1]
+    draw = lambda *options, **stdin: small("--temperature", 1.5, *options, **stdin)[1]
+    first = draw("--seed", 3, *texts)
+    monkeypatch.setattr(translate, "LINES_AT_A_TIME", 2)
+    assert draw("--seed", 3, "--batch-size", 1, stdin="\n".join(texts).encode()) == first
+    assert draw("--seed", 3, "--batch-size", 5, *texts) == first
+    assert draw("--seed", 4, *texts) != first and small("--top-k", 50, *texts)[1] != small(*texts)[1]
 
 
 def test_decoding_is_what_the_options_ask_for(run, small, demo, expected):

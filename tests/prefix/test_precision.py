@@ -30,14 +30,14 @@ def curve(trainer):
     return torch.tensor([one_step(trainer)["loss"] for _ in range(STEPS)])
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
-def test_the_training_curve_in_16_bits_stays_on_that_of_float32(demo_trainer, dtype, bound):
-    t = demo_trainer(dtype)
-    ours, exact = curve(t), curve(demo_trainer(torch.float32))
-    assert ((ours - exact).abs() / exact).max() < bound
-    assert {p.dtype for p in t.model.parameters()} == {dtype}
-    moments = [s for state in t.optimizer.state.values() for s in (state["exp_avg"], state["exp_avg_sq"])]
-    assert {x.dtype for x in [*t.banks.parameters(), *moments]} == {torch.float32}
+def test_the_training_curve_in_16_bits_stays_on_that_of_float32(demo_trainer):
+    exact = curve(demo_trainer(torch.float32))
+    for dtype, bound in ((torch.bfloat16, 0.02), (torch.float16, 0.005)):
+        t = demo_trainer(dtype)
+        assert ((curve(t) - exact).abs() / exact).max() < bound
+        assert {p.dtype for p in t.model.parameters()} == {dtype}
+        moments = [s for state in t.optimizer.state.values() for s in (state["exp_avg"], state["exp_avg_sq"])]
+        assert {x.dtype for x in [*t.banks.parameters(), *moments]} == {torch.float32}
 
 
 def test_a_float16_step_that_overflows_is_skipped_and_counted_and_the_scale_halved_and_saved(demo_trainer):
@@ -47,7 +47,6 @@ def test_a_float16_step_that_overflows_is_skipped_and_counted_and_the_scale_halv
     assert not math.isfinite(one_step(t)["grad_norm"])
     assert same(slots_of(t), before)
     assert (t.progress.skipped, t.scaler.get_scale()) == (1, 2.0**39)
-    (t.out / "last").mkdir()
     (t.out / "metrics.jsonl").touch()
     t.save()
     resumed, other = demo_trainer(torch.float16), demo_trainer(torch.float32)

@@ -37,14 +37,6 @@ def test_a_text_that_does_not_fit_is_cut_at_the_ends_of_its_sentences():
     assert SENTENCE_END.split(text) == sentences
 
 
-def test_a_sample_follows_from_its_texts_number_and_the_same_sampler_gives_it_again(demo):
-    sampler = Sampler(1.5, seed=3)
-    whole = written(demo, sampler=sampler)
-    assert written(demo, sampler=sampler) == whole
-    assert written(demo, TEXTS[2:], sampler=sampler, first=2) == whole[2:]
-    assert written(demo, TEXTS[2:], sampler=sampler) != whole[2:]
-
-
 def test_numbers_below_those_of_float32_are_the_likeliest_token(demo):
     greedy = written(demo)
     assert written(demo, sampler=Sampler(1e-50)) == written(demo, sampler=Sampler(1.0, top_p=1e-300)) == greedy
