@@ -104,12 +104,12 @@ def test_a_long_text_gets_what_its_sentences_get_alone(run, demo):
 def test_lines_are_what_stands_between_newlines_whatever_blocks_they_come_in(monkeypatch, tmp_path):
     texts = ["", "été", "x" * 1_200_000, "", "fin"]
     (tmp_path / "lines").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(text.encode() for text in texts))
-    monkeypatch.setattr(translate, "LINES_AT_A_TIME", 3)
+    monkeypatch.setattr(translate, "LINES_AT_A_TIME", 1)
     with open(tmp_path / "lines") as file:
         monkeypatch.setattr(sys, "stdin", file)
         chunks = list(translate.lines_as_they_come(1))
     assert [translate.decode_line(line) for chunk in chunks for line in chunk] == [(text, None) for text in texts]
-    assert all(0 < len(chunk) <= 3 for chunk in chunks)
+    assert all(len(chunk) == 1 for chunk in chunks)
 
 
 def test_a_slow_pipe_is_answered_line_by_line_in_utf_8_whatever_the_locale():
