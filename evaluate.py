@@ -115,8 +115,9 @@ def main():
         training = data.load(paths, columns, tokenizer, limit, longest)
     most = args.max_new_tokens or (model.config.n_positions // 4 if args.truncate_source else None)
     decoding = Decoding(most, beams=args.beam, batch_size=args.batch_size, choices=args.choices)
-    chosen = args.split, args.limit, args.references == "all", args.truncate_source, args.shots, args.draws, args.seed
-    results = Comparison(model, tokenizer, banks, corpus, training, decoding, *chosen).results(there)
+    chosen = {name: getattr(args, name) for name in ("split", "limit", "truncate_source", "shots", "draws", "seed")}
+    chosen["all_references"] = args.references == "all"
+    results = Comparison(model, tokenizer, banks, corpus, training, decoding, **chosen).results(there)
     speaks = distributed.rank() == 0
     distributed.finish()
     if not speaks:
