@@ -24,6 +24,7 @@ from minigpt.attention import PackedBatch, slot_layers, to_device
 from minigpt.backends import KERNELS_FROM, attend
 from minigpt.memory import out_of_memory
 
+ROWS = 16  # whose attention a CPU computes at once
 AT_ONCE = 1 << 10, 1 << 14  # tokens of a prefill on a CPU, on a GPU: more at once are no faster, and take memory
 KEPT = WeakKeyDictionary()  # of each model on a GPU: its last cache
 FAILED = set()  # what this GPU has not done as it should: "kernel", "graph"
@@ -50,9 +51,9 @@ class Cache:
         self.advance = to_device(torch.tensor([[beams], [1]]), device)  # of entry and position, in a step
         self.length = [0] * rows  # on the host: nobody waits for the device to know it
         self.rows, self.capacity = rows, capacity
-        if uses_graphs(device) and slots is not None:  # a graph reads the same memory in every decoding
-            key, value = slots.key.to(model.dtype), slots.value.to(model.dtype)
-            slots = replace(slots, key=key.clone(), value=value.clone(), bank=slots.bank.clone())
+        slots = slots and slots.to(model.dtype)
+        if uses_graphs(device) and slots:  # a graph reads the same memory in every decoding
+            slots = replace(slots, key=slots.key.clone(), value=slots.value.clone(), bank=slots.bank.clone())
         self.slots, self.layers = slots, slot_layers(slots, c.n_layer)
         self.tried, self.kernel, self.graph = False, None, None  # how a GPU runs a step: see first_step
 
@@ -151,18 +152,17 @@ def decode_one_token(model, cache, B):
     """Feed cache.ids of the first B rows in: they become the rows' newest entries. Without beams the likeliest tokens
     take their place in cache.ids -> logits (B, beams, vocab_size), which on a GPU the next call overwrites."""
     beams = cache.ids.size(1)
-    T = max(cache.length[:B]) + beams
-    cache.length[:B] = [n + beams for n in cache.length[:B]]
+    lengths = cache.length[:B] = [n + beams for n in cache.length[:B]]
     if not uses_graphs(model.device):
-        return decode_step(model, cache, B, T)
+        return decode_step(model, cache, lengths)
     with torch.cuda.device(model.device):
-        return gpu_step(model, cache, B, T)[:B]
+        return gpu_step(model, cache, lengths)[:B]
 
 
-def decode_step(model, cache, B, T):
-    """What decode_one_token does on the device, all in tensors. T: entries that are looked at; the kernel looks at each
-    row's own."""
-    beams, device = cache.ids.size(1), cache.ids.device
+def decode_step(model, cache, lengths):
+    """What decode_one_token does on the device, all in tensors. lengths: entries of each row that are looked at; the
+    kernel knows them."""
+    B, beams, device = len(lengths), cache.ids.size(1), cache.ids.device
     entry = cache.entry[:B, None] + torch.arange(beams, device=device)  # (B, beams)
     cache.visible[:B].scatter_(2, entry[:, :, None], True)  # a beam sees its own new entry
     position = cache.position[:B, None].expand(-1, beams)
@@ -172,7 +172,7 @@ def decode_step(model, cache, B, T):
 
         hidden = decode_blocks(model, cache, x)
     else:
-        hidden = model.blocks(x, plain_attention(model, cache, entry, T))
+        hidden = model.blocks(x, plain_attention(model, cache, entry, lengths))
     logits = model.logits(hidden).unflatten(0, (B, beams))
     cache.state[:2, :B] += cache.running[:B] * cache.advance
     if beams == 1:
@@ -180,40 +180,45 @@ def decode_step(model, cache, B, T):
     return logits
 
 
-def plain_attention(model, cache, entry, T):
-    """attn_fn of a step by attend_cached. entry (B, beams): where the new keys and values go."""
+def plain_attention(model, cache, entry, lengths):
+    """attn_fn of a step by attend_cached. entry (B, beams): where the new keys and values go. On a CPU a few rows at a
+    time, each as far as the longest of them: it takes as long as reading keys and values does."""
     B, beams = entry.shape
-    bias, slot_bias = bias_of(cache.visible[:B, None, :, :T], model.dtype), None
-    if cache.slots is not None:
-        visible_slots = cache.slots.visible_slots(cache.bank_mask[:B].repeat_interleave(beams))  # (B * beams, S)
-        slot_bias = bias_of(visible_slots, model.dtype)
+    n, parts = B if uses_graphs(entry.device) else ROWS, []
+    for i in range(0, B, n):
+        rows, T = slice(i, min(i + n, B)), max(lengths[i : i + n])
+        visible = cache.visible[rows, None, :, :T]  # (n, 1, beams, T)
+        if cache.slots is not None:
+            slots = cache.slots.visible_slots(cache.bank_mask[rows, None, None]).expand(-1, -1, beams, -1)
+            visible = torch.cat([slots, visible], dim=-1)  # (n, 1, beams, S + T)
+        parts.append((rows, cache.kv[:, :, rows, :, :T], bias_of(visible, model.dtype)))
     row, entry = torch.arange(B, device=entry.device).repeat_interleave(beams), entry.flatten()
-    kv = cache.kv[:, :, :B, :, :T]
 
     def attn_fn(i, qkv):
         qkv = qkv.unflatten(-1, (3, model.config.n_head, -1))  # (B * beams, 3, n_head, head_dim)
         cache.write(i, row, entry, qkv[:, 1:])
         q = qkv[:, 0].unflatten(0, (B, beams)).transpose(1, 2)  # (B, n_head, beams, head_dim)
-        out = attend_cached(q, *kv[i], bias, cache.layers[i], slot_bias, model.attention)
-        return out.transpose(1, 2).flatten(2).flatten(0, 1)  # (B * beams, n_embd)
+        out = [attend_cached(q[rows], *kv[i], bias, cache.layers[i]) for rows, kv, bias in parts]
+        return torch.cat(out).transpose(1, 2).flatten(2).flatten(0, 1)  # (B * beams, n_embd)
 
     return attn_fn
 
 
 def bias_of(visible, dtype):
-    """What is added to scores: 0 where a query sees a key, the least number where it does not."""
+    """What is added to scores, in float32 or better: 0 where a query sees a key, the least number where it does not."""
+    dtype = torch.promote_types(dtype, torch.float32)
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def gpu_step(model, cache, B, T):
+def gpu_step(model, cache, lengths):
     """decode_step as one launch. Without a graph, or a kernel, it is as on a CPU."""
     if not cache.tried:
-        return first_step(model, cache, B)
+        return first_step(model, cache, len(lengths))
     if cache.graph:
         graph, logits = cache.graph
         graph.replay()
         return logits
-    return decode_step(model, cache, B, T)
+    return decode_step(model, cache, lengths)
 
 
 def first_step(model, cache, B):
@@ -224,7 +229,7 @@ def first_step(model, cache, B):
     def run():
         cache.state.copy_(before[0])
         cache.ids.copy_(before[1])
-        return gpu_step(model, cache, cache.rows, cache.capacity)[:B].clone()
+        return gpu_step(model, cache, [cache.capacity] * cache.rows)[:B].clone()
 
     logits = expected = run()
     for name, prepare in (("kernel", has_kernel), ("graph", record_graph)):
@@ -254,7 +259,7 @@ def record_graph(model, cache):
     """A CUDA graph of a step of all rows, and the logits that each replay writes. Nothing runs meanwhile."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     with torch.cuda.stream(stream), torch.cuda.graph(graph):  # after a capture that failed, torch stays on its stream
-        logits = decode_step(model, cache, cache.rows, cache.capacity)
+        logits = decode_step(model, cache, [cache.capacity] * cache.rows)
     return graph, logits
 
 
@@ -265,41 +270,20 @@ def agree(logits, expected, dtype):
     return bool((logits - expected).norm() <= (0.01 if dtype == torch.float32 else 0.1) * spread.norm())
 
 
-def attend_cached(q, key, value, bias, slots=None, slot_bias=None, backend="auto"):
+def attend_cached(q, key, value, bias, slots=None):
     """Q queries for each of B cache rows, over the row's keys and over slots that all rows share: read once for the whole
-    batch, not copied into each row.
+    batch, not copied into each row. One softmax, with the slots' scores in front of the others.
 
-    q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None; bias (B, 1, Q, T)
-    and slot_bias (B * Q, S): see bias_of -> (B, n_head, Q, head_dim)."""
-    cached = flash_cached if q.device.type == "cpu" and backend != "plain" else reference_cached
-    return cached(q, key, value, bias, slots and slots.to(q.dtype), slot_bias)
-
-
-def reference_cached(q, key, value, bias, slots, slot_bias):
-    """The formula: one softmax, with the slots' scores in front of the others."""
-    S, scale = 0, 1 / math.sqrt(q.size(-1))
-    higher = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ key.transpose(-2, -1)).to(higher) * scale + bias  # (B, n_head, Q, T)
+    q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None; bias (B, 1, Q, S +
+    T): see bias_of -> (B, n_head, Q, head_dim)."""
+    scores, S = q @ key.mT, 0  # (B, n_head, Q, T)
     if slots:
-        slot_scores = (fold_heads(q) @ slots.key.transpose(-2, -1)).to(higher) * scale + slot_bias  # (n_head, B * Q, S)
-        scores, S = torch.cat([unfold_heads(slot_scores, q), scores], dim=-1), slot_scores.size(-1)
-    weights = scores.softmax(dim=-1).to(q.dtype)  # (B, n_head, Q, S + T)
-    out = weights[..., S:] @ value  # (B, n_head, Q, head_dim)
-    return out + unfold_heads(fold_heads(weights[..., :S]) @ slots.value, q) if slots else out
-
-
-def flash_cached(q, key, value, bias, slots, slot_bias):
-    """Two softmaxes, each by torch's fused attention for CPUs, merged exactly by their log-sum-exps.
-
-    lse = log(sum(exp(scores))) is the log of a softmax's denominator. Of the denominator of one softmax over both kinds
-    of keys the slots have the share exp(lse_slots) / (exp(lse_slots) + exp(lse_text)) = sigmoid(lse_slots - lse_text)."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(q, key, value, attn_mask=bias)  # (B, n_head, Q, head_dim), (B, n_head, Q)
-    if slots:
-        slot_out, slot_lse = flash(fold_heads(q)[None], slots.key[None], slots.value[None], attn_mask=slot_bias[None, None])
-        share = (unfold_heads(slot_lse[0, ..., None], q) - lse[..., None]).sigmoid()  # 0 where no slot is visible
-        out = torch.lerp(out, unfold_heads(slot_out[0], q), share.to(out.dtype))
-    return out
+        slot_scores = unfold_heads(fold_heads(q) @ slots.key.mT, q)  # (B, n_head, Q, S)
+        scores, S = torch.cat([slot_scores, scores], dim=-1), slots.key.size(1)
+    weights = torch.add(bias, scores, alpha=1 / math.sqrt(q.size(-1))).softmax(dim=-1).to(q.dtype)
+    of_slots, of_text = weights.split([S, weights.size(-1) - S], dim=-1)
+    out = of_text @ value  # (B, n_head, Q, head_dim)
+    return out.add_(unfold_heads(fold_heads(of_slots) @ slots.value, q)) if slots else out
 
 
 def fold_heads(x):

@@ -172,14 +172,14 @@ def replays_against_steps(work):
     """Runs work() -> of each replay: its logits less a plain step's from the same state, relative to their spread."""
     apart, gpu_step = [], cache.gpu_step
 
-    def both(model, c, B, T):
+    def both(model, c, lengths):
         parts = c.state, c.ids, c.visible
-        before, recorded = [x.clone() for x in parts], gpu_step(model, c, B, T)[:B].clone()
+        before, recorded = [x.clone() for x in parts], gpu_step(model, c, lengths)[: len(lengths)].clone()
         if c.graph:
             after = [x.clone() for x in parts]
             [x.copy_(old) for x, old in zip(parts, before)]
             with replaced(c, "kernel", None):
-                plain = cache.decode_step(model, c, B, T).float()
+                plain = cache.decode_step(model, c, lengths).float()
             [x.copy_(new) for x, new in zip(parts, after)]
             apart.append(float((recorded.float() - plain).norm() / (plain - plain.mean(dim=-1, keepdim=True)).norm()))
         return recorded

@@ -53,11 +53,11 @@ def gpu(monkeypatch):
     def begin():
         step, attention, calls = minigpt.cache.decode_step, decode_kernel.decode_attention, []
 
-        def recorded_step(model, cache, B, T):
+        def recorded_step(model, cache, lengths):
             if not FakeGraph.recording:
-                return step(model, cache, B, T)
+                return step(model, cache, lengths)
             logits = torch.full((*cache.ids.shape, CONFIG.vocab_size), torch.nan)
-            FakeGraph.recording.recorded = step, (model, cache, B, T), logits
+            FakeGraph.recording.recorded = step, (model, cache, lengths), logits
             return logits
 
         def copied(ids):

@@ -47,10 +47,12 @@ def plain(qkv, cache, B):
     for row in range(B):
         n = int(cache.state[0, row])
         key[row, :, n : n + beams], value[row, :, n : n + beams] = k[row], v[row]
-        bias = bias_of(torch.cat([cache.visible[row, :, :n], torch.eye(beams, dtype=torch.bool)], dim=-1), torch.float64)
-        slot_bias = slots and bias_of(slots.visible_slots(cache.state[2, row]).expand(beams, -1), torch.float64)
+        visible = torch.cat([cache.visible[row, :, :n], torch.eye(beams, dtype=torch.bool)], dim=-1)
+        if slots:
+            visible = torch.cat([slots.visible_slots(cache.state[2, row]).expand(beams, -1), visible], dim=-1)
         mine = (x[row, None, :, : n + beams].double() for x in (key, value))
-        attended = attend_cached(q[row, None].double(), *mine, bias[None, None], slots, slot_bias, "plain")
+        bias = bias_of(visible, torch.float64)[None, None]
+        attended = attend_cached(q[row, None].double(), *mine, bias, slots and slots.to(torch.float64))
         out.append(attended[0].transpose(0, 1).flatten(1))
     return torch.cat(out), key, value
 

@@ -4,14 +4,15 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import random_model
 
 import minigpt.cache
 from minigpt import GPTConfig, UserError, checkpoint
-from minigpt.attention import PackedBatch
+from minigpt.attention import PackedBatch, Slots
 from minigpt.beam import beam_search
-from minigpt.cache import Cache, decode_one_token, prefill
+from minigpt.cache import Cache, attend_cached, bias_of, decode_one_token, prefill
 from minigpt.generate import Prompt, Sampler, generate
 from prefix.init import random_banks
 
@@ -50,9 +51,24 @@ def test_each_sentence_gets_the_tokens_that_it_gets_alone_without_a_cache(model,
                 break
             ids, bank_mask, new = [*ids, token], [*bank_mask, bank_mask[-1]], [*new, token]
         expected.append(new)
-    for batch_size, at_once in ((1, 1024), (2, 1024), (17, 1024), (17, 45)):
+    for batch_size, at_once, rows in ((1, 1024, 16), (2, 1024, 16), (17, 1024, 16), (17, 45, 3)):
         monkeypatch.setattr(minigpt.cache, "AT_ONCE", (at_once,))
+        monkeypatch.setattr(minigpt.cache, "ROWS", rows)
         assert [r.ids for r in generate(model, prompts, [STOP], slots, batch_size=batch_size)] == expected
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("B, Q, T, S", [(1, 1, 1, 3), (3, 1, 20, 7), (2, 4, 9, 5), (3, 2, 8, 0)])
+def test_attention_to_a_cache_is_attention_with_the_slots_copied_in_front_of_each_rows_keys(dtype, bound, B, Q, T, S):
+    """Every query sees at least one cached key, its own; of the slots it may see none."""
+    q, key, value = (torch.randn(B, 3, n, 16).to(dtype) for n in (Q, T, T))
+    slots = Slots(*torch.randn(2, 3, S, 16).to(dtype), torch.zeros(S, dtype=torch.int32))
+    sees = torch.rand(B, 1, Q, S + T) < 0.5
+    sees[..., -1], sees[0, ..., :S] = True, False
+    ours = attend_cached(q, key, value, bias_of(sees, dtype), slots if S else None)
+    copied = (torch.cat([slot.expand(B, -1, -1, -1), text], dim=2) for slot, text in ((slots.key, key), (slots.value, value)))
+    exact = F.scaled_dot_product_attention(*(x.double() for x in (q, *copied)), attn_mask=sees)
+    assert ours.dtype == dtype and (ours.double() - exact).norm() < bound * exact.norm()
 
 
 @pytest.mark.parametrize("banks", [True, False])

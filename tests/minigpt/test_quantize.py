@@ -10,8 +10,7 @@ from conftest import random_model
 
 from minigpt import GPTConfig
 from minigpt import quantize as module
-from minigpt.attention import Slots
-from minigpt.cache import Cache, attend_cached, bias_of, decode_one_token, prefill
+from minigpt.cache import Cache, decode_one_token, prefill
 from minigpt.quantize import FBGEMM, Int8, OneDNN, fastest_product, prepack, quantize, rounded, saturates
 
 CONFIG = GPTConfig(vocab_size=301, n_positions=64, n_embd=96, n_layer=2, n_head=3)
@@ -141,18 +140,3 @@ def test_nothing_is_packed_where_bfloat16_is_emulated(model, monkeypatch):
 def test_float32_is_packed_where_that_is_a_good_deal_faster(model, monkeypatch, packed, kind):
     monkeypatch.setattr(module, "seconds", lambda run, x: packed if isinstance(run, module.PackedConv1D) else 1.0)
     assert type(prepack(model.float()).wte).__name__ == kind
-
-
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
-@pytest.mark.parametrize("B, Q, T, S", [(1, 1, 1, 3), (3, 1, 20, 7), (2, 4, 9, 5), (3, 2, 8, 0)])
-def test_cached_attention_without_scores_in_memory_equals_the_formula(dtype, bound, B, Q, T, S):
-    """Every query sees at least one cached key, its own; of the slots it may see none."""
-    q, key, value = (torch.randn(B, 3, n, 16, dtype=dtype) for n in (Q, T, T))
-    slots = Slots(torch.randn(3, S, 16), torch.randn(3, S, 16), torch.zeros(S, dtype=torch.int32)) if S else None
-    sees = torch.rand(B, Q, S + T) < 0.5
-    sees[..., -1] = True
-    sees[0, :, :S] = False
-    bias, slot_bias = bias_of(sees[:, None, :, S:], dtype), bias_of(sees[..., :S].flatten(0, 1), dtype)
-    fused = attend_cached(q, key, value, bias, slots, slot_bias)
-    exact = attend_cached(*(x.double() for x in (q, key, value, bias)), slots, slot_bias.double(), "plain")
-    assert error(fused, exact) < bound
