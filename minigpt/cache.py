@@ -275,12 +275,12 @@ def attend_cached(q, key, value, bias, slots=None):
     batch, not copied into each row. One softmax, with the slots' scores in front of the others.
 
     q (B, n_head, Q, head_dim); key, value (B, n_head, T, head_dim); slots: those of this layer, or None; bias (B, 1, Q, S +
-    T): see bias_of -> (B, n_head, Q, head_dim)."""
+    T): see bias_of; a layer without slots takes its last T -> (B, n_head, Q, head_dim)."""
     scores, S = q @ key.mT, 0  # (B, n_head, Q, T)
     if slots:
         slot_scores = unfold_heads(fold_heads(q) @ slots.key.mT, q)  # (B, n_head, Q, S)
         scores, S = torch.cat([slot_scores, scores], dim=-1), slots.key.size(1)
-    weights = torch.add(bias, scores, alpha=1 / math.sqrt(q.size(-1))).softmax(dim=-1).to(q.dtype)
+    weights = torch.add(bias[..., -scores.size(-1) :], scores, alpha=1 / math.sqrt(q.size(-1))).softmax(dim=-1).to(q.dtype)
     of_slots, of_text = weights.split([S, weights.size(-1) - S], dim=-1)
     out = of_text @ value  # (B, n_head, Q, head_dim)
     return out.add_(unfold_heads(fold_heads(of_slots) @ slots.value, q)) if slots else out

@@ -73,7 +73,7 @@ class Banks(nn.Module):
         return sum(1 << self.names.index(name) for name in set(names))
 
     def moved(self):
-        """What metrics.jsonl records of how far slots have moved. Plain banks are not trained: nothing."""
+        """What metrics.jsonl records of how far slots have moved: TrainableBanks says it."""
         return {}
 
     def slots(self):
@@ -96,38 +96,18 @@ class Banks(nn.Module):
         prefix_file.write(path, banks, prefix_file.base_of(model), self.position_offset, self.training_record)
 
     @classmethod
-    def load(cls, path, model):
-        """Read a prefix file, or a run's, made for `model`. Raises UserError naming both bases where they differ."""
-        path = prefix_file.find(path)
-        theirs, ours = prefix_file.read_header(path)["base"], prefix_file.base_of(model)
-        if theirs != ours:
-            theirs, ours = prefix_file.describe(theirs), prefix_file.describe(ours)
+    def load(cls, path, model=None):
+        """Read a prefix file, or a run's. model: the base that it must have been made for, or UserError names both; None:
+        whatever its base, onto the CPU."""
+        banks, header = prefix_file.read(path := prefix_file.find(path))
+        if model and header["base"] != (ours := prefix_file.base_of(model)):
+            theirs, ours = prefix_file.describe(header["base"]), prefix_file.describe(ours)
             raise UserError(f"{path} was trained on {theirs}; this model is {ours}")
-        return cls.read(path).to(model.device)
-
-    @classmethod
-    def read(cls, path):
-        """Read a prefix file as it is, whatever its base, onto the CPU."""
-        banks, header = prefix_file.read(path)
         try:
-            return cls(banks, header["position_offset"], header["training"])
+            loaded = cls(banks, header["position_offset"], header["training"])
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-
-    @classmethod
-    def joined(cls, parts):
-        """The banks of several prefix files of one base, as one. parts: [(path, Banks)]. Raises UserError where they
-        disagree on position_offset, or where two have a bank of the same name."""
-        (first, one), banks, owner = parts[0], {}, {}
-        for path, part in parts:
-            if part.position_offset != one.position_offset:
-                offsets = f"{part.position_offset} in {path}, {one.position_offset} in {first}"
-                raise UserError(f"prefixes go together only where text starts at the same position: {offsets}")
-            for name, key_value in zip(part.names, part.key_values()):
-                if name in banks:
-                    raise UserError(f"bank {name!r} is there twice, in {owner[name]} and in {path}: leave one out")
-                banks[name], owner[name] = key_value, path
-        return cls(banks, one.position_offset, one.training_record)
+        return loaded.to(model.device) if model else loaded
 
 
 @torch.no_grad()

@@ -134,7 +134,22 @@ def load_with_base(args):
     model, tokenizer = load_model(args, name)
     if model.device.type == "cpu":
         reform(model, args.weights)
-    return model, tokenizer, Banks.joined([(path, Banks.load(path, model)) for path in paths]), paths
+    return model, tokenizer, joined([(path, Banks.load(path, model)) for path in paths]), paths
+
+
+def joined(parts):
+    """The banks of several prefix files of one base, as one Banks. parts: [(path, Banks)]. Raises UserError where they
+    disagree on position_offset, or where two have a bank of the same name."""
+    (first, one), banks, owner = parts[0], {}, {}
+    for path, part in parts:
+        if part.position_offset != one.position_offset:
+            offsets = f"{part.position_offset} in {path}, {one.position_offset} in {first}"
+            raise UserError(f"prefixes go together only where text starts at the same position: {offsets}")
+        for name, key_value in zip(part.names, part.key_values()):
+            if name in banks:
+                raise UserError(f"bank {name!r} is there twice, in {owner[name]} and in {path}: leave one out")
+            banks[name], owner[name] = key_value, path
+    return Banks(banks, one.position_offset, one.training_record)
 
 
 def reform(model, weights):

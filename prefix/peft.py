@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 
 from minigpt import GPT, UserError, checkpoint
 from minigpt.files import FLOATS, open_tensors, read_object, reading, replacing
-from prefix import prefix_file
 from prefix.banks import Banks
 from prefix.distributed import log
 from prefix.prefix_file import check
@@ -120,7 +119,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     if args.command == "export":
-        banks = Banks.read(prefix_file.find(args.source))
+        banks = Banks.load(args.source)
         export_bank(banks, args.bank, args.out)
         ours, theirs = banks.position_offset, banks.prefix_len[banks.names.index(args.bank)]
         same = "the same logits" if ours == theirs else "other logits (train with --position-offset prefix for the same)"

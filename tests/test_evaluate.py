@@ -159,7 +159,7 @@ def test_columns_in_any_order_are_evaluated_on_the_sentences_that_training_held_
 
 def test_the_rows_that_training_read_are_evaluated_and_of_other_data_all(place, evaluated):
     rows = rows_of(place, "en-fr")
-    model, banks = GPT.from_pretrained(place / "base"), Banks.read(place / "en-fr.safetensors")
+    model, banks = GPT.from_pretrained(place / "base"), Banks.load(place / "en-fr.safetensors")
     banks.training_record["limit"] = 17  # of 19 rows
     banks.save(place / "limited.safetensors", model)
     other = shutil.copy(place / "en-fr.csv", "other.csv")

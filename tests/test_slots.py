@@ -11,6 +11,7 @@ from minigpt.attention import PackedBatch, Slots
 from minigpt.backends import attend
 from minigpt.generate import Prompt, generate
 from minigpt.loss import nll_sum
+from prefix import cli
 from prefix.banks import Banks
 from prefix.init import random_banks
 from prefix.sequences import pack_pairs
@@ -181,6 +182,6 @@ def test_a_prefix_file_keeps_every_bit_and_refuses_another_base_naming_both(tmp_
 def test_slots_and_the_numbers_of_their_banks_are_on_one_device():
     """ "meta" stands for a GPU."""
     banks = random_banks(CONFIG, ["en", "fr"], 3).to("meta")
-    joined = Banks.joined([("a", banks), ("b", random_banks(CONFIG, ["de"], 2).to("meta"))])
+    joined = cli.joined([("a", banks), ("b", random_banks(CONFIG, ["de"], 2).to("meta"))])
     for slots in (banks.slots(), joined.slots()):
         assert slots.key.device == slots.bank.device == torch.device("meta")

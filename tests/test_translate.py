@@ -156,7 +156,7 @@ def test_a_translation_is_one_line_that_cannot_steer_a_terminal_but_passes_throu
 
 
 def test_the_direction_is_second_bank_to_first_unless_told_otherwise(place, monkeypatch):
-    banks = [Banks.read(place / prefix / "prefix.safetensors") for prefix in ("run", "run3")]  # en fr, en fr de
+    banks = [Banks.load(place / prefix / "prefix.safetensors") for prefix in ("run", "run3")]  # en fr, en fr de
     for options, *expected in (
         ("", "fr en", "fr en"),
         ("--from en", "en fr", "en fr"),
@@ -225,7 +225,7 @@ def test_without_prefix_the_newest_run_with_these_banks_is_used_else_the_demo_pr
     monkeypatch.setattr(cli, "DEMO_PREFIX", place / "run3" / "prefix.safetensors")
     used = lambda *options: run(translate, "--max-new-tokens", 2, *options, "Bonjour")
     assert f"Using the prefix {place}/run3/prefix.safetensors" in used()[2]
-    banks = Banks.read(place / "run" / "prefix.safetensors")
+    banks = Banks.load(place / "run" / "prefix.safetensors")
     banks.training_record = {"model": "/moved/base"}
     Path("runs/a").mkdir(parents=True)
     banks.save("runs/a/prefix.safetensors", GPT.from_pretrained(place / "base"))

@@ -118,7 +118,7 @@ def test_banks_that_were_in_peft_translate_as_those_of_the_run(run, trained, tmp
         file = tmp_path / "new" / f"{bank}.safetensors"
         code, out, err = run(interchange, "import", tmp_path / bank, "--bank", bank, "--model", "demo", "--out", file)
         assert (code, out) == (0, "") and "4 slots; text starts at position 4" in err
-        assert Banks.read(file).training_record == {"model": "demo"}
+        assert Banks.load(file).training_record == {"model": "demo"}
         prefixes += ["--prefix", file]
     texts = ["Il pleut.", "Tom est parti hier."]
     code, out, _ = run(translate, *texts, *prefixes)

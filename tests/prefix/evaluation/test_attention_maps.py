@@ -148,7 +148,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, options, words):
 
 
 def test_each_slot_has_its_nearest_tokens_in_every_layer_of_text_that_the_record_or_data_names(run, demo):
-    banks = Banks.read(DEMO_PREFIX)
+    banks = Banks.load(DEMO_PREFIX)
     banks.training_record = {}
     banks.save("silent.safetensors", demo[0])
     options = ["--model", "demo", "silent.safetensors", "Il pleut.", "--nearest", 2]

@@ -10,7 +10,7 @@ import evaluate
 import translate
 from minigpt import GPT, GPTConfig, Tokenizer, UserError
 from minigpt.generate import Prompt, generate
-from prefix.banks import Banks
+from prefix import cli
 from prefix.data.rows import columns_for
 from prefix.decoding import Decoding
 from prefix.init import random_banks
@@ -75,7 +75,7 @@ def test_a_text_without_room_for_the_longest_choice_is_a_fault(place):
 def test_a_batch_may_mix_banks_of_several_files_and_each_sentence_is_what_it_would_be_alone():
     model = random_model(CONFIG)
     parts = [random_banks(CONFIG, names, n, seed=n) for names, n in ((["en", "fr"], 4), (["de"], 2), (["es", "it"], 5))]
-    whole = Banks.joined([(f"{i}.safetensors", part) for i, part in enumerate(parts)])
+    whole = cli.joined([(f"{i}.safetensors", part) for i, part in enumerate(parts)])
     assert whole.names == ["en", "fr", "de", "es", "it"] and whole.prefix_len == [4, 4, 2, 5, 5]
     prompts, expected = [], []
     for source, target in [("fr", "en"), ("it", "es"), ("en", "fr"), ("de", "de"), ("es", "it")] * 2:
