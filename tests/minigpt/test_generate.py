@@ -11,7 +11,7 @@ from conftest import random_model
 import minigpt.cache
 from minigpt import GPTConfig, UserError, checkpoint
 from minigpt.attention import PackedBatch, Slots
-from minigpt.beam import beam_search
+from minigpt.beam import BeamState, beam_search, sort_candidates
 from minigpt.cache import Cache, attend_cached, bias_of, decode_one_token, prefill
 from minigpt.generate import Prompt, Sampler, generate
 from prefix.init import random_banks
@@ -130,6 +130,16 @@ def test_beam_search_equals_transformers(model, tmp_path, beams, length_penalty)
         ids = torch.tensor([prompt.ids])
         expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt.ids) :].tolist()
         assert ours.ids == (expected[: expected.index(STOP)] if STOP in expected else expected)
+
+
+@pytest.mark.parametrize("length_penalty, done", [(0.5, True), (2.0, False)])
+def test_a_search_is_done_when_by_its_length_penalty_no_beam_is_above_the_worst_finished_one(length_penalty, done):
+    score = lambda logp, length: logp / length**length_penalty
+    state = BeamState(9, [[1, 1, 1], [2, 2, 2]], [-1.5, -1.8], [(score(-1.2, 2), [1], True), (score(-1.3, 2), [2], True)])
+    parents = sort_candidates(state, [(-1.6, 0, STOP), (-2.0, 1, 7), (-2.1, 0, 8), (-2.2, 1, STOP)], {STOP}, length_penalty)
+    assert state.finished == [(score(-1.6, 4), [1, 1, 1], True), (score(-1.2, 2), [1], True)]
+    assert (parents, state.beams, state.scores) == ([1, 0], [[2, 2, 2, 7], [1, 1, 1, 8]], [-2.0, -2.1])
+    assert state.done == done
 
 
 def test_beams_see_their_own_sentences_banks(model):
