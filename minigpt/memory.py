@@ -53,7 +53,7 @@ def row_bytes(model, capacity, beams=1):
     """Bytes of one row of a cache with room for `capacity` tokens, and of the step that reads it."""
     c, size = model.config, model.dtype.itemsize
     cache = 2 * c.n_layer * c.n_embd * capacity * size
-    masks = beams * capacity * (2 + size)  # which entry belongs to which beam, what each sees, and that as a bias
+    masks = beams * capacity * (2 + 4)  # which entry belongs to which beam, what each sees, and that as a float32 bias
     logits = beams * c.vocab_size * (size + 4 * 4)  # and three tensors like them in float32
     return cache + masks + logits
 
