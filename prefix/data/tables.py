@@ -27,6 +27,7 @@ OTHER_KINDS = {  # how they begin
     rb"PAR1": "a Parquet file: save it as CSV or JSON lines",
     rb"(?i)<(!doctype|\?xml|!--|(html|head|body|meta|script|tmx)\b)": "a web page or XML: download or save the table",
     rb"version https://git-lfs": "a git LFS pointer in place of the file: fetch it with `git lfs pull`",
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32 text: make it UTF-8 with `iconv -f UTF-32 -t UTF-8`",
     rb"\xff\xfe|\xfe\xff": "UTF-16 text: make it UTF-8 with `iconv -f UTF-16 -t UTF-8`",
     rb"[^\n]*\0": "no text: there are NUL bytes in its first line",
     rb"\[\s*\{": "a JSON array: write one object a line, as `jq -c '.[]'` does",

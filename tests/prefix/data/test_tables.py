@@ -111,6 +111,7 @@ with zipfile.ZipFile(ZIP := io.BytesIO(), "w") as file:
     (b'<?xml version="1.0"?>\n<tmx>', "a web page or XML"),
     (b"version https://git-lfs.github.com/spec/v1\noid", "a git LFS pointer"),
     (TABLE.decode().encode("utf-16"), "UTF-16 text: make it UTF-8 with `iconv"),
+    (TABLE.decode().encode("utf-32"), "UTF-32 text: make it UTF-8 with `iconv"),
     (b"SQLite format 3\0", "no text: there are NUL bytes"),
     (b'[\n {"en": "a", "fr": "b"}]', "a JSON array: write one object a line"),
 ])  # fmt: skip
