@@ -71,8 +71,17 @@ def test_attention_to_a_cache_is_attention_with_the_slots_copied_in_front_of_eac
     assert ours.dtype == dtype and (ours.double() - exact).norm() < bound * exact.norm()
 
 
+def test_a_key_that_is_not_seen_has_no_weight_however_high_its_score():
+    q, key, value = torch.ones(1, 1, 1, 4), torch.zeros(1, 1, 3, 4), torch.randn(1, 1, 3, 4)
+    bias = bias_of(torch.tensor([[[[True, False, True]]]]), torch.float32)
+    without = attend_cached(q, key, value, bias)
+    key[:, :, 1] = 1e6
+    assert torch.equal(attend_cached(q, key, value, bias), without)
+
+
 @pytest.mark.parametrize("banks", [True, False])
-def test_cached_decoding_gives_the_logits_of_the_full_forward_pass_also_in_a_row_that_has_moved(model, banks):
+def test_cached_decoding_gives_the_logits_of_the_full_forward_pass_also_in_a_row_that_has_moved(model, banks, monkeypatch):
+    monkeypatch.setattr(minigpt.cache, "ROWS", 2)
     bank = random_banks(CONFIG, ["only"], 7)
     slots = bank.slots() if banks else None
     ids, lengths = torch.randint(CONFIG.vocab_size, (3, 64)), (5, 1, 54)
