@@ -100,7 +100,7 @@ def main():
     model, tokenizer, banks, prefixes = cli.load_with_base(args)
     wanted = directions(args, banks, prefixes)
     paths, columns, limit = cli.text_of(args, prefixes)
-    columns = rows.columns_for(paths, banks.names, args.columns or columns)
+    columns = rows.columns_for(paths, banks.names, columns or args.columns)
     there = {ends: names for ends, names in wanted.items() if {*ends} <= {*columns}}
     if not there:
         raise UserError(f"{paths[0]}: no direction to evaluate between its columns {' and '.join(columns)}")
@@ -123,7 +123,6 @@ def main():
     if not speaks:
         return
     settings = settings_of(args, prefixes, model) | {"data": paths, "columns": columns}
-    print(printable(report.to_text(settings, results)))
     if args.json or args.report:
         first = results[0]
         direction, text, output = (first.source, first.target), first.sources[0], first.prefix.outputs[0]
@@ -132,6 +131,7 @@ def main():
         if path := getattr(args, name):
             with replacing(path) as temporary:  # a path in the settings need not be UTF-8
                 temporary.write_text(form(settings, results), encoding="utf-8", errors="backslashreplace")
+    print(printable(report.to_text(settings, results)))  # last: its reader may go away
 
 
 def directions(args, banks, prefixes):

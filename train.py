@@ -8,6 +8,7 @@ import argparse
 import shlex
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,7 +27,7 @@ from prefix.dry_run import dry_run
 from prefix.evaluation.pictures import draw_loss
 from prefix.init import INITS, initial_banks
 from prefix.rates import try_rates
-from prefix.trainer import Settings, Trainer
+from prefix.trainer import NotFinite, Settings, Trainer
 
 MAX_SLOTS = 1 << 12  # of a bank: more than any published context has positions, less than fills a machine's memory
 MAX_BATCH = 1 << 20  # pairs, whose list is in memory
@@ -54,7 +55,7 @@ def main():
     if len(rates) > 1 and not len(trainer.loader.validation):
         raise UserError("several --lr are compared on validation pairs, and there are none: give one --lr")
     if args.dry_run:
-        dry_run(trainer, directions)
+        dry_run(trainer, directions, len(rates))
         return distributed.finish()
     with run.directory(args.out, args.resume) as out:
         trainer.out = out
@@ -62,15 +63,19 @@ def main():
             trainer.resume()  # where there is a run
         if args.micro_batch_tokens:  # whatever ran out of memory before
             trainer.loader.micro_batch_tokens = args.micro_batch_tokens
-        run.write_config(out, config)
+        if len(rates) == 1 or not args.resume:  # else the trials say first whether they can go on so
+            run.write_config(out, config)
         if (began := trainer.progress.step) < trainer.settings.steps:
             trained = ", ".join(config["train_banks"] or config["columns"])
             log(f"Training {trained} on {len(trainer.loader.train):,} examples, {model.device}, {model.dtype}, {out}")
-        if len(rates) > 1:
-            trainer = try_rates(rates, make_trainer, out)
-            config["settings"]["lr"] = lr if trainer.stopped else trainer.settings.lr
-            run.write_config(out, config)
-        finished = not trainer.stopped and train(trainer)
+        with resumable(out):
+            if len(rates) > 1:
+                trainer = try_rates(rates, make_trainer, out)
+                config["settings"]["lr"] = lr if trainer.stopped else trainer.settings.lr
+                run.write_config(out, config)
+            finished = not trainer.stopped and trainer.run()
+        if distributed.rank() == 0:
+            draw_loss(trainer.out)
     log(closing_line(trainer, model, began) if finished else f"stopped after step {trainer.progress.step}; {to_go_on(out)}")
     distributed.finish()
     if not finished:
@@ -97,17 +102,15 @@ def make_banks(config, model, tokenizer, corpus):
     return banks
 
 
-def train(trainer):
-    """Train to the end, or until a signal; an error says how to go on. Returns whether it is the end."""
+@contextmanager
+def resumable(out):
+    """Inside, an error says how to go on, where that can help."""
     try:
-        finished = trainer.run()
+        yield
     except UserError as error:
-        if not state.state_file(trainer.out).exists():
+        if isinstance(error, NotFinite) or not any(map(Path.exists, map(state.state_file, [out, *out.glob("lr-*")]))):
             raise
-        raise UserError(f"{error}; {to_go_on(trainer.out)}") from error
-    if distributed.rank() == 0:
-        draw_loss(trainer.out)
-    return finished
+        raise UserError(f"{error}; {to_go_on(out)}") from error
 
 
 def to_go_on(out):
@@ -118,7 +121,7 @@ def warning(progress, moved):
     """What went wrong and what to try: a line of its own, or nothing."""
     base, best, far = progress.base_loss, progress.best, moved.get("moved_max", 0)
     if base is not None and not best < base:
-        return f"Warning: validation loss {best:.2f} is no better than the base's. Try --lr 0.03 0.1 0.3, or more --steps\n"
+        return f"Warning: validation loss {best:.2f} is no better than the base's. Try a third of --lr, or more --steps\n"
     if far > FAR:
         return f"Warning: a slot moved by {far:.0f} units of the base's keys and values, more than {FAR}. Try a third of --lr\n"
     return ""

@@ -9,7 +9,7 @@ SHARE = 0.8  # of the free memory that activations or a cache may take
 
 def out_of_memory(error):
     """torch has a class of its own for a full GPU, but only words for a full main memory and in CUDA's libraries."""
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "could not create a primitive")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 

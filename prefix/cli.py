@@ -183,6 +183,9 @@ def text_of(args, prefixes):
     record = prefix_file.read_header(prefixes[0])["training"]
     paths, trained = data_paths(args.data or data_of(prefixes)), data_paths(record.get("data"))
     same = [*map(os.path.realpath, paths)] == [*map(os.path.realpath, trained)]
+    firsts = {(prefix_file.read_header(path)["training"].get("columns") or [None])[0] for path in prefixes}
+    if same and len(firsts) > 1:  # a row's split goes by its first column
+        raise UserError(f"{', '.join(map(str, prefixes))} held out other sentences of {paths[0]}: use one of them at a time")
     return paths, *(record.get(name) if same else None for name in ("columns", "limit"))
 
 

@@ -9,7 +9,10 @@ files, and prints. In a program that torchrun did not start there is one process
 
 import functools
 import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -17,6 +20,7 @@ import torch.distributed as dist
 
 from minigpt.files import UserError, escape_control
 
+PATIENCE = 10  # seconds
 TIMEOUT = timedelta(hours=6)  # processes wait for the first to encode a large file, or to read a slow pipe
 
 
@@ -32,10 +36,25 @@ def start(device="auto"):
             if here > gpus:
                 raise ValueError(f"{here} processes on a machine with {gpus} GPUs: give torchrun --nproc_per_node={gpus}")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
-    except (KeyError, ValueError) as error:
+        with waiting(f"Waiting for the other processes at {os.environ['MASTER_ADDR']} (unset WORLD_SIZE for one alone)"):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    except (KeyError, ValueError, dist.DistError) as error:
         instead = "start several processes with torchrun, or unset WORLD_SIZE for one"
         raise UserError(f"WORLD_SIZE is set, but: {error}; {instead}") from error
+
+
+@contextmanager
+def waiting(notice):
+    """Inside, the notice is printed after PATIENCE seconds, and Ctrl-C ends the program: Python's own answer to it would
+    wait, too."""
+    timer = threading.Timer(PATIENCE, print, [notice], {"file": sys.stderr})
+    timer.start()
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        timer.cancel()
 
 
 def finish():

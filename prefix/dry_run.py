@@ -7,21 +7,24 @@ from itertools import permutations
 import torch
 
 from prefix import distributed
+from prefix.rates import trial_steps
 
 
-def dry_run(trainer, directions):
-    """Print what a run would train and take, from one micro-batch of its first step. Writes no file."""
+def dry_run(trainer, directions, n_rates=1):
+    """Print what a run of so many --lr would train and take, from one micro-batch of its first step. Writes no file but
+    the token cache."""
     s, loader, device, names = trainer.settings, trainer.loader, trainer.model.device, trainer.banks.names
     batch, validation = loader.step(0), loader.batch_of(loader.validation)
+    if distributed.rank() > 0:  # it may have no pairs
+        return
     largest = max(batch.micro_batches, key=lambda micro_batch: len(micro_batch.ids))
     for _ in range(2):  # the first time, libraries are loaded and kernels compiled
         began = time.monotonic()
         float(trainer.forward_backward([largest]))
         per_token = (time.monotonic() - began) / len(largest.ids) / distributed.world_size()
     rounds = -(-s.steps // s.eval_every) + 1 if s.eval_every else 0  # the first also measures the base
-    seconds = per_token * (s.steps * batch.n_tokens + rounds * validation.n_tokens / 2)  # validation: forward alone
-    if distributed.rank() > 0:
-        return
+    steps = s.steps + (n_rates - 1) * trial_steps(s)
+    seconds = per_token * (steps * batch.n_tokens + rounds * validation.n_tokens / 2)  # validation: forward alone
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:

@@ -36,6 +36,8 @@ def initial_banks(config, model, tokenizer, corpus):
     banks = dict(zip(start.names, start.key_values()))
     if config.get("from_prefix"):
         there = Banks.load(config["from_prefix"], model)
+        if not set(banks) & set(there.names):
+            raise UserError(f"{config['from_prefix']} has no bank of {', '.join(banks)}, but {', '.join(there.names)}")
         if there.position_offset != offset:
             starts = f"position {there.position_offset}, in this run at {offset}"
             raise UserError(f"{config['from_prefix']}: its text starts at {starts} (--position-offset)")

@@ -12,6 +12,7 @@ import shutil
 from minigpt.files import UserError
 from prefix import distributed
 from prefix.distributed import log
+from prefix.trainer import NotFinite
 
 LEAST = 20  # steps of a trial: on the demo 0.1 is ahead of 0.3 from step 4 to 16, and behind from 18 to the end
 
@@ -29,17 +30,27 @@ def try_rates(rates, make_trainer, out):
         trial.resume()
         if trial.progress.step > end:
             raise UserError(f"{trial.out}: {trial.progress.step} steps were tried already: --steps cannot be fewer now")
-        trial.run(end)
-        if trial.stopped:
+        try:
+            trial.run(end)
+        except NotFinite as error:
+            log(f"--lr {rate}: {error}")
+            continue
+        if trial.stopped or any(distributed.all_gather([bool(trial.stop)])):  # also in its last save
+            trial.stopped = True
             return trial
         loss = trial.validation_loss()
         losses[rate] = loss if math.isfinite(loss) else math.inf
         log(f"--lr {rate}: validation loss {loss:.4f} after {end:,} of {trial.settings.steps:,} steps")
+    if not losses:
+        raise NotFinite("none of these --lr gives finite numbers: try lower ones")
     best = min(losses, key=losses.get)
     log(f"Going on with --lr {best}")
     trainer = make_trainer(best, out)
     if distributed.rank() == 0:  # if it is killed here, the next call does it again
-        shutil.copytree(out / f"lr-{best}", out, dirs_exist_ok=True)
+        try:
+            shutil.copytree(out / f"lr-{best}", out, dirs_exist_ok=True)
+        except shutil.Error as error:
+            raise UserError(f"{out}: cannot be written: {error.args[0][0][2]}") from error
     trainer.resume()
     trainer.save()  # on the disk, which a copy need not be yet
     return trainer

@@ -84,7 +84,7 @@ def directions(config):
     for option, named, there in (("train-banks", trained, columns), ("pairs", config["pairs"] or (), pairs)):
         for name in sorted(set(named) - set(there)):
             raise UserError(f"--{option} {name}: not one of {', '.join(there)}")
-    chosen = [pairs[pair] for pair in config["pairs"] or pairs]
+    chosen = [pairs[pair] for pair in dict.fromkeys(config["pairs"] or pairs)]
     chosen = [(s, t) for s, t in chosen if columns[s] in trained or columns[t] in trained]
     for name in sorted(set(trained) - {columns[i] for pair in chosen for i in pair}):
         raise UserError(f"--pairs has no pair with {name}: leave it out of --columns or --train-banks")
@@ -126,6 +126,13 @@ def check_unused(out):
         raise UserError(f"--out {out}: the directory is not empty; name another, or go on with --resume {out}")
 
 
+def unused_name():
+    """runs/<time>, or, where another run began in that second, runs/<time>-2 and so on."""
+    first = RUNS / time.strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([first], (first.with_name(f"{first.name}-{n}") for n in itertools.count(2)))
+    return next(path for path in names if not path.exists())
+
+
 @contextmanager
 def directory(new, old=None):
     """Inside, the run directory is this run's alone: `old`, to go on there, or `new`, which is made (None: runs/<time>).
@@ -133,7 +140,7 @@ def directory(new, old=None):
     if distributed.rank() > 0:
         yield distributed.broadcast(None)
         return
-    out = old or new or RUNS / time.strftime("%Y%m%d-%H%M%S")
+    out = old or new or unused_name()
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / METRICS):
         if not old:

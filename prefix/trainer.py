@@ -30,6 +30,10 @@ MAX_SKIPPED = 10  # steps in a row that are not finite, and the run gives up
 FIRST_SCALE, SCALE_DOUBLES_AFTER = 8.0, 500  # of the summed loss in float16; steps
 
 
+class NotFinite(UserError):
+    """A run whose losses or gradients are not finite any more."""
+
+
 @dataclass
 class Settings:
     """What decides a run's result, together with the data, the model and the initial slots."""
@@ -116,7 +120,7 @@ class Trainer:
         self.stopped = stop > 0  # a signal to one process stops all of them, after the same step
         if p.skipped_in_a_row == MAX_SKIPPED:
             said = f"step {p.step}: {MAX_SKIPPED} steps in a row were not finite (loss {loss}, norm {norm})"
-            raise UserError(f"{said}: try a lower --lr, more --warmup, or --dtype float32")
+            raise NotFinite(f"{said}: try a lower --lr, more --warmup, or --dtype float32")
         return {"step": p.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": batch.n_tokens}
 
     def forward_backward(self, micro_batches):

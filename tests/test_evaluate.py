@@ -206,6 +206,25 @@ def test_a_source_is_cut_at_its_end_only_if_asked_and_the_cuts_are_counted(place
     assert asked[-1] == tokenizer.decode(tokenizer.encode(rows[-1][0])[: CONTEXT - 20 - 1])
 
 
+def test_a_source_that_would_be_cut_to_nothing_is_an_error_and_one_that_is_divided_or_has_no_answer_is_told(place, run, evaluated):
+    options = ["--prefix", place / "en-fr.safetensors", "--from", "en", "--draws", 0]
+    refused = run(evaluate, *options, "--truncate-source", "--max-new-tokens", CONTEXT - 1)
+    assert_refused(refused, "prefix: nothing would be left of a source: lower --max-new-tokens")
+    text = random_rows("test", 1)[0][0] + " and so on" * 8
+    table = write_table("two.csv", [("en", "fr"), (f"{text}. {text}.", "a"), (text * 3, "b"), ("a", "c")])
+    out, err, (direction,) = evaluated("en-fr", "--data", table, "--split", "all", "--from", "en", "--draws", 0)
+    assert direction["prefix"]["counts"]["sources divided"] == 1 and "sources divided" in out, err
+    assert "prefix: 1 of 3 sources have no answer: " in err and "leave no room to answer" in err
+
+
+def test_what_is_written_is_there_also_where_nobody_reads_the_rest(place, run, monkeypatch):
+    monkeypatch.setattr(evaluate, "printable", lambda text: 1 / 0)
+    options = ["--prefix", place / "en-fr.safetensors", "--from", "en", "--draws", 0]
+    with pytest.raises(ZeroDivisionError):
+        run(evaluate, *options, "--json", "result.json", "--hypotheses", "all.tsv")
+    assert Path("result.json").exists() and Path("all.tsv").exists()
+
+
 def test_the_text_of_the_training_has_the_columns_of_the_training(place, run):
     banks, rows = loaded(place)[2], rows_of(place, "en-fr", 19)
     for name, lines in zip(("a.txt", "b.txt"), zip(*rows)):
@@ -215,6 +234,25 @@ def test_the_text_of_the_training_has_the_columns_of_the_training(place, run):
     code, _, err = run(evaluate, "--prefix", "p.safetensors", "--draws", 0, "--json", "result.json")
     first = json.loads(Path("result.json").read_text(encoding="utf-8"))["directions"][0]
     assert code == 0 and (first["source"], first["sources"]) == ("fr", [fr for _, fr in rows[-5:]]), err
+
+
+def test_columns_that_training_named_keep_their_places(place, evaluated):
+    """In a table without a header --columns gives new names to what is there."""
+    model, _, banks = loaded(place, "en-fr-de")
+    rows = rows_of(place, "en-fr-de", 19)
+    banks.training_record["data"] = [str(write_table("bare.csv", [["A first sentence.", "Une phrase.", "Ein Satz."], *rows]))]
+    banks.save(place / "bare.safetensors", model)
+    _, _, (direction,) = evaluated("bare", "--columns", "en", "de", "--to", "de", "--draws", 0)
+    assert direction["references"] == [[row[2]] for row in rows[-5:]]
+
+
+def test_prefixes_that_held_out_other_sentences_are_evaluated_one_by_one(place, run):
+    model = GPT.from_pretrained(place / "base")
+    for names in (["en", "fr"], ["de", "it"]):
+        banks = random_banks(model.config, names, 3)
+        banks.training_record = {"model": str(place / "base"), "data": [str(place / "en-fr-de.csv")], "columns": names}
+        banks.save(f"{names[0]}.safetensors", model)
+    assert_refused(run(evaluate, "--prefix", "en.safetensors", "--prefix", "de.safetensors"), "held out other sentences")
 
 
 def test_of_all_rows_none_is_an_example_but_what_the_prefix_was_trained_on(place, evaluated):

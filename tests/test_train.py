@@ -51,6 +51,7 @@ def test_german_is_added_to_a_trained_english_and_french_that_stay_bit_for_bit(r
 def test_only_the_pairs_that_are_named_are_trained_and_both_files_say_so(run):
     code, _, said = run(train, *OPTIONS, "--pairs", "en:fr", "fr:de", "--out", "some", "--eval-every", 0)
     assert code == 0 and "Training en, fr, de on 24 examples" in said and "not validated" in said
+    assert "on 24 examples" in run(train, *OPTIONS, "--pairs", "en:fr", "fr:de", "en:fr", "--out", "twice")[2]
     assert json.loads(Path("some/config.json").read_text())["pairs"] == ["en:fr", "fr:de"]
     assert Banks.load("some", GPT.from_pretrained("base")).training_record["pairs"] == ["en:fr", "fr:de"]
 
@@ -72,7 +73,7 @@ def test_a_run_that_went_wrong_says_so_at_its_end_and_what_to_try(run, monkeypat
     table = write_table("few.csv", [("fr", "eng"), *random_rows("train", 1), *random_rows("validation", 1)])
     said = run(train, *OPTIONS, "--data", table, "--prefix-len", 2, "--out", "wrong")[2]
     assert "on 2 examples" in said and said.endswith("Try: python translate.py --prefix wrong\n")
-    assert said.count("Warning: ") == said.count("Try --lr 0.03 0.1 0.3") == 1
+    assert said.count("Warning: ") == said.count("Try a third of --lr, or more --steps") == 1
     monkeypatch.setattr(train.Trainer, "validation_loss", lambda trainer, base=False: 2.0 if base else 1.0)
     said = run(train, *OPTIONS, "--data", table, "--prefix-len", 2, "--out", "far", "--lr", 100, "--warmup", 0)[2]
     assert "Warning: a slot moved by " in said and "Try a third of --lr" in said
@@ -96,7 +97,7 @@ def test_of_several_rates_the_best_trains_as_if_alone_also_where_trials_and_choi
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "optimizer_step", signalled)
         assert run(train, *options, *losses, "--out", "stopped")[0] == 130
-        patch.setattr("prefix.rates.shutil", SimpleNamespace(copytree=killed))
+        patch.setattr("prefix.rates.shutil", SimpleNamespace(copytree=killed, Error=shutil.Error))
         assert run(train, "--resume", "stopped")[0] == 9
     code, _, said = run(train, "--resume", "stopped")
     assert code == 0 and "Going on with --lr 0.2\n" in said
@@ -109,3 +110,32 @@ def test_of_several_rates_the_best_trains_as_if_alone_also_where_trials_and_choi
     stopped, alone = (Banks.load(name, GPT.from_pretrained("base")) for name in ("stopped", "alone"))
     assert stopped.training_record == alone.training_record
     assert all(map(torch.equal, stopped.parameters(), alone.parameters()))
+
+
+def test_a_rate_whose_numbers_are_not_finite_is_left_out_and_one_is_needed_that_is(run, monkeypatch):
+    loss = train.Trainer.loss
+    monkeypatch.setattr(train.Trainer, "loss", lambda t, *batch: loss(t, *batch) * (math.nan if t.settings.lr > 9 else 1))
+    options = [*OPTIONS, "--steps", 12, "--prefix-len", 2, "--columns", "en", "fr", "--lr"]
+    code, _, said = run(train, *options, 10, 0.3, "--out", "one")
+    assert code == 0 and "--lr 10.0: step 10: 10 steps in a row were not finite" in said and "Going on with --lr 0.3\n" in said
+    code, _, said = run(train, *options, 10, 11, "--out", "none")
+    assert code == 2 and said.endswith("error: none of these --lr gives finite numbers: try lower ones\n")
+
+
+def test_trials_go_on_only_with_as_many_steps_and_a_signal_in_their_last_save_is_heard(run, monkeypatch):
+    save = train.Trainer.save
+
+    def signalled(trainer):
+        save(trainer)
+        if trainer.progress.step == 25:  # the end of a trial
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "save", signalled)
+        options = ["--steps", 250, "--prefix-len", 2, "--columns", "en", "fr", "--lr", 0.1, 0.3]
+        code, _, said = run(train, *OPTIONS, *options, "--out", "run")
+        assert code == 130 and "stopped after step 25; to go on: python train.py --resume run" in said
+    config = Path("run/config.json").read_bytes()
+    code, _, said = run(train, "--resume", "run", "--steps", 100)
+    assert code == 2 and "25 steps were tried already: --steps cannot be fewer now; to go on: " in said
+    assert Path("run/config.json").read_bytes() == config

@@ -91,15 +91,22 @@ def _object(line):
 def _fields(path, first, delimiters):
     """Yield the records of a table, without blank lines. The delimiter is the first of these that line 1 has.
 
-    Most .tsv files have no quoting: a quote is a character there, unless line 1 is quoted throughout."""
+    Most .tsv files have no quoting: a quote is a character there, unless line 1 is quoted throughout, or a field is
+    quoted with doubled quotes inside, as csv writes it."""
     delimiter = next((mark for mark in delimiters if mark in first), delimiters[0])
     if delimiter != "\t" or first.startswith('"') and '"\t"' in first:
         found = _quoted(lines_of(path), delimiter)
     else:
-        found = ((number, line.split(delimiter)) for number, line in lines_of(path))
+        found = ((number, [*map(_undoubled, line.split(delimiter))]) for number, line in lines_of(path))
     for number, fields in found:
         if len(fields) > 1 or "".join(fields).strip():
             yield number, fields
+
+
+def _undoubled(field):
+    inside = field[1:-1]
+    quoted = field[:1] == field[-1:] == '"' and '""' in inside and '"' not in inside.replace('""', "")
+    return inside.replace('""', '"') if quoted else field
 
 
 def _quoted(lines, delimiter):

@@ -229,11 +229,11 @@ def main():
             raise UserError(f"{paths[0]}: no test sentences from {' to '.join(direction)}: name some text with --data")
         table = ablate(model, tokenizer, banks, [args.text, *sources], references, direction, attention)
         lines += ["", f"what closing does: BLEU on {len(sources)} sentences, and the output", *aligned(table)]
-    print(printable("\n".join(lines)))
     if args.out and not find_spec("matplotlib"):
         log(f"{args.out}: not drawn: that takes matplotlib (pip install matplotlib)")
     elif args.out:
         pictures.save(pictures.ablation_figure(table) if args.ablate else pictures.attention_figure(tables), args.out)
+    print(printable("\n".join(lines)))  # last: its reader may go away
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ class Comparison:
     def measure(self, result, scored, name, answer, length, prompt=None):
         """answer(texts) -> list of Translation; length(text): tokens of its whole prompt. -> System."""
         step = BATCHES * self.decoding.batch_size
-        texts = self.cut_sources(result, length) if self.truncate_source else result.sources
+        texts = self.cut_sources(result, name, length) if self.truncate_source else result.sources
         began, bar = time.monotonic(), f"{result.source} -> {result.target} {name}"
         starts = tqdm(range(0, len(texts), step), desc=bar, disable=distributed.rank() > 0 or not sys.stderr.isatty())
         answers = [one for i in starts for one in answer(texts[i : i + step])]
@@ -168,16 +168,20 @@ class Comparison:
             "empty": outputs.count(""),
             "truncated": sum(not one.finished for one in answers),
             "sources cut": sum(map(str.__ne__, texts, result.sources)),
+            "sources divided": sum(one.pieces > 1 for one in answers),
             "seconds": round(time.monotonic() - began, 2),
         }
         if counts["sources cut"]:
             log(f"{name}: {counts['sources cut']} of {len(texts)} sources were cut at their end to fit the context")
+        if faults := [one.fault for one in answers if one.fault]:
+            log(f"{name}: {len(faults)} of {len(texts)} sources have no answer: {faults[0]}")
         scores = {metric.label: metric(outputs, result.references) for metric in scored}
         confusion = metrics.confusion(outputs, result.references, result.classes) if result.classes else None
         return System(name, outputs, scores, counts, confusion, prompt)
 
-    def cut_sources(self, result, length):
-        """The sources, cut at their end where the longest answer would not fit behind them."""
+    def cut_sources(self, result, name, length):
+        """The sources, cut at their end where the longest answer would not fit behind them. Raises UserError where
+        nothing would be left of one."""
         choices = [self.n_tokens(choice) + 2 for choice in result.choices or []]
         room, texts = self.model.config.n_positions - max(choices, default=self.decoding.max_new), []
         for text in result.sources:
@@ -185,5 +189,7 @@ class Comparison:
             while ids and (excess := length(text) - room) > 0:
                 ids = ids[:-excess]
                 text = self.tokenizer.decode(ids).rstrip("\ufffd")
+            if not text:
+                raise UserError(f"{name}: nothing would be left of a source: lower --max-new-tokens, or --shots")
             texts.append(text)
         return texts

@@ -103,9 +103,9 @@ def few_shot(model, tokenizer, shots, texts, decoding=None):
     prefix = shots.read(model, tokenizer)
     answers = [tokenizer.encode(shots.answer(choice)) for choice in greedy.choices or []]
     prompts = {i: shots.prompt(tokenizer, text) for i, text in enumerate(texts)}
-    for prompt in prompts.values():
-        n = len(prompt.ids)
-        left = model.config.n_positions - prefix[1] - n  # behind the examples and the question
+    for i, prompt in prompts.items():
+        n = len(tokenizer.encode(clean(texts[i])))
+        left = model.config.n_positions - prefix[1] - len(prompt.ids)  # behind the examples and the question
         prompt.max_new = max_new_tokens(answers, left) if answers else min(greedy.max_new or 2 * n + 16, left)
     answer = lambda prompts: decode(model, prompts, stop_ids(tokenizer), prefix, greedy, answers)
     return answered([Translation() for _ in texts], prompts, answer, tokenizer)

@@ -67,14 +67,14 @@ def score_lines(result):
             if name in result.signatures:
                 line[2] += f" ± {np.std(values):.1f}"
                 line[3] = "" if mean < 0.1 else f"{value / mean:.1f}x" if len(result.sources) >= ENOUGH else "-"
-        if name != "sources cut" or any([value, *values]):
+        if not name.startswith("sources") or any([value, *values]):
             lines.append(line)
     return lines
 
 
 def remarks(result):
     """The rest that there is to say of one direction, in sentences."""
-    said, n, count = [], len(result.references), Counter(refs[0] for refs in result.references)
+    said, n, count = [], len(result.references), Counter(text for refs in result.references for text in dict.fromkeys(refs))
     if result.classes:
         label, most = count.most_common(1)[0]
         said.append(f"each answer is the likeliest choice of {len(result.choices)}")
@@ -117,8 +117,8 @@ def side_by_side(result, n):
 
 def spelled(value):
     """A setting as text, without the name of the home folder."""
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.replace(str(Path.home()), "~")
+    texts, home = map(str, value if isinstance(value, list) else [value]), f"{Path.home()}/"
+    return " ".join(f"~/{text.removeprefix(home)}" if text.startswith(home) else text for text in texts)
 
 
 def aligned(lines):

@@ -1,9 +1,11 @@
 """Data parallel training: any number of processes, on any number of machines, train as one does."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,19 @@ def test_an_environment_that_is_not_torchruns_or_has_too_few_gpus_is_one_line(mo
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         distributed.start()
+
+
+def test_who_waits_for_other_processes_says_so_and_ctrl_c_ends_it(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "PATIENCE", 0.01)
+    before = signal.getsignal(signal.SIGINT)
+    with distributed.waiting("Waiting for the others"):
+        time.sleep(0.1)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert capsys.readouterr().err == "Waiting for the others\n" and signal.getsignal(signal.SIGINT) == before
+    with distributed.waiting("Waiting for the others"):
+        pass
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
 
 
 def test_each_process_takes_the_gpu_of_its_local_number_and_nccl_for_it(monkeypatch):

@@ -82,6 +82,13 @@ def test_a_config_that_is_missing_or_has_a_missing_or_foreign_field_is_one_line_
             runs.read_config(write("config.json", json.dumps(content)))
 
 
+def test_runs_of_the_same_second_have_directories_of_their_own(workplace, monkeypatch):
+    monkeypatch.setattr(runs.time, "strftime", lambda form: "now")
+    for name in ("now", "now-2", "now-3"):
+        with runs.directory(None) as out:
+            assert out == Path("runs") / name
+
+
 def test_a_directory_where_another_run_began_meanwhile_is_left_alone(write, tmp_path):
     write("thesis.txt", "years of work")
     with pytest.raises(UserError, match="not empty"), runs.directory(tmp_path):

@@ -65,6 +65,7 @@ MARKED = [("Hello, you", "Bonjour; toi"), ("Yes, no, why", "Oui"), ("No", "Non, 
     ("a.csv", 'en,fr\n"a, ""b""","c\n\nd"\n5" disk,"e"\n', [(2, ('a, "b"', "c d")), (5, ('5" disk', "e"))]),
     ("a.csv", 'en,fr\n" one\r\n\r\ntwo ",« a\u00a0»  b\n', [(2, ("one two", "« a\u00a0»  b"))]),
     ("a.tsv", 'en\tfr\n"Go," he said.\t"Va !"\n"e\tf"\n', [(2, ('"Go," he said.', '"Va !"')), (3, ('"e', 'f"'))]),
+    ("a.tsv", 'en\tfr\n"a ""b"" c"\t"""d"""\n"a" ""b""\t""c""\n', [(2, ('a "b" c', '"d"')), (3, ('"a" ""b""', '""c""'))]),
     ("a.tsv", '"en"\t"fr"\n"a ""b"" c"\t"d\ne"\n', [(2, ('a "b" c', "d e"))]),
     *((name, table_of(mark, [COLUMNS, *MARKED]), [*enumerate(MARKED, 2)]) for name, mark in zip(("a.csv", "a.tsv"), ";\t")),
 ])  # fmt: skip

@@ -38,7 +38,7 @@ def test_examples_in_a_shared_bank_give_the_output_of_plain_prompting(model, tok
     for text, answer in zip(ASKED, ours):
         ids, own = tokenizer.encode(shots.text + shots.question(text)), tokenizer.encode(shots.question(text))
         assert ids == tokenizer.encode(shots.text) + own  # cutting the prompt in two changes no token
-        plain = generate(model, [Prompt(ids, 2 * len(own) + 16)], [tokenizer.eot])[0]
+        plain = generate(model, [Prompt(ids, 2 * len(tokenizer.encode(text)) + 16)], [tokenizer.eot])[0]
         assert answer.text == clean(tokenizer.decode(plain.ids).split("\n")[0])  # its next line
 
 

@@ -97,6 +97,11 @@ def test_labels_have_a_confusion_matrix_and_the_share_of_the_commonest(monkeypat
     assert "rage  " not in report.to_text(SETTINGS, [some]) and ">rage</th>" in report.to_html(SETTINGS, [some])
 
 
+def test_an_answer_that_is_always_the_same_is_right_where_any_reference_says_it():
+    some = result(references=[["joy", "fun"], ["fun", "joy"], ["rage"]], classes=["fun", "joy", "rage"], choices=["joy"])
+    assert "always answering 'joy' would have accuracy 66.67" in report.remarks(some)
+
+
 def test_few_different_references_are_said_to_look_like_labels():
     assert not any("labels?" in said for said in report.remarks(result(references=[["a"]] * 3)))
     some = result(12, references=[["a"]] * 12)
@@ -121,6 +126,8 @@ def test_a_table_of_outputs_has_one_line_a_sentence_and_six_cells_a_line():
 def test_the_name_of_the_home_folder_is_nowhere():
     for shown in (report.to_text(SETTINGS, [result()]), report.to_html(SETTINGS, [result()])):
         assert "~/runs/x" in shown and str(Path.home()) not in shown
+    home = str(Path.home())
+    assert report.spelled([f"{home}/a", f"{home}x/b", f"/data{home}/c", 3]) == f"~/a {home}x/b /data{home}/c 3"
     assert "weights</dt>" not in report.to_html(SETTINGS, [result()]) and "<dt>seed</dt><dd>0" in shown
 
 
