@@ -94,7 +94,8 @@ def main():
                 divided += result.pieces > 1
             bar.update(len(chunk))
     if divided:
-        log(f"{divided} of {decoding.first} texts were too long for the model's context: translated sentence by sentence")
+        why = "too long for the model's context, with their longest answers"
+        log(f"{divided} of {decoding.first} texts were {why}: translated sentence by sentence")
     if cut:
         log(f"{cut} of {decoding.first} translations were cut at their token limit (--max-new-tokens)")
     if faulty:

@@ -31,7 +31,7 @@ def translate(model, tokenizer, banks, texts, direction, decoding=None):
     """List of texts -> list of Translation, in the same order; an empty text gives an empty one.
 
     direction: the names of the source's and the target's bank. decoding: a Decoding; None: greedy. A text that is too
-    long for the context is divided at the ends of its sentences, since a prefix is trained on single ones. Each of
+    long for the context, with its longest answer, is divided at the ends of its sentences. Each of
     several processes answers some of the texts, and returns all. Raises UserError for banks or numbers that the model
     does not have."""
     decoding = decoding or Decoding()

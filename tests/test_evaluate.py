@@ -210,8 +210,10 @@ def test_a_source_that_would_be_cut_to_nothing_is_an_error_and_one_that_is_divid
     options = ["--prefix", place / "en-fr.safetensors", "--from", "en", "--draws", 0]
     refused = run(evaluate, *options, "--truncate-source", "--max-new-tokens", CONTEXT - 1)
     assert_refused(refused, "prefix: nothing would be left of a source: lower --max-new-tokens")
-    text = random_rows("test", 1)[0][0] + " and so on" * 8
-    table = write_table("two.csv", [("en", "fr"), (f"{text}. {text}.", "a"), (text * 3, "b"), ("a", "c")])
+    tokenizer = Tokenizer.from_pretrained(place / "base")
+    of_length = lambda n: tokenizer.decode(tokenizer.encode("go on " * n)[:n])
+    half, long = of_length(CONTEXT // 5), of_length(7 * CONTEXT // 10)  # a long one leaves no room for a fair answer
+    table = write_table("two.csv", [("en", "fr"), (f"{half}. {half}.", "a"), (long, "b"), ("go", "c")])
     out, err, (direction,) = evaluated("en-fr", "--data", table, "--split", "all", "--from", "en", "--draws", 0)
     assert direction["prefix"]["counts"]["sources divided"] == 1 and "sources divided" in out, err
     assert "prefix: 1 of 3 sources have no answer: " in err and "leave no room to answer" in err

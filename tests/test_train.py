@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import metrics, random_rows, same, write_table
+from conftest import assert_refused, metrics, random_rows, same, write_table
 from safetensors.torch import load_file
 
 import train
@@ -42,6 +42,8 @@ def test_german_is_added_to_a_trained_english_and_french_that_stay_bit_for_bit(r
     for before, after in zip(two.key_values(), three.key_values()):
         assert all(map(torch.equal, before, after))
     assert three.training_record["train_banks"] == ["de"]
+    other = ["--data", write_table("other.csv", [("one", "two"), *random_rows("train", 4)]), "--columns", "one", "two"]
+    assert_refused(run(train, *OPTIONS, *other, "--from-prefix", "two"), "prefix.safetensors has no bank of one, two, but en, fr")
     assert run(train, "--resume", "three", "--steps", 5)[0] == 0
     resumed = Banks.load("three", model)
     assert all(map(torch.equal, resumed.key_values()[0], two.key_values()[0]))

@@ -37,3 +37,4 @@ def test_a_first_micro_batch_is_halved_until_it_fits_into_a_gpus_free_memory(mon
 
 def test_an_attempt_that_no_main_memory_holds_gives_nothing():
     assert memory.attempt(torch.empty, 1 << 60) is None
+    assert memory.out_of_memory(RuntimeError("could not create a primitive"))  # what oneDNN says

@@ -162,6 +162,11 @@ def test_whatever_changes_the_result_makes_a_new_cache_and_nothing_else_does(wri
     write("a.csv", "en,fr,de\none,un,eins\nsix,deux,zwei\n,,\n")  # of the same length
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
     assert load([path]).text(1, 0) == "six"
+    paths = [write("a.en", "one\ntwo\n"), write("a.fr", "un\ndeux\n")]
+    assert load(paths).text(1, 1) == "deux"
+    write("a.fr", "un\ndoux\n")
+    os.utime(paths[1], ns=(1, paths[1].stat().st_mtime_ns + 1))
+    assert load(paths).text(1, 1) == "doux"
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "index.bin", "train.bin", "meta.json"])
