@@ -87,8 +87,10 @@ def checked(parser, args):
             parser.error(f"--metrics {text}: the metrics are {', '.join(NAMES)}")
     if args.choices is not None and (not args.target or args.beam > 1):
         parser.error("--choices goes with --to, the column that they stand for, and without --beam")
-    if not all(choice.strip() for choice in args.choices or []):
-        parser.error("--choices: an answer is empty")
+    if args.choices:
+        args.choices = [*dict.fromkeys(map(rows.clean, args.choices))]
+        if "" in args.choices:
+            parser.error("--choices: an answer is empty")
     if args.shots == 0:
         args.draws = min(args.draws, 1)  # there is nothing to draw
     return args

@@ -14,6 +14,7 @@ import torch
 from minigpt.backends import attend
 from minigpt.files import UserError
 from prefix.banks import Banks, compute_kv
+from prefix.distributed import log
 from prefix.reparam import Reparametrised, TrainableBanks
 from prefix.sequences import n_tokens, pack_pairs, pairs_of, separator
 
@@ -41,6 +42,8 @@ def initial_banks(config, model, tokenizer, corpus):
         if there.position_offset != offset:
             starts = f"position {there.position_offset}, in this run at {offset}"
             raise UserError(f"{config['from_prefix']}: its text starts at {starts} (--position-offset)")
+        if lengths := sorted({n for name, n in zip(there.names, there.prefix_len) if name in banks} - {config["prefix_len"]}):
+            log(f"Banks of {config['from_prefix']} keep their {', '.join(map(str, lengths))} slots")
         banks |= {name: pair for name, pair in zip(there.names, there.key_values()) if name in banks}
     start = Banks(banks, offset).to(model.device)
     if config.get("reparam"):

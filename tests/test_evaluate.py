@@ -140,8 +140,8 @@ def test_each_draw_prompts_with_other_training_pairs_that_are_not_evaluated_in_t
 
 
 def test_no_shots_have_one_draw_and_no_draws_have_none(evaluated):
-    (direction,) = evaluated("en-fr", "--from", "fr", "--shots", 0)[2]
-    assert [draw["prompt"] for draw in direction["draws"]] == [""]
+    out, _, (direction,) = evaluated("en-fr", "--from", "fr", "--shots", 0)
+    assert [draw["prompt"] for draw in direction["draws"]] == [""] and "±" not in out
     out, _, (direction,) = evaluated("en-fr", "--from", "fr", "--draws", 0)
     assert direction["draws"] == [] and "shot " not in out
 
@@ -301,10 +301,10 @@ def test_several_tasks_are_scored_in_one_run_in_the_directions_that_were_trained
 
 
 def test_choices_that_are_named_are_the_only_answers(place, evaluated, run):
-    options = ["--from", "tweet", "--to", "label", "--choices", "joy", "worry about it"]
+    options = ["--from", "tweet", "--to", "label", "--choices", "joy", " worry about it", "worry\nabout it"]
     _, _, (direction,) = evaluated("tweet-label", "--draws", 0, *options)
     outputs = direction["prefix"]["outputs"]
-    assert {*outputs} <= {"joy", "worry about it"} and "anger" in direction["classes"]  # it is among the references
+    assert direction["choices"] == ["joy", "worry about it"] and {*outputs} <= {*direction["choices"]} and "anger" in direction["classes"]  # it is among the references
     code, out, _ = run(translate, *direction["sources"], "--prefix", place / "tweet-label.safetensors", *options)
     assert (code, out.splitlines()) == (0, outputs)
 

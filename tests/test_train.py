@@ -35,6 +35,7 @@ def test_german_is_added_to_a_trained_english_and_french_that_stay_bit_for_bit(r
     assert run(train, *OPTIONS, "--prefix-len", 3, "--columns", "en", "fr", "--out", "two")[0] == 0
     more = ["--columns", "en", "fr", "de", "--from-prefix", "two", "--train-banks", "de", "--prefix-len", 4]
     said = run(train, *OPTIONS, *more, "--out", "three")[2]
+    assert "/prefix.safetensors keep their 3 slots\n" in said
     assert "Training de on 48 examples" in said  # en -> fr and fr -> en have nothing to train
     model = GPT.from_pretrained("base")
     two, three = Banks.load("two", model), Banks.load("three", model)

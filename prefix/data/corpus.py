@@ -22,6 +22,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from array import array
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ from prefix.data.rows import NOT_UTF8, TO_UTF8, Skipped, Table, read_rows
 from prefix.data.splits import SPLITS, split_of
 
 CACHE_FORMAT = 7
+BUILDING, A_WEEK = ".building-", 7 * 86_400  # the names of unfinished caches begin so; seconds
 FILES = ("tokens.bin", "index.bin", *(f"{split}.bin" for split in SPLITS))
 
 
@@ -52,7 +54,10 @@ def load(paths, columns, tokenizer, limit=None, max_tokens=384, home=None):
     shutil.rmtree(cache, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
+        for old in folder.glob(f"{BUILDING}*"):  # of a program that was killed
+            if time.time() - old.stat().st_mtime > A_WEEK:
+                shutil.rmtree(old, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder) as temporary:
             built = Path(temporary) / "built"
             built.mkdir()
             report = _build(built, paths, columns, tokenizer, limit, max_tokens)

@@ -65,7 +65,7 @@ def score_lines(result):
             mean = np.mean(values)
             line += [number(mean), ""]
             if name in result.signatures:
-                line[2] += f" ± {np.std(values):.1f}"
+                line[2] += f" ± {np.std(values):.1f}" * (len(values) > 1)
                 line[3] = "" if mean < 0.1 else f"{value / mean:.1f}x" if len(result.sources) >= ENOUGH else "-"
         if not name.startswith("sources") or any([value, *values]):
             lines.append(line)

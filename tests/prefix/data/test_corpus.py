@@ -1,6 +1,7 @@
 """The token cache holds what the files say, is made anew where anything changed, and tells what it left out."""
 
 import os
+import time
 import tracemalloc
 
 import numpy as np
@@ -167,6 +168,15 @@ def test_whatever_changes_the_result_makes_a_new_cache_and_nothing_else_does(wri
     write("a.fr", "un\ndoux\n")
     os.utime(paths[1], ns=(1, paths[1].stat().st_mtime_ns + 1))
     assert load(paths).text(1, 1) == "doux"
+
+
+def test_what_killed_programs_left_of_a_cache_is_removed_after_a_week(write, load, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, days in ((".building-old", 8), (".building-new", 1)):
+        (folder / name).mkdir()
+        os.utime(folder / name, (then := time.time() - days * 86_400, then))
+    load([write("a.csv", TABLE)])
+    assert not (folder / ".building-old").exists() and (folder / ".building-new").exists()
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "index.bin", "train.bin", "meta.json"])
